@@ -1,0 +1,16 @@
+"""Feature caching for diffusion transformers in plain torch: no host import, no state outside a run.
+
+`Settings` says what is wanted, `find_family` where, `CacheRun` does it for one sampling run.
+"""
+
+from __future__ import annotations
+
+from .families import FAMILIES, find_family
+from .kinds import Kind, Plan
+from .meter import RunReport
+from .run import CacheRun, ModelCall
+from .store import StoreFormat
+from .strategy import Settings
+from .timeline import Timeline
+
+__all__ = ["FAMILIES", "CacheRun", "Kind", "ModelCall", "Plan", "RunReport", "Settings", "StoreFormat", "Timeline", "find_family"]

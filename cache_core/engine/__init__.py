@@ -1,0 +1,12 @@
+"""HOW an evaluation is carried out: each kind is a context manager around one call of the host's model."""
+
+from __future__ import annotations
+
+from .call import EngineCall
+from .conservative import conservative
+from .full import listening, noting
+from .skip import skipping
+from .slot import Slot
+from .tokens import TokenChoice
+
+__all__ = ["EngineCall", "Slot", "TokenChoice", "conservative", "listening", "noting", "skipping"]

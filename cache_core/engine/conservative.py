@@ -1,0 +1,73 @@
+"""A conservative evaluation: every block is replayed from its kept sublayer outputs (DuCa, arXiv 2412.18911).
+
+Attention comes from the cache, the MLP is recomputed for the chosen tokens and written back, gates and shifts
+are those of the current noise level. The arithmetic of a block is its family's `replay`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.base import Stack
+from ..store import Feature, FeatureStore
+from .call import EngineCall
+from .overrides import Forward, Override, around, forward_overrides
+
+
+class BlockFeatures:
+    """The kept features of one block over all rows of a call (see `families.base.Cached`)."""
+
+    def __init__(self, call: EngineCall, store: FeatureStore, stack: Stack, index: int, blocks: int, like: Tensor) -> None:
+        self._call, self._store, self._like = call, store, like
+        self._stack, self._index, self._blocks = stack, index, blocks
+
+    def whole(self, site: str) -> Tensor:
+        """All tokens (B, L, C)."""
+        return _join([self._store.load(feature, self._like) for feature in self._features(site)])
+
+    def chosen(self, site: str, tokens: Tensor) -> Tensor:
+        """Chosen tokens (B, k, C)."""
+        return _join([self._store.load_tokens(feature, tokens, self._like) for feature in self._features(site)])
+
+    def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor:
+        """Writes `fresh` (B, k, C) over the chosen tokens, for good, and returns all tokens."""
+        for feature, rows in zip(self._features(site), self._call.rows(fresh)):
+            self._store.write_tokens(feature, tokens, rows)
+        return self.whole(site)
+
+    def choose(self, stream: str, length: int) -> Tensor | None:
+        """The tokens this block recomputes in a stream; None for none."""
+        return self._call.choice.tokens(stream, self._index, self._blocks, length, self._like.device)
+
+    def _features(self, site: str) -> list[Feature]:
+        return [slot.sublayers[self._stack.path, self._index, site] for slot in self._call.slots]
+
+
+def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:
+    """Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept, as the paper does."""
+    overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in call.placed]
+    overrides.append((call.placed[0][2], around(before=call.enter)))
+    overrides.append((call.placed[-1][2], around(after=call.remember_hidden)))
+    return forward_overrides(overrides)
+
+
+def _replaying(call: EngineCall, store: FeatureStore, stack: Stack, index: int, block: nn.Module) -> Any:
+    blocks = sum(other is stack for other, _, _ in call.placed)
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        features = BlockFeatures(call, store, stack, index, blocks, stack.inputs(args, kwargs)[0])
+        assert stack.replay is not None, "plans with conservative evaluations are refused for families without"
+        return stack.result(stack.replay(block, stack.named(args, kwargs), features))
+
+    def make(_forward: Forward) -> Forward:
+        return replayed
+
+    return make
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,47 @@
+"""A full evaluation: the host's own blocks run, and what later evaluations need is copied on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..families.base import Site
+from .call import EngineCall
+from .overrides import Override, around, forward_overrides
+from .slot import SiteKey
+
+
+def listening(call: EngineCall) -> AbstractContextManager[None]:
+    """Keeps the last hidden state and, where the plan has conservative evaluations, every sublayer's output."""
+    overrides: list[Override] = [
+        (call.placed[0][2], around(before=call.enter)),
+        (call.placed[-1][2], around(after=call.remember_hidden)),
+    ]
+    if call.keeps_sublayers:
+        for stack, index, block in call.placed:
+            overrides += [_tap(call, site, (stack.path, index, site.name), block) for site in stack.sites]
+    return forward_overrides(overrides)
+
+
+def noting(call: EngineCall) -> AbstractContextManager[None]:
+    """A full evaluation past the cache: only the stream lengths are noted."""
+    return forward_overrides([(call.placed[0][2], around(before=call.enter))])
+
+
+def _tap(call: EngineCall, site: Site, key: SiteKey, block: nn.Module) -> Override:
+    width = site.width(block) if site.width is not None else None
+
+    def keep(tensor: Tensor) -> None:
+        for slot, rows in zip(call.slots, call.rows(tensor[..., :width])):
+            slot.remember_sublayer(key, rows)
+
+    module = attrgetter(site.module)(block)
+    return module, around(before=_first_argument(keep)) if site.source == "input" else around(after=keep)
+
+
+def _first_argument(keep: Callable[[Tensor], None]) -> Callable[[tuple, dict[str, Any]], None]:
+    return lambda args, kwargs: keep(args[0])

@@ -1,0 +1,67 @@
+"""A skipped (aggressive) evaluation: blocks pass their input through, the last one returns the forecast.
+
+Embedding, ControlNet additions to the last block and the final layer stay the host's and run at the current
+noise level. What ControlNet adds to passed-through tensors vanishes with them: the forecast hidden already
+contains its effect, so nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families.base import Stack
+from ..predictors import Predictor
+from ..store import FeatureStore
+from .call import EngineCall
+from .overrides import Forward, Override, around, forward_overrides
+from .slot import Slot
+
+
+def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> AbstractContextManager[None]:
+    """Every slot of the call must hold at least one anchor."""
+    passing = {stack.path: _passing(stack) for stack, _, _ in call.placed}
+    overrides: list[Override] = [(block, passing[stack.path]) for stack, _, block in call.placed[:-1]]
+    overrides.append((call.placed[-1][2], _answering(call, predictor, store)))
+    overrides.append((call.placed[0][2], around(before=call.enter)))
+    return forward_overrides(overrides)
+
+
+def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore, like: Tensor) -> Tensor:
+    """The predictor's combination of a slot's anchors: a new tensor (rows, L, C) in the dtype of `like`."""
+    weights = predictor.weights([anchor.time for anchor in slot.anchors], time)
+    terms = [(w, anchor.hidden) for w, anchor in zip(weights, slot.anchors) if w]
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return store.load(terms[0][1], like).clone()
+    total: Tensor | None = None
+    for weight, feature in terms:  # float32: weights of mixed sign would cost half-precision digits
+        value = store.load(feature, like)
+        total = value.float() * weight if total is None else total.add_(value, alpha=weight)
+    assert total is not None, "weights of a predictor sum to one, so not all are zero"
+    return total.to(like.dtype)
+
+
+def _passing(stack: Stack) -> Any:
+    def passed(*args: Any, **kwargs: Any) -> Any:
+        return stack.result(stack.inputs(args, kwargs))
+
+    return lambda _forward: passed
+
+
+def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Any:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        tensors = list(call.last_stack.inputs(args, kwargs))
+        index, place = call.hidden_place()
+        x = tensors[index]
+        hidden = torch.cat([forecast(slot, predictor, call.time, store, x) for slot in call.slots])
+        tensors[index] = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
+        call.is_finished = True
+        return call.last_stack.result(tensors)
+
+    def make(_forward: Forward) -> Forward:
+        return answer
+
+    return make

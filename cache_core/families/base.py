@@ -1,0 +1,156 @@
+"""How a model family is described: where its blocks, token streams and sublayers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..kinds import Kind
+
+Lengths = Mapping[str, int]  # tokens of every stream, e.g. {"img": 4096, "txt": 512}
+
+
+class UnsupportedCall(Exception):
+    """A block was called in a way the family's replay does not know: compute this call in full instead."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sublayer whose result a full evaluation keeps, before its gate.
+
+    name: key of the feature. module: dotted path inside the block of a submodule that the host calls.
+    tokens: the stream it belongs to. source: which side of that call to keep, "input" or "output".
+    width: of an input, only the first `width(block)` channels are kept; None keeps all.
+    """
+
+    name: str
+    module: str
+    tokens: str
+    source: str = "output"
+    width: Callable[[nn.Module], int] | None = None
+
+
+class Cached(Protocol):
+    """The kept features of one block as its replay sees them: whole batch, the call's dtype and device."""
+
+    def whole(self, site: str) -> Tensor: ...
+
+    def chosen(self, site: str, tokens: Tensor) -> Tensor: ...
+
+    def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor: ...
+
+    def choose(self, stream: str, length: int) -> Tensor | None: ...
+
+
+Replay = Callable[[nn.Module, Mapping[str, Any], Cached], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of like blocks.
+
+    path: dotted path of the ModuleList on the model.
+    parameters: names of the block's positional parameters, in order.
+    streams: parameter that carries tokens -> stream name. "txt+img" is the two concatenated in that order.
+        The block returns them in this order too, a bare tensor where there is one.
+    sites: sublayers a full evaluation keeps for conservative ones.
+    replay: a block's conservative evaluation, from its own submodules and the kept features.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    streams: Mapping[str, str]
+    sites: tuple[Site, ...] = ()
+    replay: Replay | None = None
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(attrgetter(self.path)(model))
+
+    def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A block call's arguments by name."""
+        return {**dict(zip(self.parameters, args)), **kwargs}
+
+    def inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The token streams of a block call, in order."""
+        named = self.named(args, kwargs)
+        return tuple(named[parameter] for parameter in self.streams)
+
+    def result(self, tensors: Sequence[Tensor]) -> Any:
+        """The tensors in the form the block returns them in."""
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Everything the engine knows of a family.
+
+    name: as in ComfyUI's model folder. matches: structural test on the diffusion model.
+    stacks: in the order the model runs them. hidden: the stream whose last state the final layer reads.
+    channels: width of a token in the blocks, which is that of every kept feature.
+    macs: multiply-adds of one batch row by (model, lengths, kind, token share), outside(...) those of
+        embedding and head, which every evaluation costs.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    stacks: tuple[Stack, ...]
+    hidden: str
+    channels: Callable[[nn.Module], int]
+    macs: Callable[[nn.Module, Lengths, Kind, float], float]
+    outside_macs: Callable[[nn.Module, Lengths], float]
+
+    def placed(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
+        """Every block in running order with its stack and its index there."""
+        return [(stack, i, block) for stack in self.stacks for i, block in enumerate(stack.blocks(model))]
+
+    @property
+    def is_conservative(self) -> bool:
+        """Whether every block of the family has a conservative form."""
+        return all(stack.replay is not None for stack in self.stacks)
+
+    def sublayer_tokens(self, model: nn.Module, lengths: Lengths) -> int:
+        """Tokens kept per batch row for conservative evaluations, over all blocks and sites."""
+        return sum(
+            stream_length(site.tokens, lengths) for stack in self.stacks for _ in stack.blocks(model) for site in stack.sites
+        )
+
+
+def stream_length(stream: str, lengths: Lengths) -> int:
+    """Tokens of a stream or of a concatenation such as "txt+img"."""
+    return sum(lengths[part] for part in stream.split("+"))
+
+
+def stream_lengths(stack: Stack, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Token counts of separate streams, from the tensors (B, L, C) entering the first block."""
+    return {name: tensor.shape[1] for name, tensor in zip(stack.streams.values(), tensors)}
+
+
+def stream_slice(wanted: str, stream: str, lengths: Lengths) -> slice:
+    """Where the tokens of `wanted` lie inside a stream that may be a concatenation."""
+    start = 0
+    for part in stream.split("+"):
+        if part == wanted:
+            return slice(start, start + lengths[part])
+        start += lengths[part]
+    raise KeyError(f"no {wanted} tokens in a {stream} stream")
+
+
+def linear_weights(*modules: nn.Module | None) -> int:
+    """Weights (multiply-adds per token) of all linear layers below the modules, by declared sizes, not tensors."""
+    return sum(
+        layer.in_features * layer.out_features  # type: ignore[operator]
+        for module in modules
+        if module is not None
+        for layer in module.modules()
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    )
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift, rounded as the host's `addcmul` form is. x (B, L, C); shift, scale (B, 1, C)."""
+    return torch.addcmul(shift, x, 1 + scale)

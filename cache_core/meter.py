@@ -1,0 +1,99 @@
+"""What a run cost: multiply-adds, milliseconds and bytes of every evaluation, and their sums."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .kinds import Kind
+
+
+@dataclass
+class Evaluation:
+    """One model evaluation as the sampler asked for it (cond and uncond together).
+
+    planned: the kind its step has in the plan. kind: the costliest kind that a model call of it really was.
+    macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
+    ms: wall time. cache_bytes: kept after it.
+    """
+
+    index: int
+    step: int
+    sigma: float
+    planned: Kind
+    kind: Kind = Kind.AGGRESSIVE
+    calls: int = 0
+    macs: float = 0.0
+    full_macs: float = 0.0
+    ms: float = 0.0
+    cache_bytes: int = 0
+
+    def add_call(self, kind: Kind, macs: float, full_macs: float) -> None:
+        cheapest_first = (Kind.AGGRESSIVE, Kind.CONSERVATIVE, Kind.FULL)
+        self.kind = max(self.kind, kind, key=cheapest_first.index)
+        self.calls += 1
+        self.macs += macs
+        self.full_macs += full_macs
+
+
+@dataclass
+class RunReport:
+    """A finished run in plain numbers; it holds no tensors.
+
+    setting: the strategy in words. plan: its text. predicted_bytes, peak_bytes: of the cache.
+    notices: what the user was told during the run. is_complete: False after a cancel or an error.
+    """
+
+    setting: str
+    plan: str
+    family: str
+    evaluations: list[Evaluation] = field(default_factory=list)
+    predicted_bytes: int = 0
+    peak_bytes: int = 0
+    notices: list[str] = field(default_factory=list)
+    is_complete: bool = False
+
+    def count(self, kind: Kind) -> int:
+        return sum(e.kind is kind for e in self.evaluations)
+
+    @property
+    def compute_speedup(self) -> float:
+        """Multiply-adds of the same evaluations in full over those done."""
+        done = sum(e.macs for e in self.evaluations)
+        return sum(e.full_macs for e in self.evaluations) / done if done else 1.0
+
+    @property
+    def total_ms(self) -> float:
+        return sum(e.ms for e in self.evaluations)
+
+    @property
+    def time_speedup(self) -> float:
+        """Time that all evaluations would have taken at the median of the full ones, over the time taken."""
+        full = [e.ms for e in self.evaluations if e.kind is Kind.FULL]
+        return statistics.median(full) * len(self.evaluations) / self.total_ms if full and self.total_ms else 1.0
+
+
+class Stopwatch:
+    """Times stretches of work without making the device wait; readings are collected once, at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """A point in time of the device's queue (CUDA) or of the clock."""
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two marks. Waits for the device to reach the later one."""
+        if not self._is_cuda:
+            return (end - start) * 1000
+        end.synchronize()
+        return start.elapsed_time(end)

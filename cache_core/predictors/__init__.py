@@ -1,0 +1,22 @@
+"""WITH WHAT a skipped evaluation is filled: one file a predictor, one line in the table."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MappingProxyType
+
+from .base import Predictor
+from .chebyshev import Chebyshev
+from .reuse import Reuse
+from .taylor import Taylor
+
+PREDICTORS = MappingProxyType(
+    {
+        "reuse": Reuse,
+        "taylor1": partial(Taylor, order=1),
+        "taylor2": partial(Taylor, order=2),
+        "chebyshev": Chebyshev,
+    }
+)
+
+__all__ = ["PREDICTORS", "Chebyshev", "Predictor", "Reuse", "Taylor"]

@@ -1,0 +1,44 @@
+"""Chebyshev ridge regression over time, blended with a first-order Taylor term (as in Spectrum)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial.chebyshev import chebvander
+
+from .base import interpolating_weights
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """T_0 … T_degree fitted to the known features by ridge least squares, evaluated at the missing time.
+
+    degree: highest polynomial, lower while fewer features are known. ridge: λ added to ΦᵀΦ.
+    taylor_share: weight of the first-order Taylor term, 0..1. history: features kept.
+    Fewer than three known features leave the Taylor term alone.
+    """
+
+    degree: int = 4
+    ridge: float = 0.1
+    taylor_share: float = 0.5
+    history: int = 8
+
+    def weights(self, anchors: Sequence[float], time: float) -> list[float]:
+        n = len(anchors)
+        taylor = np.zeros(n)
+        taylor[-2:] = interpolating_weights(anchors[-2:], time)
+        if n < 3:
+            return taylor.tolist()
+        degree = min(self.degree, n - 1)
+        basis = chebvander(_unit(np.asarray(anchors)), degree)  # (n, degree+1)
+        target = chebvander(_unit(np.asarray([time])), degree)[0]  # (degree+1,)
+        gram = basis.T @ basis + self.ridge * np.eye(degree + 1)
+        fitted = basis @ np.linalg.solve(gram, target)  # (n,)
+        return (self.taylor_share * taylor + (1 - self.taylor_share) * fitted).tolist()
+
+
+def _unit(times: np.ndarray) -> np.ndarray:
+    """0..1 to the polynomials' interval -1..1."""
+    return np.clip(2 * times - 1, -1, 1)

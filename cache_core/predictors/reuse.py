@@ -1,0 +1,14 @@
+"""The last feature again (DuCa's aggressive evaluation, FORA)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reuse:
+    history: int = 1
+
+    def weights(self, anchors: Sequence[float], time: float) -> list[float]:
+        return [0.0] * (len(anchors) - 1) + [1.0]

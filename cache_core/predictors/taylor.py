@@ -1,0 +1,30 @@
+"""Taylor extrapolation with divided differences (TaylorSeer, arXiv 2503.06923, for uneven gaps)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import interpolating_weights
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """order: 1 or more; the polynomial through the last order+1 features, lower while fewer are known.
+
+    Divided differences replace the paper's finite differences because full evaluations need not be evenly spaced.
+    """
+
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        if self.order < 1:
+            raise ValueError(f"the order must be at least 1, not {self.order}; use Reuse for 0")
+
+    @property
+    def history(self) -> int:
+        return self.order + 1
+
+    def weights(self, anchors: Sequence[float], time: float) -> list[float]:
+        used = anchors[-self.history :]
+        return [0.0] * (len(anchors) - len(used)) + interpolating_weights(used, time)

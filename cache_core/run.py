@@ -1,0 +1,228 @@
+"""One sampling run: decides the kind of each evaluation once, carries out its model calls, frees everything at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine import EngineCall, Slot, TokenChoice, conservative, listening, noting, skipping
+from .families import ModelFamily, UnsupportedCall
+from .kinds import Kind
+from .meter import Evaluation, RunReport, Stopwatch
+from .store import FeatureStore, StoreFull
+from .strategy import Strategy, predicted_bytes
+from .timeline import Timeline
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What the host says about one call of its model.
+
+    conds: identity of each cond in the batch, in row order; all have equally many rows.
+    signature: shape, dtype, hook weights …: features are only used for calls with an equal one.
+    bypass: why this call must neither use nor fill the cache; "" if it may.
+    """
+
+    model: nn.Module
+    conds: Sequence[Hashable]
+    signature: Hashable
+    bypass: str = ""
+
+
+class CacheRun:
+    """State of one sampling run. Make one when sampling starts and `close` it when sampling ends, however it ends.
+
+    strategy: what to do. timeline: the sampler's noise levels. window: steps in which skipping is allowed.
+    family: of the model. device: where the model runs. say: told every notice once, in words for the user.
+    choose_device: for storage left to us: given the bytes needed, the device to keep them on (None: the model's).
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        timeline: Timeline,
+        window: range,
+        family: ModelFamily,
+        device: torch.device,
+        say: Callable[[str], None] = lambda _text: None,
+        choose_device: Callable[[int], torch.device | None] | None = None,
+    ) -> None:
+        self.plan = strategy.policy.plan(timeline.steps, window)
+        if self.plan.count(Kind.CONSERVATIVE) and not family.is_conservative:
+            raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
+        self.report = RunReport(strategy.name, str(self.plan), family.name)
+        self.store = FeatureStore(strategy.storage)
+        self._strategy, self._timeline, self._family = strategy, timeline, family
+        self._choice = TokenChoice(strategy.token_share, strategy.seed)
+        self._stopwatch = Stopwatch(device)
+        self._say, self._choose_device = say, choose_device
+        self._slots: dict[Hashable, Slot] = {}
+        self._macs: dict[tuple, float] = {}
+        self._predicted: dict[Hashable, int] = {}
+        self._marks: list[tuple[Any, Any]] = []
+        self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
+        self._sigma, self._time = float("inf"), 1.0
+        self._kind = Kind.FULL
+        self._batches = 0
+        self._seen: set[Hashable] = set()
+        self._is_disabled = False
+
+    # -- the host's moments ---------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluation(self, sigma: float) -> Iterator[None]:
+        """Around one evaluation of the sampler, at noise level `sigma`."""
+        step = self._timeline.step_of(sigma)
+        self._kind = self.plan[step]
+        if sigma > self._sigma * (1 + 1e-6):
+            self.notify("the noise level rose between evaluations: those are computed in full and the cache starts anew")
+            self._forget()
+            self._kind = Kind.FULL
+        self._sigma, self._time = sigma, self._timeline.time_of(sigma)
+        self._batches, self._seen = 0, set()
+        self._evaluation = Evaluation(len(self.report.evaluations), step, sigma, planned=self.plan[step])
+        self.report.evaluations.append(self._evaluation)
+        self._choice.begin(self._evaluation.index)
+        start = self._stopwatch.mark()
+        try:
+            yield
+        finally:
+            self._marks.append((start, self._stopwatch.mark()))
+            self._evaluation.cache_bytes = self.store.bytes
+
+    def cond_batch(self) -> None:
+        """Before each pass over the conds; the first one of an evaluation is the sampler's own."""
+        self._batches += 1
+
+    def model_call(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
+        """Carries out one model call. `compute` runs the host's model; it may be called a second time."""
+        bypass = call.bypass or self._repeated(call.conds)
+        if bypass:
+            self.notify(f"{bypass}: computed in full, past the cache")
+        if bypass or self._is_disabled:
+            return self._past_the_cache(call, compute)
+        slots = [self._slot(cond, call.signature) for cond in call.conds]
+        try:
+            result = self._carry_out(self._possible_kind(slots), call, slots, compute)
+            return result if result is not None else self._carry_out(Kind.FULL, call, slots, compute)
+        except StoreFull:
+            self._is_disabled = True
+            self._forget()
+            self.notify("no memory is left for the cache: the rest of this run is computed in full")
+            return self._past_the_cache(call, compute)
+
+    def close(self, is_complete: bool = False) -> RunReport:
+        """Frees every tensor, whatever state the run is in, and returns the finished report."""
+        for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
+            evaluation.ms = self._stopwatch.milliseconds(start, end)
+        self._marks.clear()
+        self.report.peak_bytes = self.store.peak_bytes
+        self.report.is_complete = is_complete
+        self._forget()
+        return self.report
+
+    def notify(self, text: str) -> None:
+        """Tells the user, once per run."""
+        if text not in self.report.notices:
+            self.report.notices.append(text)
+            self._say(text)
+
+    # -- one call ---------------------------------------------------------------------------------------
+
+    def _possible_kind(self, slots: list[Slot]) -> Kind:
+        """This evaluation's kind, or full where a cond has nothing to go by yet."""
+        if self._kind is Kind.AGGRESSIVE and all(slot.anchors for slot in slots):
+            return Kind.AGGRESSIVE
+        if self._kind is Kind.CONSERVATIVE and all(slot.sublayers for slot in slots):
+            return Kind.CONSERVATIVE
+        return Kind.FULL
+
+    def _carry_out(self, kind: Kind, call: ModelCall, slots: list[Slot], compute: Callable[[], Tensor]) -> Tensor | None:
+        """The model's output, or None where it must be computed in full instead."""
+        engine = self._engine_call(call, slots)
+        try:
+            with self._engine_for(kind, engine):
+                result = compute()
+        except UnsupportedCall as reason:
+            self.notify(f"conservative evaluations do not know this use of the model ({reason}): computed in full")
+            return None
+        if not engine.is_finished and kind is Kind.FULL:
+            for slot in slots:  # what was kept so far does not belong together
+                slot.reset(slot.signature)
+            self.notify("another node answered for the model or replaced its last block: nothing was cached there")
+        elif not engine.is_finished and engine.is_entered:
+            self.notify("another node replaced the model's last block: computed in full")
+            return None
+        self._count(engine, kind, result.shape[0])
+        return result
+
+    def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
+        engine = self._engine_call(call, [])
+        with noting(engine):
+            result = compute()
+        self._count(engine, Kind.FULL, result.shape[0])
+        return result
+
+    def _engine_for(self, kind: Kind, engine: EngineCall) -> AbstractContextManager[None]:
+        if kind is Kind.AGGRESSIVE:
+            return skipping(engine, self._strategy.predictor, self.store)
+        return conservative(engine, self.store) if kind is Kind.CONSERVATIVE else listening(engine)
+
+    def _engine_call(self, call: ModelCall, slots: list[Slot]) -> EngineCall:
+        keeps_sublayers = self.plan.count(Kind.CONSERVATIVE) > 0
+        return EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, self._entered(call))
+
+    # -- bookkeeping ------------------------------------------------------------------------------------
+
+    def _slot(self, cond: Hashable, signature: Hashable) -> Slot:
+        slot = self._slots.setdefault(cond, Slot(self.store, self._strategy.predictor.history))
+        if slot.signature != signature:
+            slot.reset(signature)
+            self.store.trim()
+        return slot
+
+    def _repeated(self, conds: Sequence[Hashable]) -> str:
+        """Why these conds cannot be told from earlier ones of this evaluation, if so. Remembers them."""
+        if self._batches > 1:
+            return "guidance that evaluates the model a second time at the same step (SLG, PAG, SAG)"
+        if len(set(conds)) < len(conds) or self._seen.intersection(conds):
+            return "the same conditioning occurs twice in one evaluation"
+        self._seen.update(conds)
+        return ""
+
+    def _entered(self, call: ModelCall) -> Callable[[EngineCall, Tensor], None]:
+        """What to do when the first block of a call is reached: predict the bytes, once per cond, and choose a device."""
+
+        def entered(engine: EngineCall, tokens: Tensor) -> None:
+            new = [cond for cond in call.conds if cond not in self._predicted] if engine.slots else []
+            for cond in new:
+                self._predicted[cond] = predicted_bytes(
+                    self._strategy, self.plan, self._family, call.model, engine.lengths, tokens.shape[0] // len(call.conds), tokens.dtype
+                )
+            self.report.predicted_bytes = sum(self._predicted.values())
+            if new and self._choose_device is not None and not self.store.bytes:
+                conds_expected = max(2, len(call.conds))  # a second cond may follow in its own call
+                needed = self.report.predicted_bytes * conds_expected // len(call.conds)
+                self.store.format = replace(self.store.format, device=self._choose_device(needed))
+
+        return entered
+
+    def _count(self, engine: EngineCall, kind: Kind, rows: int) -> None:
+        if engine.lengths:
+            self._evaluation.add_call(kind, rows * self._cost(engine, kind), rows * self._cost(engine, Kind.FULL))
+
+    def _cost(self, engine: EngineCall, kind: Kind) -> float:
+        key = (kind, *engine.lengths.items())
+        if key not in self._macs:
+            blocks = self._family.macs(engine.model, engine.lengths, kind, self._strategy.token_share)
+            self._macs[key] = blocks + self._family.outside_macs(engine.model, engine.lengths)
+        return self._macs[key]
+
+    def _forget(self) -> None:
+        self._slots.clear()
+        self.store.clear()

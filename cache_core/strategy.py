@@ -1,0 +1,121 @@
+"""A complete choice: when to compute, with what to fill, how many tokens to refresh, where to keep it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .families import ModelFamily
+from .families.base import Lengths, stream_length
+from .kinds import Kind, Plan
+from .policies import AlwaysCompute, DucaCycle, FixedInterval, GrowingGaps, Policy
+from .predictors import PREDICTORS, Chebyshev, Predictor, Reuse
+from .store import StoreFormat
+
+MODES = ("auto", "paper", "forecast", "off")
+
+# A conservative evaluation's cost as a share of a full one per share of tokens, for choosing a cycle before shapes
+# are known. Our count for FLUX at 1024² (see docs/benchmarks.md); the meter counts the real one.
+_CONSERVATIVE_COST = 0.7
+
+# The best uncalibrated setting that we measured (docs/benchmarks.md).
+_AUTO_GROWTH = 1.2
+_AUTO_PREDICTOR = Chebyshev(taylor_share=0.7)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """policy: when. predictor: with what. token_share: recomputed by conservative evaluations, 0..1. seed: of their choice.
+
+    storage: where features live. name: what a report calls it.
+    """
+
+    policy: Policy = AlwaysCompute()
+    predictor: Predictor = Reuse()
+    token_share: float = 0.1
+    seed: int = 0
+    storage: StoreFormat = StoreFormat()
+    name: str = "off"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.token_share <= 1:
+            raise ValueError(f"the token share must lie in 0..1, not {self.token_share}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses. Zero cycle_length means: follow the speedup slider. Raises ValueError for what cannot be.
+
+    speedup: wanted number of evaluations per full one, at least 1. token_share, start, end: 0..1.
+    warmup, tail: full steps at both ends; None takes the mode's own. predictor: a key of PREDICTORS, for mode "forecast".
+    """
+
+    mode: str = "auto"
+    speedup: float = 2.0
+    cycle_length: int = 0
+    token_share: float = 0.1
+    warmup: int | None = None
+    tail: int = 0
+    start: float = 0.0
+    end: float = 1.0
+    predictor: str = "chebyshev"
+    seed: int = 0
+    storage: StoreFormat = field(default_factory=StoreFormat)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}: use one of {', '.join(MODES)}")
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"unknown predictor {self.predictor!r}: use one of {', '.join(PREDICTORS)}")
+        if self.speedup < 1:
+            raise ValueError(f"speedup must be at least 1, not {self.speedup}")
+        if not 0 <= self.token_share <= 1:
+            raise ValueError(f"the token share must lie in 0..1, not {self.token_share}")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(f"start and end are fractions of sampling with start <= end, not {self.start} and {self.end}")
+        if self.cycle_length < 0 or self.tail < 0 or (self.warmup or 0) < 0:
+            raise ValueError("cycle length, warm-up and tail are counts of steps and cannot be negative")
+
+    def strategy(self, steps: int) -> Strategy:
+        """What the settings mean for a run of `steps` steps."""
+        common: dict[str, Any] = {"token_share": self.token_share, "seed": self.seed, "storage": self.storage}
+        if self.mode == "off" or (self.mode != "paper" and self.speedup == 1 and not self.cycle_length):
+            return Strategy(**common)
+        if self.mode == "auto":
+            return Strategy(GrowingGaps(self.speedup, _AUTO_GROWTH, tail=self.tail), _AUTO_PREDICTOR, name=f"auto {self.speedup:g}x", **common)
+        if self.mode == "paper":
+            policy = self._duca_cycle(steps)
+            return Strategy(policy, Reuse(), name=f"DuCa N={policy.cycle_length} share {self.token_share:g}", **common)
+        name = f"{self.predictor} forecast {f'every {self.cycle_length}' if self.cycle_length else f'{self.speedup:g}x'}"
+        return Strategy(self._forecast_policy(), PREDICTORS[self.predictor](), name=name, **common)
+
+    def _forecast_policy(self) -> Policy:
+        if self.cycle_length:
+            return FixedInterval(self.cycle_length, 3 if self.warmup is None else self.warmup, self.tail)
+        return GrowingGaps(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
+
+    def _duca_cycle(self, steps: int) -> DucaCycle:
+        """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
+        warmup = 3 if self.warmup is None else self.warmup
+        if self.cycle_length:
+            return DucaCycle(self.cycle_length, warmup=warmup, tail=self.tail)
+        for length in range(1, steps + 1):
+            policy = DucaCycle(length, warmup=warmup, tail=self.tail)
+            plan = policy.plan(steps, range(steps))
+            cost = plan.count(Kind.FULL) + _CONSERVATIVE_COST * self.token_share * plan.count(Kind.CONSERVATIVE)
+            if cost * self.speedup <= steps * 1.02:
+                return policy
+        return DucaCycle(max(steps, 1), warmup=warmup, tail=self.tail)
+
+
+def predicted_bytes(
+    strategy: Strategy, plan: Plan, family: ModelFamily, model: torch.nn.Module, lengths: Lengths, rows: int, dtype: torch.dtype
+) -> int:
+    """Bytes the cache will hold for `rows` batch rows (all conds together) whose activations have `dtype`."""
+    writes = plan.count(Kind.FULL) + plan.count(Kind.CONSERVATIVE)
+    tokens = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes)
+    if plan.count(Kind.CONSERVATIVE):
+        tokens += family.sublayer_tokens(model, lengths)
+    return rows * tokens * strategy.storage.bytes_per_token(family.channels(model), dtype)

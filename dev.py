@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""One command for everything a developer does; standard library only, Python 3.10 or newer.
+
+  python3 dev.py demo     start a real ComfyUI, run the shipped demo workflow, write pictures and a table to demo_out/
+  python3 dev.py test     all tests, on the real host
+  python3 dev.py bench    the benchmarks (names as arguments; none runs all)
+  python3 dev.py lint     ruff and mypy
+  python3 dev.py host     only the set-up: virtual environment, pinned dependencies, ComfyUI, the pack linked into it
+
+Everything lives in .dev/ and is set up on the first call. COMFYUI_PATH=/path/to/ComfyUI uses that source instead of
+the pinned one; it is not written to. Arguments after the command are passed on (dev.py test -k flux).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+if sys.version_info < (3, 10):
+    sys.exit(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}. Run it with a newer python3.")
+
+sys.path.insert(0, str(ROOT))
+from devtools.host_setup import Host, SetupError, ensure_host  # noqa: E402
+
+
+def main(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command not in COMMANDS:
+        print(__doc__)
+        return 0 if command in ("", "-h", "--help") else 2
+    try:
+        host = ensure_host()
+    except SetupError as problem:
+        print(f"set-up failed: {problem}", file=sys.stderr)
+        return 1
+    return COMMANDS[command](host, rest)
+
+
+def run(host: Host, *command: str) -> int:
+    """Runs the environment's Python; Ctrl-C reaches the child, which cleans up."""
+    child = subprocess.Popen([str(host.python), *command], cwd=ROOT, env=os.environ | host.environment)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def test(host: Host, rest: list[str]) -> int:
+    return run(host, "-m", "pytest", "tests", *rest)
+
+
+def demo(host: Host, rest: list[str]) -> int:
+    return run(host, "-m", "devtools.demo", *rest)
+
+
+def bench(host: Host, rest: list[str]) -> int:
+    names = [a for a in rest if not a.startswith("-")] or ["overhead", "quality"]
+    options = [a for a in rest if a.startswith("-")]
+    return max(run(host, str(ROOT / "bench" / f"{name}.py"), *options) for name in names)
+
+
+def lint(host: Host, rest: list[str]) -> int:
+    return run(host, "-m", "ruff", "check", ".") or run(host, "-m", "mypy")
+
+
+def only_set_up(host: Host, rest: list[str]) -> int:
+    print(f"ComfyUI   {host.comfyui}\nPython    {host.python}\nnodes     {host.base / 'custom_nodes'}")
+    return 0
+
+
+COMMANDS = {"demo": demo, "test": test, "bench": bench, "lint": lint, "host": only_set_up}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What dev.py is made of. `host_setup` and `server` use the standard library only."""

@@ -1,0 +1,39 @@
+"""Lets ComfyUI import torchvision next to a torch build that its compiled operators do not fit (CPU-only torch).
+
+On the path of host processes only. Where torchvision's library loads, nothing is changed.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+
+
+class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            _define_missing_operators()
+        return None
+
+
+def _define_missing_operators():
+    import torch
+
+    package = importlib.util.find_spec("torchvision")
+    if package is None or not package.submodule_search_locations:
+        return
+    from pathlib import Path
+
+    for library in Path(package.submodule_search_locations[0]).glob("_C*.*"):
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:
+            continue
+    fragment = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library._duca_torchvision_fragment = fragment  # definitions last as long as this object
+
+
+sys.meta_path.insert(0, _BeforeTorchvision())

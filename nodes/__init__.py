@@ -1,0 +1,18 @@
+"""The pack's nodes: one file a node. Node ids and the order of their inputs are frozen once released."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .cache_report import CacheReport
+from .demo_flux import DemoFlux
+from .duca_cache import DucaCache
+
+
+class DucaExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [DucaCache, CacheReport, DemoFlux]
+
+
+async def comfy_entrypoint() -> DucaExtension:
+    return DucaExtension()

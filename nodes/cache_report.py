@@ -1,0 +1,41 @@
+"""Node Cache Report: what each evaluation of a finished run did, its time and bytes."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io, ui
+
+from . import host
+from .report_plot import report_plot
+from .report_text import report_data, report_text
+
+
+class CacheReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuCaCacheReport",
+            display_name="Cache Report",
+            category="model_patches/duca",
+            description="Shows what the cache did in the run that made this latent: kinds of evaluation, time, memory, speed-up.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="The sampler's output. Connected so that the report is made after the run."),
+                io.Model.Input("model", tooltip="The model that went into the sampler, from DuCa Cache."),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="The report in words."),
+                io.Image.Output(display_name="plot", tooltip="One bar per evaluation."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: io.Latent.Type, model: io.Model.Type) -> io.NodeOutput:
+        book = host.book_of(model)
+        report = (book.find(samples["samples"]) or book.last) if book is not None else None
+        if report is None:
+            text = "No cache on this model: connect the MODEL output of DuCa Cache (mode other than off)." if book is None else "Not sampled yet."
+            return io.NodeOutput(text, torch.zeros(1, 64, 64, 3), ui=ui.PreviewText(text))
+        text, plot = report_text(report), report_plot(report)
+        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,), "duca_cache_report": (report_data(report),)}
+        return io.NodeOutput(text, plot, ui=shown)

@@ -1,0 +1,70 @@
+"""Node Demo FLUX (tiny): a 13 M parameter FLUX-architecture model that ships with the pack, to try it on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.supported_models
+import safetensors
+import safetensors.torch
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..demo.emoji_text import encode
+
+_WEIGHTS = Path(__file__).parents[1] / "demo" / "emoji_flux_48.safetensors"
+
+
+class _DemoConfig(comfy.supported_models.Flux):
+    """The host's FLUX with the demo's latents (pixels in -1..1) and noise schedule (sigma' = 1.8 sigma / (1 + 0.8 sigma))."""
+
+    latent_format = comfy.latent_formats.ChromaRadiance
+    sampling_settings = {"shift": math.log(1.8)}
+
+
+def load_demo_model() -> ModelPatcher:
+    """The demo model through the host's own Flux, sampling and patcher classes, in float32."""
+    with safetensors.safe_open(_WEIGHTS, "pt") as file:
+        config = _DemoConfig({"image_model": "flux", **json.loads(file.metadata()["flux_config"])})
+    config.set_inference_dtype(torch.float32, None)
+    offload_device = comfy.model_management.unet_offload_device()
+    model = config.get_model({}, "", device=offload_device)
+    weights = safetensors.torch.load_file(_WEIGHTS)
+    model.diffusion_model.load_state_dict({key: value.float() for key, value in weights.items()})
+    return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
+
+
+def encode_prompt(text: str) -> list:
+    """Host conditioning of a prompt: context (1, 12, 64) and pooled vector (1, 64)."""
+    context, pooled = encode(text)
+    return [[torch.from_numpy(context)[None], {"pooled_output": torch.from_numpy(pooled)[None]}]]
+
+
+class DemoFlux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuCaDemoFlux",
+            display_name="Demo FLUX (tiny)",
+            category="model_patches/duca",
+            description="A tiny FLUX that draws 48x48 emoji, to try DuCa Cache without a download. Use Empty Chroma Radiance Latent "
+            "(48x48), cfg 2.5 and Load VAE with pixel_space.",
+            inputs=[
+                io.String.Input("prompt", default="red apple", tooltip="The name of an emoji, such as: tiger face, hamburger, castle."),
+                io.String.Input("negative", default="", tooltip="What to move away from. Empty is the unconditional prompt."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The tiny FLUX model."),
+                io.Conditioning.Output(display_name="positive", tooltip="The encoded prompt."),
+                io.Conditioning.Output(display_name="negative", tooltip="The encoded negative prompt."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prompt: str, negative: str) -> io.NodeOutput:
+        return io.NodeOutput(load_demo_model(), encode_prompt(prompt), encode_prompt(negative))

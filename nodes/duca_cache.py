@@ -1,0 +1,141 @@
+"""Node DuCa Cache: MODEL in, the same MODEL with most of its evaluations skipped out."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..cache_core import Settings, StoreFormat
+from ..cache_core.predictors import PREDICTORS
+from ..cache_core.strategy import MODES
+from . import host
+
+_STORE_DTYPES = {"model dtype": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_STORE_DEVICES = ("auto", "GPU", "CPU")
+
+
+def _advanced(field: io.Input) -> io.Input:
+    """Marks an input as one that the page folds away."""
+    field.extra_dict = {**(field.extra_dict or {}), "advanced": True}
+    return field
+
+
+class DucaCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuCaCache",
+            display_name="DuCa Cache",
+            category="model_patches/duca",
+            description="Makes a diffusion transformer faster: most sampler evaluations reuse or forecast the work of earlier ones.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to speed up. Put this node last, right before the sampler."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="auto",
+                    tooltip="auto: the best setting we measured. paper: DuCa's cycle of full, conservative and aggressive evaluations. "
+                    "forecast: your own choice of predictor and gaps. off: no cache, image identical to no node.",
+                ),
+                io.Float.Input(
+                    "speedup",
+                    default=2.0,
+                    min=1.0,
+                    max=6.0,
+                    step=0.1,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="How many times fewer full evaluations. 1 computes everything; 2 is safe; above 3 look at the image.",
+                ),
+                *_advanced_inputs(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache on it.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
+        """The host checks every other input's range; the two it leaves to us are None where another node gives them."""
+        start, end = start_percent or 0.0, 1.0 if end_percent is None else end_percent
+        if not (0 <= start <= 1 and 0 <= end <= 1):
+            return f"start_percent and end_percent are parts of the sampling, 0 to 1 (they are {start:g} and {end:g})"
+        return True if start <= end else f"start_percent ({start:g}) lies after end_percent ({end:g})"
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        mode: str,
+        speedup: float,
+        predictor: str,
+        cycle_length: int,
+        token_share: float,
+        warmup: int,
+        tail: int,
+        start_percent: float,
+        end_percent: float,
+        store_device: str,
+        store_dtype: str,
+        seed: int,
+        verbose: bool,
+    ) -> io.NodeOutput:
+        settings = Settings(
+            mode=mode,
+            speedup=speedup,
+            predictor=predictor,
+            cycle_length=cycle_length,
+            token_share=token_share,
+            warmup=None if warmup < 0 else warmup,
+            tail=tail,
+            start=start_percent,
+            end=end_percent,
+            seed=seed,
+            storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, _STORE_DTYPES[store_dtype]),
+        )
+        options = host.HostOptions(store_device == "auto", verbose, cls.hidden.unique_id)
+        return io.NodeOutput(host.attach(model, settings, options))
+
+
+def _advanced_inputs() -> list[io.Input]:
+    percent = {"min": 0.0, "max": 1.0, "step": 0.01}
+    return [
+        _advanced(field)
+        for field in (
+            io.Combo.Input(
+                "predictor",
+                options=list(PREDICTORS),
+                default="chebyshev",
+                tooltip="Mode forecast: how a skipped evaluation is filled from earlier ones.",
+            ),
+            io.Int.Input(
+                "cycle_length",
+                default=0,
+                min=0,
+                max=100,
+                tooltip="Steps from one full evaluation to the next (N in the paper, which uses 5 for FLUX). 0 follows the speedup slider.",
+            ),
+            io.Float.Input(
+                "token_share",
+                default=0.1,
+                tooltip="Mode paper: share of the tokens that a conservative evaluation recomputes.",
+                **percent,
+            ),
+            io.Int.Input("warmup", default=-1, min=-1, max=100, tooltip="Full steps at the beginning. -1 takes the mode's own (paper 3, others 1)."),
+            io.Int.Input("tail", default=0, min=0, max=100, tooltip="Full steps at the end."),
+            io.Float.Input("start_percent", default=0.0, tooltip="Nothing is skipped before this part of the sampling.", **percent),
+            io.Float.Input("end_percent", default=1.0, tooltip="Nothing is skipped after this part of the sampling.", **percent),
+            io.Combo.Input(
+                "store_device",
+                options=list(_STORE_DEVICES),
+                default="auto",
+                tooltip="Where features are kept. auto: on the GPU unless that would take half of its free memory.",
+            ),
+            io.Combo.Input(
+                "store_dtype",
+                options=list(_STORE_DTYPES),
+                default="model dtype",
+                tooltip="In what precision features are kept. fp8 halves the memory of bf16 and costs a little accuracy.",
+            ),
+            io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Mode paper: which random tokens are recomputed."),
+            io.Boolean.Input("verbose", default=False, tooltip="Write every evaluation to the log."),
+        )
+    ]

@@ -1,0 +1,183 @@
+"""The only file that knows ComfyUI's sampling: puts a cache on a MODEL through wrappers and takes it off after each run.
+
+OUTER_SAMPLE makes and frees the run, PREDICT_NOISE opens an evaluation, CALC_COND_BATCH tells the sampler's own
+pass over the conds from extra ones, APPLY_MODEL carries out a model call. Wrappers live on a clone of the model;
+nothing on the model itself outlasts a call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+
+from ..cache_core import CacheRun, ModelCall, Settings, Timeline, find_family
+from .notices import say
+from .report_text import report_text
+from .run_book import RunBook
+
+KEY = "duca_cache"
+_RUN = "duca_cache.run"  # where a run travels in transformer_options; dotted, as some models splat that dict as kwargs
+_WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
+
+
+class HostOptions(NamedTuple):
+    """choose_device: leave it to free memory where features are kept. verbose: log every evaluation. node_id: who speaks."""
+
+    choose_device: bool = True
+    verbose: bool = False
+    node_id: str | None = None
+
+
+def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostOptions()) -> ModelPatcher:
+    """A clone of `model` that samples with the cache; any cache of ours already on it is replaced.
+
+    A model of no known family, or mode "off", comes back without one.
+    """
+    clone = detach(model)
+    if settings.mode == "off":
+        return clone
+    if find_family(clone.model.diffusion_model) is None:
+        say(unknown_model(clone), options.node_id)
+        return clone
+    book = RunBook()
+    clone.set_attachments(KEY, book)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(settings, options, book))
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
+    return clone
+
+
+def detach(model: ModelPatcher) -> ModelPatcher:
+    """A clone without a cache of ours."""
+    clone = model.clone()
+    if clone.get_attachment(KEY) is not None:
+        logging.info("[DuCa] this model already had a DuCa Cache; the later node replaces it")
+        clone.remove_attachments(KEY)
+        for wrapper in _WRAPPERS:
+            clone.remove_wrappers_with_key(wrapper, KEY)
+    return clone
+
+
+def book_of(model: ModelPatcher) -> RunBook | None:
+    """The finished runs of a model's cache, or None if it has none."""
+    return model.get_attachment(KEY)
+
+
+def unknown_model(model: ModelPatcher) -> str:
+    """Why a model is passed through, in words for the user."""
+    name = type(model.model.diffusion_model).__name__
+    if hasattr(model.model.diffusion_model, "input_blocks"):
+        return f"DuCa Cache is for diffusion transformers; {name} is a UNet and is passed through unchanged."
+    return f"DuCa Cache does not know the model {name}; it is passed through unchanged, without a cache."
+
+
+def _sampling(settings: Settings, options: HostOptions, book: RunBook) -> Callable[..., torch.Tensor]:
+    """The OUTER_SAMPLE wrapper: one CacheRun per sampling run, freed however the run ends."""
+
+    def outer_sample(executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
+        guider = executor.class_obj
+        run = _open_run(guider.model_patcher, settings, options, sigmas)
+        if run is None:
+            return executor(noise, latent, sampler, sigmas, *args, **kwargs)
+        shared_options = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(shared_options)
+        guider.model_options.setdefault("transformer_options", {})[_RUN] = run
+        result = None
+        try:
+            result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+            return result
+        finally:
+            guider.model_options = shared_options
+            report = run.close(is_complete=result is not None)
+            book.add(report, result)
+            if options.verbose:
+                logging.info("[DuCa] %s", report_text(report, verbose=True))
+
+    return outer_sample
+
+
+def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, sigmas: torch.Tensor) -> CacheRun | None:
+    """A run for these noise levels, or None (said to the user) where the cache must stand aside."""
+    family = find_family(patcher.model.diffusion_model)
+    sampling = patcher.get_model_object("model_sampling")
+    try:
+        timeline = Timeline(sigmas.tolist(), _times(sampling, sigmas))
+    except ValueError as reason:
+        say(f"DuCa Cache stands aside: {reason}.", options.node_id)
+        return None
+    if family is None:
+        say(unknown_model(patcher), options.node_id)
+        return None
+    window = timeline.window(float(sampling.percent_to_sigma(settings.start)), float(sampling.percent_to_sigma(settings.end)))
+    device = patcher.load_device
+
+    def choose_device(needed: int) -> torch.device | None:
+        """System memory where the cache would take more than half of what is free on the device."""
+        return None if needed * 2 <= comfy.model_management.get_free_memory(device) else torch.device("cpu")
+
+    return CacheRun(
+        settings.strategy(timeline.steps),
+        timeline,
+        window,
+        family,
+        device,
+        say=lambda text: say(f"DuCa Cache: {text}.", options.node_id),
+        choose_device=choose_device if options.choose_device else None,
+    )
+
+
+def _times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
+    """The model's time at each noise level, scaled so that the noisiest is 1."""
+    levels = torch.cat((torch.as_tensor(sampling.sigma_max).reshape(1).to(sigmas), sigmas))
+    times = sampling.timestep(levels).float().cpu()
+    return (times[1:] / times[0]).tolist()
+
+
+def _predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict = {}, seed: Any = None):  # noqa: B006
+    run: CacheRun | None = model_options.get("transformer_options", {}).get(_RUN)
+    if run is None:
+        return executor(x, timestep, model_options, seed)
+    # One number read per evaluation, as the kind depends on it. On a GPU this waits for the previous evaluation.
+    with run.evaluation(float(timestep.flatten()[0])):
+        return executor(x, timestep, model_options, seed)
+
+
+def _calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict):
+    run: CacheRun | None = model_options.get("transformer_options", {}).get(_RUN)
+    if run is not None:
+        run.cond_batch()
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and _RUN in a), None)
+    if options is None:
+        return executor(x, t, *args, **kwargs)
+    return options[_RUN].model_call(_describe(executor.class_obj, x, options), lambda: executor(x, t, *args, **kwargs))
+
+
+def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
+    """What the core needs to know of one APPLY_MODEL call."""
+    network = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model)
+    uuids = options.get("uuids") or ()
+    conds = tuple(zip(options.get("cond_or_uncond", ()), uuids))
+    if not conds or x.shape[0] % len(conds):
+        return ModelCall(network, (), None, "a call that does not say which conditioning it is for")
+    if options.get("context_window") is not None:
+        return ModelCall(network, conds, None, "context windows")
+    signature = (x.shape[0] // len(conds), x.shape[1:], x.dtype, x.device, _hook_weights(base_model.current_patcher))
+    return ModelCall(network, conds, signature)
+
+
+def _hook_weights(patcher: Any) -> tuple:
+    """Which hook weights (scheduled LoRAs) are applied, and how strongly: features do not survive their change."""
+    group = getattr(patcher, "current_hooks", None)
+    return tuple((id(hook), float(getattr(hook, "strength", 1.0))) for hook in group.hooks) if group is not None else ()

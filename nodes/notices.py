@@ -1,0 +1,24 @@
+"""Tells the user something: in the log, under the node, and as a toast (web/duca_notices.js)."""
+
+from __future__ import annotations
+
+import logging
+
+
+def say(text: str, node_id: str | None = None) -> None:
+    """Once is the caller's business. Works without a running server, as in tests."""
+    logging.warning("[DuCa] %s", text)
+    server = _server()
+    if server is None:
+        return
+    server.send_sync("duca_cache.notice", {"node": node_id, "text": text}, server.client_id)
+    if node_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+def _server():
+    try:
+        from server import PromptServer
+    except ImportError:
+        return None
+    return getattr(PromptServer, "instance", None)

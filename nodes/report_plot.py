@@ -1,0 +1,43 @@
+"""Draws a finished run: one bar per evaluation, coloured and hatched by kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ..cache_core import Kind, RunReport
+
+# Okabe and Ito's colour-blind safe palette; hatches and the letters below the bars say the same without colour.
+_STYLE = {Kind.FULL: ("#0072B2", ""), Kind.CONSERVATIVE: ("#E69F00", "//"), Kind.AGGRESSIVE: ("#56B4E9", "..")}
+
+
+def report_plot(report: RunReport) -> torch.Tensor:
+    """An image (1, H, W, 3) in 0..1."""
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    evaluations = report.evaluations
+    for kind, (colour, hatch) in _STYLE.items():
+        chosen = [e for e in evaluations if e.kind is kind]
+        axes.bar([e.index for e in chosen], [e.ms for e in chosen], color=colour, hatch=hatch, edgecolor="white", width=0.9)
+    axes.set_xticks([e.index for e in evaluations][:: max(1, len(evaluations) // 40)])
+    axes.set_xticklabels([e.kind.value for e in evaluations][:: max(1, len(evaluations) // 40)], family="monospace")
+    axes.set_xlabel("evaluation (F full, c conservative, a aggressive)")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(
+        f"{report.setting}: compute {report.compute_speedup:.2f}x, time {report.time_speedup:.2f}x, "
+        f"cache {report.peak_bytes / 2**20:.1f} MiB",
+        fontsize=10,
+    )
+    present = [kind for kind in Kind if report.count(kind)]
+    axes.legend(
+        handles=[Patch(facecolor=_STYLE[k][0], hatch=_STYLE[k][1], edgecolor="white", label=f"{report.count(k)} {k.label}") for k in present],
+        frameon=False,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255
+    return torch.from_numpy(pixels.copy())[None]
