@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 - an old python3 is what people start it with
     sys.exit(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}. Run it with a newer python3.")
 
 sys.path.insert(0, str(ROOT))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .engine import EngineCall, Slot, TokenChoice, conservative, listening, noting, skipping
-from .families import ModelFamily, UnsupportedCall
+from .families import ModelFamily, UnsupportedCallError
 from .kinds import Kind
 from .meter import Evaluation, RunReport, Stopwatch
-from .store import FeatureStore, StoreFull
+from .store import FeatureStore, StoreFullError
 from .strategy import Strategy, predicted_bytes
 from .timeline import Timeline
 
@@ -108,9 +108,13 @@ class CacheRun:
             return self._past_the_cache(call, compute)
         slots = [self._slot(cond, call.signature) for cond in call.conds]
         try:
-            result = self._carry_out(self._possible_kind(slots), call, slots, compute)
-            return result if result is not None else self._carry_out(Kind.FULL, call, slots, compute)
-        except StoreFull:
+            kind = self._possible_kind(slots)
+            result = self._carry_out(kind, call, slots, compute)
+            if result is None:
+                result = self._carry_out(Kind.FULL, call, slots, compute)
+            assert result is not None, "a full evaluation always has an answer"
+            return result
+        except StoreFullError:
             self._is_disabled = True
             self._forget()
             self.notify("no memory is left for the cache: the rest of this run is computed in full")
@@ -148,15 +152,15 @@ class CacheRun:
         try:
             with self._engine_for(kind, engine):
                 result = compute()
-        except UnsupportedCall as reason:
+        except UnsupportedCallError as reason:
             self.notify(f"conservative evaluations do not know this use of the model ({reason}): computed in full")
             return None
         if not engine.is_finished and kind is Kind.FULL:
             for slot in slots:  # what was kept so far does not belong together
                 slot.reset(slot.signature)
-            self.notify("another node answered for the model or replaced its last block: nothing was cached there")
-        elif not engine.is_finished and engine.is_entered:
-            self.notify("another node replaced the model's last block: computed in full")
+            self.notify("another node answered for the model or replaced its first or last block: nothing was cached there")
+        elif not engine.is_finished and engine.is_touched:
+            self.notify("another node replaced the model's first or last block: computed in full")
             return None
         self._count(engine, kind, result.shape[0])
         return result

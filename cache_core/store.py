@@ -12,7 +12,7 @@ _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 
 
-class StoreFull(Exception):
+class StoreFullError(Exception):
     """The device has no room for another feature."""
 
 
@@ -52,12 +52,12 @@ class FeatureStore:
         self._spare: dict[tuple, list[Tensor]] = defaultdict(list)
 
     def put(self, tensor: Tensor) -> Feature:
-        """Keeps a copy of `tensor` (B, L, C). Raises StoreFull where the device has no room for it."""
+        """Keeps a copy of `tensor` (B, L, C). Raises StoreFullError where the device has no room for it."""
         try:
             values, scale = self._encode(tensor)
             return Feature(self._copy(values), self._copy(scale) if scale is not None else None)
         except torch.OutOfMemoryError as error:
-            raise StoreFull from error
+            raise StoreFullError from error
 
     def load(self, feature: Feature, like: Tensor) -> Tensor:
         """The feature in the dtype and on the device of `like`. Not to be written to: it may be the kept memory itself."""

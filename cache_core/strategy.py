@@ -37,7 +37,7 @@ class Strategy:
     token_share: float = 0.1
     seed: int = 0
     storage: StoreFormat = StoreFormat()
-    name: str = "off"
+    name: str = "all full"
 
     def __post_init__(self) -> None:
         if not 0 <= self.token_share <= 1:
@@ -84,10 +84,11 @@ class Settings:
         if self.mode == "off" or (self.mode != "paper" and self.speedup == 1 and not self.cycle_length):
             return Strategy(**common)
         if self.mode == "auto":
-            return Strategy(GrowingGaps(self.speedup, _AUTO_GROWTH, tail=self.tail), _AUTO_PREDICTOR, name=f"auto {self.speedup:g}x", **common)
+            policy = GrowingGaps(self.speedup, _AUTO_GROWTH, tail=self.tail)
+            return Strategy(policy, _AUTO_PREDICTOR, name=f"auto {self.speedup:g}x", **common)
         if self.mode == "paper":
-            policy = self._duca_cycle(steps)
-            return Strategy(policy, Reuse(), name=f"DuCa N={policy.cycle_length} share {self.token_share:g}", **common)
+            cycle = self._duca_cycle(steps)
+            return Strategy(cycle, Reuse(), name=f"DuCa N={cycle.cycle_length} share {self.token_share:g}", **common)
         name = f"{self.predictor} forecast {f'every {self.cycle_length}' if self.cycle_length else f'{self.speedup:g}x'}"
         return Strategy(self._forecast_policy(), PREDICTORS[self.predictor](), name=name, **common)
 

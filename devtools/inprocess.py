@@ -26,8 +26,8 @@ def load_comfyui() -> None:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401
-        import comfy.model_management  # noqa: F401
+        import comfy.cli_args
+        import comfy.model_management
     finally:
         sys.argv = arguments
 

@@ -32,10 +32,15 @@ class CacheReport(io.ComfyNode):
     @classmethod
     def execute(cls, samples: io.Latent.Type, model: io.Model.Type) -> io.NodeOutput:
         book = host.book_of(model)
-        report = (book.find(samples["samples"]) or book.last) if book is not None else None
+        if book is None:
+            return _only_text("No cache on this model: connect the MODEL output of DuCa Cache (mode other than off).")
+        report = book.find(samples["samples"]) or book.last
         if report is None:
-            text = "No cache on this model: connect the MODEL output of DuCa Cache (mode other than off)." if book is None else "Not sampled yet."
-            return io.NodeOutput(text, torch.zeros(1, 64, 64, 3), ui=ui.PreviewText(text))
+            return _only_text("This model has not been sampled yet.")
         text, plot = report_text(report), report_plot(report)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,), "duca_cache_report": (report_data(report),)}
         return io.NodeOutput(text, plot, ui=shown)
+
+
+def _only_text(text: str) -> io.NodeOutput:
+    return io.NodeOutput(text, torch.zeros(1, 64, 64, 3), ui=ui.PreviewText(text))

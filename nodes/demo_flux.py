@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import comfy.latent_formats
 import comfy.model_management
@@ -24,7 +25,7 @@ class _DemoConfig(comfy.supported_models.Flux):
     """The host's FLUX with the demo's latents (pixels in -1..1) and noise schedule (sigma' = 1.8 sigma / (1 + 0.8 sigma))."""
 
     latent_format = comfy.latent_formats.ChromaRadiance
-    sampling_settings = {"shift": math.log(1.8)}
+    sampling_settings: ClassVar = {"shift": math.log(1.8)}
 
 
 def load_demo_model() -> ModelPatcher:

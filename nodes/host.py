@@ -82,7 +82,7 @@ def unknown_model(model: ModelPatcher) -> str:
 def _sampling(settings: Settings, options: HostOptions, book: RunBook) -> Callable[..., torch.Tensor]:
     """The OUTER_SAMPLE wrapper: one CacheRun per sampling run, freed however the run ends."""
 
-    def outer_sample(executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
+    def outer_sample(executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
         guider = executor.class_obj
         run = _open_run(guider.model_patcher, settings, options, sigmas)
         if run is None:

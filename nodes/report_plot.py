@@ -33,11 +33,13 @@ def report_plot(report: RunReport) -> torch.Tensor:
         fontsize=10,
     )
     present = [kind for kind in Kind if report.count(kind)]
-    axes.legend(
-        handles=[Patch(facecolor=_STYLE[k][0], hatch=_STYLE[k][1], edgecolor="white", label=f"{report.count(k)} {k.label}") for k in present],
-        frameon=False,
-    )
+    axes.legend(handles=[_legend_entry(kind, report.count(kind)) for kind in present], frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255
     return torch.from_numpy(pixels.copy())[None]
+
+
+def _legend_entry(kind: Kind, count: int) -> Patch:
+    colour, hatch = _STYLE[kind]
+    return Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=f"{count} {kind.label}")

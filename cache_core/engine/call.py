@@ -19,8 +19,8 @@ class EngineCall:
 
     time: the model's time coordinate of this evaluation. keeps_sublayers: whether a full evaluation keeps them.
     on_enter: told this call and the first stream (B, L, C) when the first block is reached.
-    lengths, is_entered, is_finished: filled in while the blocks run; a call that never entered was answered
-    by someone else's wrapper, one that did not finish lost its last block to someone else's patch.
+    lengths, is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
+    last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
     """
 
     model: nn.Module
@@ -31,7 +31,7 @@ class EngineCall:
     keeps_sublayers: bool
     on_enter: Callable[[EngineCall, Tensor], None]
     lengths: dict[str, int] = field(default_factory=dict)
-    is_entered: bool = False
+    is_touched: bool = False
     is_finished: bool = False
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class EngineCall:
         stack = self.placed[0][0]
         streams = stack.inputs(args, kwargs)
         self.lengths = stream_lengths(stack, streams)
-        self.is_entered = True
+        self.is_touched = True
         self.on_enter(self, streams[0])
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
@@ -52,6 +52,9 @@ class EngineCall:
 
     def remember_hidden(self, result: Any) -> None:
         """To be told the result of the last block: keeps its hidden state."""
+        self.is_touched = True
+        if not self.lengths:
+            return
         tensors = result if isinstance(result, tuple) else (result,)
         index, place = self.hidden_place()
         for slot, rows in zip(self.slots, self.rows(tensors[index][:, place])):

@@ -54,6 +54,9 @@ def _passing(stack: Stack) -> Any:
 def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Any:
     def answer(*args: Any, **kwargs: Any) -> Any:
         tensors = list(call.last_stack.inputs(args, kwargs))
+        call.is_touched = True
+        if not call.lengths:
+            return call.last_stack.result(tensors)
         index, place = call.hidden_place()
         x = tensors[index]
         hidden = torch.cat([forecast(slot, predictor, call.time, store, x) for slot in call.slots])

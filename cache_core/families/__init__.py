@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import Lengths, ModelFamily, Site, Stack, UnsupportedCall
+from .base import Lengths, ModelFamily, Site, Stack, UnsupportedCallError
 from .flux import FLUX
 
 FAMILIES: tuple[ModelFamily, ...] = (FLUX,)
@@ -16,4 +16,4 @@ def find_family(model: nn.Module) -> ModelFamily | None:
     return next((family for family in FAMILIES if family.matches(model)), None)
 
 
-__all__ = ["FAMILIES", "Lengths", "ModelFamily", "Site", "Stack", "UnsupportedCall", "find_family"]
+__all__ = ["FAMILIES", "Lengths", "ModelFamily", "Site", "Stack", "UnsupportedCallError", "find_family"]

@@ -15,7 +15,7 @@ from ..kinds import Kind
 Lengths = Mapping[str, int]  # tokens of every stream, e.g. {"img": 4096, "txt": 512}
 
 
-class UnsupportedCall(Exception):
+class UnsupportedCallError(Exception):
     """A block was called in a way the family's replay does not know: compute this call in full instead."""
 
 
@@ -142,13 +142,11 @@ def stream_slice(wanted: str, stream: str, lengths: Lengths) -> slice:
 
 def linear_weights(*modules: nn.Module | None) -> int:
     """Weights (multiply-adds per token) of all linear layers below the modules, by declared sizes, not tensors."""
-    return sum(
-        layer.in_features * layer.out_features  # type: ignore[operator]
-        for module in modules
-        if module is not None
-        for layer in module.modules()
-        if hasattr(layer, "in_features") and hasattr(layer, "out_features")
-    )
+    total = 0
+    for layer in (layer for module in modules if module is not None for layer in module.modules()):
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            total += int(layer.in_features) * int(layer.out_features)  # type: ignore[arg-type]
+    return total
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds import Kind
-from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCall, linear_weights, modulate
+from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights, modulate
 
 
 def _is_flux(model: nn.Module) -> bool:
@@ -43,7 +43,7 @@ def _refresh_stream(
 
 def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
     if call.get("modulation_dims_img") is not None or call.get("modulation_dims_txt") is not None:
-        raise UnsupportedCall("per-token modulation")
+        raise UnsupportedCallError("per-token modulation")
     img_mod1, img_mod2 = block.img_mod(call["vec"])
     txt_mod1, txt_mod2 = block.txt_mod(call["vec"])
     img = _refresh_stream(block, "img", call["img"], img_mod1.gate, img_mod2, cached)
@@ -53,7 +53,7 @@ def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
 
 def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     if call.get("modulation_dims") is not None:
-        raise UnsupportedCall("per-token modulation")
+        raise UnsupportedCallError("per-token modulation")
     x = call["x"]
     mod, _ = block.modulation(call["vec"])
     tokens = cached.choose("txt+img", x.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -10,7 +11,7 @@ from .chebyshev import Chebyshev
 from .reuse import Reuse
 from .taylor import Taylor
 
-PREDICTORS = MappingProxyType(
+PREDICTORS: Mapping[str, Callable[[], Predictor]] = MappingProxyType(
     {
         "reuse": Reuse,
         "taylor1": partial(Taylor, order=1),

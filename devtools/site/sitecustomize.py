@@ -7,6 +7,8 @@ import importlib.abc
 import importlib.util
 import sys
 
+_KEPT: list = []
+
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
@@ -33,7 +35,7 @@ def _define_missing_operators():
     fragment = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library._duca_torchvision_fragment = fragment  # definitions last as long as this object
+    _KEPT.append(fragment)  # definitions last as long as this object
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())

@@ -1,0 +1,152 @@
+"""When an evaluation is full: timelines, policies and their texts against hand-worked schedules."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui_duca.cache_core import Kind, Plan, Settings, Timeline
+from comfyui_duca.cache_core.policies import POLICIES, AlwaysCompute, DucaCycle, FixedInterval, GrowingGaps
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def text(policy, steps: int, window: range | None = None) -> str:
+    return str(policy.plan(steps, range(steps) if window is None else window))
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps", "expected"),
+    [
+        (AlwaysCompute(), 4, "FFFF"),
+        (DucaCycle(5, warmup=1), 12, "FcacaFcacaFc"),  # the paper's cycle
+        (DucaCycle(5, warmup=3), 12, "FFFcacaFcaca"),  # its FLUX setting
+        (DucaCycle(4, warmup=1, tail=2), 10, "FcacFcacFF"),
+        (DucaCycle(4, between="c", warmup=1), 6, "FcccFc"),  # ToCa-like
+        (DucaCycle(1), 4, "FFFF"),
+        (DucaCycle(5, warmup=0), 6, "FcacaF"),  # the first step is full whatever the warm-up
+        (FixedInterval(3, warmup=1), 8, "FaaFaaFa"),
+        (FixedInterval(4, warmup=3, tail=1), 12, "FFFaaaFaaaFF"),
+        (GrowingGaps(1.0), 5, "FFFFF"),
+        (GrowingGaps(100.0), 5, "Faaaa"),
+    ],
+)
+def test_hand_worked_schedules(policy, steps, expected):
+    assert text(policy, steps) == expected
+
+
+def test_growing_gaps_by_the_formula_of_the_method():
+    """n = 28, K = 7, growth 1.35: round(28 · (k/7)^1.35) = 0, 2, 5, 9, 13, 18, 23."""
+    plan = text(GrowingGaps(4.0, growth=1.35), 28)
+    assert [i for i, kind in enumerate(plan) if kind == "F"] == [0, 2, 5, 9, 13, 18, 23]
+
+
+def test_a_window_keeps_everything_outside_it_full():
+    assert text(DucaCycle(5, warmup=1), 10, range(2, 7)) == "FFcacaFFFF"
+    assert text(FixedInterval(3, warmup=1), 8, range(0)) == "FFFFFFFF"
+    assert text(GrowingGaps(6.0), 10, range(3, 8)) == "FFFFaaaaFF"
+
+
+@given(
+    steps=st.integers(1, 200),
+    name=st.sampled_from(sorted(POLICIES)),
+    start=st.integers(0, 200),
+    length=st.integers(0, 200),
+    speedup=st.floats(1, 10),
+)
+def test_every_policy_keeps_its_promises(steps, name, start, length, speedup):
+    window = range(min(start, steps), min(start + length, steps))
+    policy = POLICIES[name](speedup) if name == "growing_gaps" else POLICIES[name]()
+    plan = policy.plan(steps, window)
+    assert len(plan) == steps
+    assert plan[0] is Kind.FULL
+    assert all(plan[i] is Kind.FULL for i in range(steps) if i not in window)
+    assert Plan.parse(str(plan)) == plan
+
+
+@given(steps=st.integers(1, 200), speedup=st.floats(1, 10))
+def test_growing_gaps_meet_their_budget(steps, speedup):
+    plan = GrowingGaps(speedup).plan(steps, range(steps))
+    assert plan.count(Kind.FULL) == max(1, round(steps / speedup))
+
+
+@pytest.mark.parametrize("bad", ["FxF", "Fa!", "f"])
+def test_a_plan_names_the_wrong_character(bad):
+    wrong = next(i for i, letter in enumerate(bad) if letter not in "Fca") + 1
+    with pytest.raises(ValueError, match=f"character {wrong} "):
+        Plan.parse(bad)
+
+
+def test_a_plan_cannot_begin_with_a_skip():
+    with pytest.raises(ValueError, match="first step"):
+        Plan.parse("aF")
+
+
+SIGMAS = [1.0, 0.8, 0.5, 0.2, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "step"),
+    [(1.0, 0), (0.8, 1), (0.5, 2), (0.2, 3), (0.9, 0), (0.63, 1), (0.05, 3), (0.0, 3), (1.2, 0), (0.8001, 1), (0.7999, 1)],
+)
+def test_a_noise_level_finds_its_step(sigma, step):
+    """On schedule (within rounding), between steps (dpm_2), above the first (churn) and below the last."""
+    assert Timeline(SIGMAS).step_of(sigma) == step
+
+
+def test_equal_noise_levels_belong_to_the_later_step():
+    assert Timeline([1.0, 0.5, 0.5, 0.0]).step_of(0.5) == 2
+
+
+def test_time_is_interpolated_between_steps():
+    timeline = Timeline([10.0, 4.0, 0.0], times=[1.0, 0.5, 0.0])
+    assert [timeline.time_of(s) for s in (12.0, 10.0, 7.0, 4.0, 2.0, 0.0)] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_windows_follow_the_noise_levels():
+    timeline = Timeline(SIGMAS)
+    assert timeline.window(1.0, 0.0) == range(0, 4)
+    assert timeline.window(0.85, 0.3) == range(1, 3)
+    assert timeline.window(0.45, 0.4) == range(0)
+    assert Timeline(SIGMAS[2:]).window(0.85, 0.3) == range(0, 1)  # an image-to-image run that starts at 0.5
+
+
+@pytest.mark.parametrize("sigmas", [[1.0], [0.5, 1.0], [1.0, 0.5, 0.6]])
+def test_unusable_noise_levels_are_refused(sigmas):
+    with pytest.raises(ValueError):
+        Timeline(sigmas)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"mode": "turbo"},
+        {"speedup": 0.9},
+        {"token_share": 1.1},
+        {"token_share": -0.1},
+        {"start": 0.6, "end": 0.5},
+        {"end": 1.5},
+        {"tail": -1},
+        {"cycle_length": -1},
+        {"predictor": "magic"},
+    ],
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ValueError, match=r"\d|unknown|negative"):
+        Settings(**bad)
+
+
+@pytest.mark.parametrize(("speedup", "steps"), [(1.5, 20), (2.0, 28), (3.0, 28), (4.0, 50), (6.0, 50)])
+def test_paper_mode_follows_the_slider(speedup, steps):
+    """The shortest cycle that is fast enough: one step shorter would be too slow."""
+    policy = Settings(mode="paper", speedup=speedup).strategy(steps).policy
+
+    def cost(cycle: DucaCycle) -> float:
+        plan = cycle.plan(steps, range(steps))
+        return plan.count(Kind.FULL) + 0.07 * plan.count(Kind.CONSERVATIVE)
+
+    assert steps / cost(policy) >= speedup * 0.98 or policy.cycle_length == steps
+    assert steps / cost(DucaCycle(policy.cycle_length - 1)) < speedup * 0.99
+
+
+def test_the_slider_at_one_computes_everything():
+    for mode in ("auto", "forecast", "off"):
+        assert set(str(Settings(mode=mode, speedup=1.0).strategy(20).policy.plan(20, range(20)))) == {"F"}
