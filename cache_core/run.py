@@ -155,13 +155,14 @@ class CacheRun:
         except UnsupportedCallError as reason:
             self.notify(f"conservative evaluations do not know this use of the model ({reason}): computed in full")
             return None
-        if not engine.is_finished and kind is Kind.FULL:
+        if not engine.is_touched:
+            self.notify("another node answered for the model in some evaluations; the cache does not see those")
+        elif not engine.is_finished:
+            self.notify("another node replaced the model's first or last block: computed in full, nothing cached")
+            if kind is not Kind.FULL:
+                return None
             for slot in slots:  # what was kept so far does not belong together
                 slot.reset(slot.signature)
-            self.notify("another node answered for the model or replaced its first or last block: nothing was cached there")
-        elif not engine.is_finished and engine.is_touched:
-            self.notify("another node replaced the model's first or last block: computed in full")
-            return None
         self._count(engine, kind, result.shape[0])
         return result
 

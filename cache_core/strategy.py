@@ -21,8 +21,7 @@ MODES = ("auto", "paper", "forecast", "off")
 _CONSERVATIVE_COST = 0.7
 
 # The best uncalibrated setting that we measured (docs/benchmarks.md).
-_AUTO_GROWTH = 1.2
-_AUTO_PREDICTOR = Chebyshev(taylor_share=0.7)
+_AUTO_PREDICTOR = Chebyshev(taylor_share=0.7, history=5, reach=0.7)
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ class Settings:
         if self.mode == "off" or (self.mode != "paper" and self.speedup == 1 and not self.cycle_length):
             return Strategy(**common)
         if self.mode == "auto":
-            policy = GrowingGaps(self.speedup, _AUTO_GROWTH, tail=self.tail)
-            return Strategy(policy, _AUTO_PREDICTOR, name=f"auto {self.speedup:g}x", **common)
+            return Strategy(GrowingGaps(self.speedup, tail=self.tail), _AUTO_PREDICTOR, name=f"auto {self.speedup:g}x", **common)
         if self.mode == "paper":
             cycle = self._duca_cycle(steps)
             return Strategy(cycle, Reuse(), name=f"DuCa N={cycle.cycle_length} share {self.token_share:g}", **common)

@@ -54,6 +54,14 @@ def test_chebyshev_blends_in_the_line():
     assert Chebyshev().weights(anchors[:1], time) == [1.0]
 
 
+def test_a_bounded_line_is_held_beyond_its_reach():
+    """Anchors 0.2 apart, reach 0.5: followed for 0.1, the same at 0.5 and beyond."""
+    bounded = Chebyshev(reach=0.5)
+    assert bounded.weights([0.8, 0.6], 0.55) == pytest.approx([-0.25, 1.25])
+    assert bounded.weights([0.8, 0.6], 0.5) == pytest.approx([-0.5, 1.5])
+    assert bounded.weights([0.8, 0.6], 0.1) == pytest.approx([-0.5, 1.5])
+
+
 @given(
     name=st.sampled_from(sorted(PREDICTORS)),
     gaps=st.lists(st.floats(0.01, 0.2), min_size=1, max_size=8),

@@ -36,3 +36,12 @@ def interpolating_weights(anchors: Sequence[float], time: float) -> list[float]:
                 weight *= (time - other) / (own - other)
         result.append(weight)
     return result
+
+
+def damped_line(anchors: Sequence[float], time: float, reach: float) -> list[float]:
+    """The line through the last two anchors, followed for at most `reach` times their distance and held from there."""
+    if len(anchors) == 1:
+        return [1.0]
+    before, last = anchors[-2:]
+    ahead = min((time - last) / (last - before), reach)
+    return [0.0] * (len(anchors) - 2) + [-ahead, 1.0 + ahead]

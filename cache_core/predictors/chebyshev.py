@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.polynomial.chebyshev import chebvander
 
-from .base import interpolating_weights
+from .base import damped_line
 
 
 @dataclass(frozen=True)
@@ -17,26 +18,27 @@ class Chebyshev:
 
     degree: highest polynomial, lower while fewer features are known. ridge: λ added to ΦᵀΦ.
     taylor_share: weight of the first-order Taylor term, 0..1. history: features kept.
-    Fewer than three known features leave the Taylor term alone.
+    reach: how far the Taylor term is followed, in distances between the last two features (ours; Spectrum has no bound).
+    Fewer than three known features leave the Taylor term alone. The defaults are Spectrum's.
     """
 
     degree: int = 4
     ridge: float = 0.1
     taylor_share: float = 0.5
     history: int = 8
+    reach: float = math.inf
 
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:
         n = len(anchors)
-        taylor = np.zeros(n)
-        taylor[-2:] = interpolating_weights(anchors[-2:], time)
+        taylor = damped_line(anchors, time, self.reach)
         if n < 3:
-            return taylor.tolist()
+            return taylor
         degree = min(self.degree, n - 1)
         basis = chebvander(_unit(np.asarray(anchors)), degree)  # (n, degree+1)
         target = chebvander(_unit(np.asarray([time])), degree)[0]  # (degree+1,)
         gram = basis.T @ basis + self.ridge * np.eye(degree + 1)
         fitted = basis @ np.linalg.solve(gram, target)  # (n,)
-        return (self.taylor_share * taylor + (1 - self.taylor_share) * fitted).tolist()
+        return (self.taylor_share * np.asarray(taylor) + (1 - self.taylor_share) * fitted).tolist()
 
 
 def _unit(times: np.ndarray) -> np.ndarray:

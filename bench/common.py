@@ -1,0 +1,43 @@
+"""Shared by the benchmarks: the host in this process, tables in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from devtools.inprocess import load_comfyui, load_pack
+
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+
+
+def start() -> None:
+    """Loads ComfyUI and the pack; `import torch` and the like come after."""
+    load_comfyui()
+    load_pack()
+    sys.path.append(str(ROOT / "tests"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    import torch
+
+    return f"torch {torch.__version__} on {os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+
+
+def publish(name: str, text: str) -> None:
+    """Puts a result between the document's markers for `name`, and prints it."""
+    print(text)
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    document = DOCUMENT.read_text(encoding="utf-8")
+    head, tail = document.split(begin)[0], document.split(end)[1]
+    DOCUMENT.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")

@@ -1,0 +1,135 @@
+"""What the cache itself costs, on FLUX blocks of real width: times as ratios in one run.
+
+1 double and 2 single blocks, width 3072, random weights, 1024 image and 256 text tokens, bfloat16. The model runs
+through the host's own Flux class; rounds alternate the variants so that a busy machine hits all alike, and each
+figure is the median of its per-round ratios. Writes its table to docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+
+from common import machine, publish, start, table
+
+start()
+import comfy.ops
+import torch
+from comfy.ldm.flux.model import Flux
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Timeline
+from comfyui_duca.cache_core.engine.overrides import forward_overrides
+from comfyui_duca.cache_core.families.flux import FLUX
+from comfyui_duca.cache_core.kinds import Plan
+from comfyui_duca.cache_core.predictors import Chebyshev, Reuse
+from comfyui_duca.cache_core.strategy import Strategy
+
+ROUNDS = 9
+CONFIG = {
+    "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
+    "num_heads": 24, "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "guidance_embed": True,
+}  # fmt: skip
+
+
+class Planned:
+    """A policy with a plan written out."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def plan(self, steps: int, window: range) -> Plan:
+        return Plan.parse(self.text)
+
+
+def make_network() -> Flux:
+    torch.manual_seed(0)
+    network = Flux(**CONFIG, dtype=torch.bfloat16, device="cpu", operations=comfy.ops.disable_weight_init)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return network.eval()
+
+
+class Overhead:
+    def __init__(self) -> None:
+        self.network = make_network()
+        self.x = torch.randn(1, 16, 64, 64, dtype=torch.bfloat16)
+        self.context, self.y = torch.randn(1, 256, 4096, dtype=torch.bfloat16), torch.randn(1, 768, dtype=torch.bfloat16)
+
+    def compute(self) -> torch.Tensor:
+        t = torch.tensor([0.7], dtype=torch.bfloat16)
+        return self.network(self.x, t, self.context, self.y, torch.tensor([3.5], dtype=torch.bfloat16))
+
+    def run(self, plan: str, predictor, share: float = 0.1) -> CacheRun:
+        steps = len(plan)
+        timeline = Timeline([1 - i / steps for i in range(steps + 1)])
+        return CacheRun(Strategy(Planned(plan), predictor, share), timeline, range(steps), FLUX, torch.device("cpu"))
+
+    def timed(self, work) -> float:
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+
+    def evaluate(self, run: CacheRun, step: int) -> float:
+        """Seconds of one evaluation with everything the cache does around and in it."""
+        call = ModelCall(self.network, ("cond",), 0)
+
+        def work():
+            with run.evaluation(1 - step / len(run.plan)):
+                run.cond_batch()
+                run.model_call(call, self.compute)
+
+        return self.timed(work)
+
+    def passed_through(self) -> float:
+        """The host's embedding and head alone: blocks return what they are given."""
+        blocks = [(b, lambda _f: lambda img, txt, **_: (img, txt)) for b in self.network.double_blocks]
+        blocks += [(b, lambda _f: lambda x, **_: x) for b in self.network.single_blocks]
+        with forward_overrides(blocks):
+            return self.timed(self.compute)
+
+    def measure(self, rounds: int) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in ("plain", "floor", "full", "full, sublayers kept", "aggressive", "conservative")}
+        forecast = self.run("F" * 5 + "Fa" * (rounds + 1), Chebyshev(taylor_share=0.7, history=5))
+        cycle = self.run("F" + "Fc" * (rounds + 1), Reuse())
+        for step in range(5):  # a full history, and allocators warm
+            self.evaluate(forecast, step)
+        self.evaluate(cycle, 0)
+        for i in range(rounds):
+            times["plain"].append(self.timed(self.compute))
+            times["full"].append(self.evaluate(forecast, 5 + 2 * i))
+            times["aggressive"].append(self.evaluate(forecast, 6 + 2 * i))
+            times["floor"].append(self.passed_through())
+            times["full, sublayers kept"].append(self.evaluate(cycle, 1 + 2 * i))
+            times["conservative"].append(self.evaluate(cycle, 2 + 2 * i))
+            print(f"round {i + 1} of {rounds}", {k: round(v[-1], 3) for k, v in times.items()}, flush=True)
+        assert [e.kind for e in forecast.report.evaluations[5:7]] == [Kind.FULL, Kind.AGGRESSIVE]
+        assert cycle.report.evaluations[2].kind is Kind.CONSERVATIVE
+        return times
+
+
+@torch.inference_mode()
+def main() -> None:
+    bench = Overhead()
+    times = bench.measure(3 if "--quick" in sys.argv else ROUNDS)
+    plain = times["plain"]
+
+    def share(name: str, minus: str | None = None) -> float:
+        """Median over rounds of time / plain time, in percent; `minus` is taken off first."""
+        base = times[minus] if minus else [0.0] * len(plain)
+        return 100 * statistics.median((t - b) / p for t, b, p in zip(times[name], base, plain))
+
+    rows = [
+        ["full evaluation, forecast mode: slower than without", f"{share('full', 'plain'):+.2f} %", "≤ 2 %"],
+        ["full evaluation, paper mode (sublayers kept): slower than without", f"{share('full, sublayers kept', 'plain'):+.2f} %", "≤ 2 %"],
+        ["aggressive evaluation beyond embedding and head", f"{share('aggressive', 'floor'):.2f} %", "≤ 3 %"],
+        ["aggressive evaluation, all of it", f"{share('aggressive'):.2f} %", ""],
+        ["conservative evaluation (share 0.1), all of it", f"{share('conservative'):.2f} %", ""],
+    ]
+    spread = 100 * (max(plain) - min(plain)) / statistics.median(plain)
+    about = f"Median of {len(plain)} rounds, as shares of a plain full evaluation ({statistics.median(plain):.2f} s, spread {spread:.0f} %); {machine()}."
+    publish("overhead", f"{about}\n\n{table(['what', 'measured', 'target'], rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Picture quality at equal compute, uncalibrated: every setting against the uncached 28-step image of the demo model.
+
+16 prompts that no setting was chosen on, euler, simple schedule, guidance 2.5, through the host's own sampler.
+`--quick` takes 4 prompts. Writes its table to docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from common import machine, publish, start, table
+
+start()
+import comfy.sample
+import numpy as np
+import torch
+from comfyui_duca.cache_core import Kind, Settings
+from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, GrowingGaps
+from comfyui_duca.cache_core.predictors import Chebyshev, Reuse, Taylor
+from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.nodes import host
+from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+STEPS, GUIDANCE = 28, 2.5
+PROMPTS = (
+    "red apple", "tiger face", "rocket", "pizza", "grinning face", "cherry blossom", "volcano", "guitar",
+    "octopus", "hamburger", "snowman", "sports car", "smiling face with sunglasses", "banana", "penguin", "castle",
+)  # fmt: skip
+SPEEDS = {1.4: 20, 2.0: 14, 2.8: 10, 3.5: 8, 4.7: 6, 5.6: 5}  # full evaluations of 28
+EVEN_INTERVAL = {20: 1, 14: 3, 10: 4, 8: 6, 6: 9, 5: 14}  # interval after 3 warm-up steps that comes to about as many
+
+
+@dataclass(frozen=True)
+class Fixed(Settings):
+    """Settings that stand for one strategy."""
+
+    chosen: Strategy = field(default_factory=Strategy)
+
+    def strategy(self, steps: int) -> Strategy:
+        return self.chosen
+
+
+def conditioning(prompts) -> list:
+    """All prompts as one cond whose batch rows are the prompts."""
+    parts = [encode_prompt(prompt)[0] for prompt in prompts]
+    return [[torch.cat([c for c, _ in parts]), {"pooled_output": torch.cat([extra["pooled_output"] for _, extra in parts])}]]
+
+
+class Bench:
+    def __init__(self, prompts) -> None:
+        self.model, self.prompts = load_demo_model(), prompts
+        self.latent = torch.zeros(len(prompts), 3, 48, 48)
+        self.noise = comfy.sample.prepare_noise(self.latent, 0)
+        self.reference = self.pictures(self.model, STEPS)
+
+    def pictures(self, model, steps: int) -> np.ndarray:
+        """(N, 48, 48, 3) in 0..1, as a decoded image."""
+        positive, negative = conditioning(self.prompts), conditioning([""] * len(self.prompts))
+        latents = comfy.sample.sample(
+            model, self.noise, steps, GUIDANCE, "euler", "simple", positive, negative, self.latent, seed=0, disable_pbar=True
+        )
+        return ((latents.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
+
+    def distances(self, pictures: np.ndarray) -> tuple[float, float]:
+        """Mean PSNR (dB) and SSIM against the uncached pictures."""
+        pairs = list(zip(self.reference, pictures))
+        psnr = np.mean([peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in pairs])
+        ssim = np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=-1) for a, b in pairs])
+        return float(psnr), float(ssim)
+
+    def row(self, name: str, settings: Settings | None, steps: int = STEPS) -> list[str]:
+        if settings is None:
+            psnr, ssim = self.distances(self.pictures(self.model, steps))
+            values = [f"{steps} / 0 / 0", f"{STEPS / steps:.2f}", f"{psnr:.2f}", f"{ssim:.4f}"]
+        else:
+            cached = host.attach(self.model, settings)
+            psnr, ssim = self.distances(self.pictures(cached, steps))
+            report = host.book_of(cached).last
+            counts = " / ".join(str(report.count(kind)) for kind in Kind)
+            values = [counts, f"{report.compute_speedup:.2f}", f"{psnr:.2f}", f"{ssim:.4f}"]
+        print(name, *values, flush=True)
+        return [name, *values]
+
+
+def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
+    """The rows of one speed, all with about `full` full evaluations (conservative ones come on top)."""
+    interval = EVEN_INTERVAL[full]
+    rows: dict[str, Settings | None] = {
+        "no cache, fewer steps": None,
+        "**auto**": Settings(speedup=STEPS / full),
+        "Taylor 1, same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Taylor(1))),
+        "Chebyshev (Spectrum), same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Chebyshev(history=100))),
+        "Chebyshev, gaps n(k/K)^1.35": Fixed(chosen=Strategy(GrowingGaps(STEPS / full, 1.35), Chebyshev(history=100))),
+        "reuse of the hidden, same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Reuse())),
+    }
+    if interval > 1:
+        even, cycle = FixedInterval(interval, 3, 1), DucaCycle(interval, "c", 3, 1)
+        rows |= {
+            f"Taylor 1, even gaps N={interval}": Fixed(chosen=Strategy(even, Taylor(1))),
+            f"Taylor 2, even gaps N={interval}": Fixed(chosen=Strategy(even, Taylor(2))),
+            f"Chebyshev, even gaps N={interval}": Fixed(chosen=Strategy(even, Chebyshev(history=100))),
+            f"FORA (per sublayer) N={interval}": Fixed(chosen=Strategy(cycle, Reuse(), token_share=0.0)),
+            f"ToCa-like (all conservative, share 0.1) N={interval}": Fixed(chosen=Strategy(cycle, Reuse(), token_share=0.1)),
+            f"DuCa (share 0.1) N={interval}": Fixed(chosen=Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1)),
+        }
+    return rows
+
+
+def main() -> None:
+    bench = Bench(PROMPTS[:4] if "--quick" in sys.argv else PROMPTS)
+    header = ["setting", "full / conservative / aggressive", "compute ×", "PSNR dB", "SSIM"]
+    sections = []
+    for speed, full in SPEEDS.items():
+        steps = {"no cache, fewer steps": full}
+        rows = [bench.row(name, settings, steps.get(name, STEPS)) for name, settings in settings_at(speed, full).items()]
+        sections.append(f"\n**about {speed}× ({full} full evaluations of {STEPS})**\n\n{table(header, rows)}")
+    paper = {
+        "FORA N=5": DucaCycle(5, "c", 3), "ToCa-like N=5": DucaCycle(5, "c", 3), "**DuCa N=5**": DucaCycle(5, "ca", 3),
+    }  # fmt: skip
+    rows = [bench.row(name, Fixed(chosen=Strategy(p, Reuse(), token_share=0.0 if "FORA" in name else 0.1))) for name, p in paper.items()]
+    sections.append(f"\n**the paper's setting: N = 5, share 0.1, 3 full steps first**\n\n{table(header, rows)}")
+    about = f"{len(bench.prompts)} prompts, {STEPS} euler steps, guidance {GUIDANCE}; {machine()}.\n"
+    publish("quality", about + "\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
