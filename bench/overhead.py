@@ -89,7 +89,8 @@ class Overhead:
             return self.timed(self.compute)
 
     def measure(self, rounds: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in ("plain", "floor", "full", "full, sublayers kept", "aggressive", "conservative")}
+        names = ("plain", "floor", "full", "full, sublayers kept", "aggressive", "conservative")
+        times: dict[str, list[float]] = {name: [] for name in names}
         forecast = self.run("F" * 5 + "Fa" * (rounds + 1), Chebyshev(taylor_share=0.7, history=5))
         cycle = self.run("F" + "Fc" * (rounds + 1), Reuse())
         for step in range(5):  # a full history, and allocators warm
@@ -127,7 +128,8 @@ def main() -> None:
         ["conservative evaluation (share 0.1), all of it", f"{share('conservative'):.2f} %", ""],
     ]
     spread = 100 * (max(plain) - min(plain)) / statistics.median(plain)
-    about = f"Median of {len(plain)} rounds, as shares of a plain full evaluation ({statistics.median(plain):.2f} s, spread {spread:.0f} %); {machine()}."
+    base = f"({statistics.median(plain):.2f} s, spread {spread:.0f} %)"
+    about = f"Median of {len(plain)} rounds, as shares of a plain full evaluation {base}; {machine()}."
     publish("overhead", f"{about}\n\n{table(['what', 'measured', 'target'], rows)}")
 
 

@@ -92,7 +92,7 @@ def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
         "**auto**": Settings(speedup=STEPS / full),
         "Taylor 1, same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Taylor(1))),
         "Chebyshev (Spectrum), same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Chebyshev(history=100))),
-        "Chebyshev, gaps n(k/K)^1.35": Fixed(chosen=Strategy(GrowingGaps(STEPS / full, 1.35), Chebyshev(history=100))),
+        "Chebyshev, gaps n(k/K)^1.35": Fixed(chosen=Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100))),
         "reuse of the hidden, same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Reuse())),
     }
     if interval > 1:

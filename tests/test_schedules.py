@@ -27,7 +27,8 @@ def text(policy, steps: int, window: range | None = None) -> str:
         (FixedInterval(4, warmup=3, tail=1), 12, "FFFaaaFaaaFF"),
         (GrowingGaps(1.0), 5, "FFFFF"),
         (GrowingGaps(100.0), 5, "Faaaa"),
-        (GrowingGaps(3.5), 28, "FaaFaaFaaFaaFaaaFaaaFaaaFaaa"),  # 28 = 4·3 + 4·4
+        (GrowingGaps(3.5), 28, "FaFaaFaaFaaaFaaaFaaaFaaaFaaa"),  # 28 = 2 + 2·3 + 5·4
+        (GrowingGaps(3.5, first_gap=None), 28, "FaaFaaFaaFaaFaaaFaaaFaaaFaaa"),  # 28 = 4·3 + 4·4
         (GrowingGaps(1.4), 28, "F" * 12 + "Fa" * 8),  # 28 = 12·1 + 8·2
     ],
 )
@@ -37,13 +38,13 @@ def test_hand_worked_schedules(policy, steps, expected):
 
 def test_growing_gaps_by_the_formula_of_the_method():
     """n = 28, K = 7, growth 1.35: round(28 · (k/7)^1.35) = 0, 2, 5, 9, 13, 18, 23."""
-    plan = text(GrowingGaps(4.0, growth=1.35), 28)
+    plan = text(GrowingGaps(4.0, growth=1.35, first_gap=None), 28)
     assert [i for i, kind in enumerate(plan) if kind == "F"] == [0, 2, 5, 9, 13, 18, 23]
 
 
-@given(steps=st.integers(1, 200), speedup=st.floats(1, 10), growth=st.floats(1, 2))
-def test_gaps_never_shrink(steps, speedup, growth):
-    plan = str(GrowingGaps(speedup, growth).plan(steps, range(steps)))
+@given(steps=st.integers(1, 200), speedup=st.floats(1, 10), growth=st.floats(1, 2), first_gap=st.none() | st.floats(0.1, 2))
+def test_gaps_never_shrink(steps, speedup, growth, first_gap):
+    plan = str(GrowingGaps(speedup, growth, first_gap).plan(steps, range(steps)))
     gaps = [len(gap) for gap in plan.split("F")[1:]]
     assert gaps == sorted(gaps)
 

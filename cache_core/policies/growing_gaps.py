@@ -10,19 +10,22 @@ from ..kinds import Kind, Plan
 
 @dataclass(frozen=True)
 class GrowingGaps:
-    """Full evaluations at round(n · (k/K)^growth), k = 0 … K-1, with the gaps between them sorted; others aggressive.
+    """A short first gap, then full evaluations at round(n · (k/K)^growth), with the gaps sorted; others aggressive.
 
-    Sorting matters more than growth: a long gap after a short one asks a forecast to extrapolate far from a short
-    base, which costs up to 4 dB (docs/benchmarks.md).
+    Until a second full evaluation is known a forecast can only repeat the first, hence the short first gap. Sorting
+    keeps a long gap from following a short one, where a forecast would reach far from a short base. Both are worth
+    more than growth: together up to 4 dB on the demo model (docs/benchmarks.md).
 
     speedup: steps divided by full evaluations, at least 1; K = round(steps / speedup).
-    growth: 1 gives even gaps with the shorter ones first, more makes early gaps shorter and late ones longer.
+    growth: 1 gives even gaps, more makes early gaps shorter and late ones longer.
+    first_gap: the first gap as a share of the average one; None leaves it to `growth`.
     warmup, tail: full steps at both ends of the run; they count towards K.
     Raises ValueError for a speedup or growth below 1 or a negative count.
     """
 
     speedup: float = 2.0
     growth: float = 1.0
+    first_gap: float | None = 0.6
     warmup: int = 1
     tail: int = 0
 
@@ -47,9 +50,17 @@ class GrowingGaps:
 
     def _gaps(self, steps: int, count: int) -> list[int]:
         """`count` gaps of at least one step that fill `steps`, shortest first."""
-        ends = [round(steps * (k / count) ** self.growth) for k in range(count + 1)]
-        gaps = sorted(max(1, end - start) for start, end in pairwise(ends))
-        while sum(gaps) > steps:  # early places coincided after rounding: the longest gaps pay for them
-            gaps[-1] -= 1
-            gaps.sort()
-        return gaps
+        if self.first_gap is None or count == 1:
+            return _grown(steps, count, self.growth)
+        first = min(max(1, round(self.first_gap * steps / count)), steps - count + 1)
+        return sorted([first, *_grown(steps - first, count - 1, self.growth)])
+
+
+def _grown(steps: int, count: int, growth: float) -> list[int]:
+    """Gaps between round(steps · (k/count)^growth), sorted."""
+    ends = [round(steps * (k / count) ** growth) for k in range(count + 1)]
+    gaps = sorted(max(1, end - start) for start, end in pairwise(ends))
+    while sum(gaps) > steps:  # early places coincided after rounding: the longest gaps pay for them
+        gaps[-1] -= 1
+        gaps.sort()
+    return gaps
