@@ -51,7 +51,8 @@ def run(host: Host, *command: str) -> int:
 
 
 def test(host: Host, rest: list[str]) -> int:
-    return run(host, "-m", "pytest", "tests", *rest)
+    chosen = [a for a in rest if Path(a.split("::")[0]).exists()]
+    return run(host, "-m", "pytest", *(() if chosen else ("tests",)), *rest)
 
 
 def demo(host: Host, rest: list[str]) -> int:
@@ -65,7 +66,7 @@ def bench(host: Host, rest: list[str]) -> int:
 
 
 def lint(host: Host, rest: list[str]) -> int:
-    return run(host, "-m", "ruff", "check", ".") or run(host, "-m", "mypy")
+    return run(host, "-m", "ruff", "check", ".") or run(host, "-m", "ruff", "format", "--check", ".") or run(host, "-m", "mypy")
 
 
 def only_set_up(host: Host, rest: list[str]) -> int:

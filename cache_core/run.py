@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import EngineCall, Slot, TokenChoice, conservative, listening, noting, skipping
+from .engine import EngineCall, Slot, SlotTable, TokenChoice, conservative, listening, noting, skipping
 from .families import ModelFamily, UnsupportedCallError
 from .kinds import Kind
 from .meter import Evaluation, RunReport, Stopwatch
@@ -25,12 +25,14 @@ class ModelCall:
 
     conds: identity of each cond in the batch, in row order; all have equally many rows.
     signature: shape, dtype, hook weights …: features are only used for calls with an equal one.
+    variant: how this call's network differs from the plain one (block patches), to tell extra passes apart.
     bypass: why this call must neither use nor fill the cache; "" if it may.
     """
 
     model: nn.Module
     conds: Sequence[Hashable]
     signature: Hashable
+    variant: Hashable = None
     bypass: str = ""
 
 
@@ -61,15 +63,12 @@ class CacheRun:
         self._choice = TokenChoice(strategy.token_share, strategy.seed)
         self._stopwatch = Stopwatch(device)
         self._say, self._choose_device = say, choose_device
-        self._slots: dict[Hashable, Slot] = {}
+        self._slots = SlotTable(self.store, strategy.predictor.history)
         self._macs: dict[tuple, float] = {}
-        self._predicted: dict[Hashable, int] = {}
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
         self._sigma, self._time = float("inf"), 1.0
         self._kind = Kind.FULL
-        self._batches = 0
-        self._seen: set[Hashable] = set()
         self._is_disabled = False
 
     # -- the host's moments ---------------------------------------------------------------------------
@@ -81,12 +80,12 @@ class CacheRun:
         self._kind = self.plan[step]
         if sigma > self._sigma * (1 + 1e-6):
             self.notify("the noise level rose between evaluations: those are computed in full and the cache starts anew")
-            self._forget()
+            self._slots.clear()
             self._kind = Kind.FULL
         self._sigma, self._time = sigma, self._timeline.time_of(sigma)
-        self._batches, self._seen = 0, set()
         self._evaluation = Evaluation(len(self.report.evaluations), step, sigma, planned=self.plan[step])
         self.report.evaluations.append(self._evaluation)
+        self._slots.begin(self._evaluation.index)
         self._choice.begin(self._evaluation.index)
         start = self._stopwatch.mark()
         try:
@@ -96,17 +95,17 @@ class CacheRun:
             self._evaluation.cache_bytes = self.store.bytes
 
     def cond_batch(self) -> None:
-        """Before each pass over the conds; the first one of an evaluation is the sampler's own."""
-        self._batches += 1
+        """Before each pass over the conds; the first of an evaluation is the sampler's own, others are guidance (SLG, PAG …)."""
+        self._slots.next_pass()
 
     def model_call(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
         """Carries out one model call. `compute` runs the host's model; it may be called a second time."""
-        bypass = call.bypass or self._repeated(call.conds)
-        if bypass:
-            self.notify(f"{bypass}: computed in full, past the cache")
-        if bypass or self._is_disabled:
+        slots = None if call.bypass or self._is_disabled else self._slots.find(call.conds, call.variant, call.signature)
+        if slots is None:
+            if not self._is_disabled:
+                reason = call.bypass or "the same conditioning occurs twice in one evaluation"
+                self.notify(f"{reason}: computed in full, past the cache")
             return self._past_the_cache(call, compute)
-        slots = [self._slot(cond, call.signature) for cond in call.conds]
         try:
             kind = self._possible_kind(slots)
             result = self._carry_out(kind, call, slots, compute)
@@ -116,7 +115,7 @@ class CacheRun:
             return result
         except StoreFullError:
             self._is_disabled = True
-            self._forget()
+            self._slots.clear()
             self.notify("no memory is left for the cache: the rest of this run is computed in full")
             return self._past_the_cache(call, compute)
 
@@ -127,7 +126,7 @@ class CacheRun:
         self._marks.clear()
         self.report.peak_bytes = self.store.peak_bytes
         self.report.is_complete = is_complete
-        self._forget()
+        self._slots.clear()
         return self.report
 
     def notify(self, text: str) -> None:
@@ -180,42 +179,25 @@ class CacheRun:
 
     def _engine_call(self, call: ModelCall, slots: list[Slot]) -> EngineCall:
         keeps_sublayers = self.plan.count(Kind.CONSERVATIVE) > 0
-        return EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, self._entered(call))
+        return EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, self._entered)
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
-    def _slot(self, cond: Hashable, signature: Hashable) -> Slot:
-        slot = self._slots.setdefault(cond, Slot(self.store, self._strategy.predictor.history))
-        if slot.signature != signature:
-            slot.reset(signature)
-            self.store.trim()
-        return slot
-
-    def _repeated(self, conds: Sequence[Hashable]) -> str:
-        """Why these conds cannot be told from earlier ones of this evaluation, if so. Remembers them."""
-        if self._batches > 1:
-            return "guidance that evaluates the model a second time at the same step (SLG, PAG, SAG)"
-        if len(set(conds)) < len(conds) or self._seen.intersection(conds):
-            return "the same conditioning occurs twice in one evaluation"
-        self._seen.update(conds)
-        return ""
-
-    def _entered(self, call: ModelCall) -> Callable[[EngineCall, Tensor], None]:
-        """What to do when the first block of a call is reached: predict the bytes, once per cond, and choose a device."""
-
-        def entered(engine: EngineCall, tokens: Tensor) -> None:
-            new = [cond for cond in call.conds if cond not in self._predicted] if engine.slots else []
-            for cond in new:
-                self._predicted[cond] = predicted_bytes(
-                    self._strategy, self.plan, self._family, call.model, engine.lengths, tokens.shape[0] // len(call.conds), tokens.dtype
-                )
-            self.report.predicted_bytes = sum(self._predicted.values())
-            if new and self._choose_device is not None and not self.store.bytes:
-                conds_expected = max(2, len(call.conds))  # a second cond may follow in its own call
-                needed = self.report.predicted_bytes * conds_expected // len(call.conds)
-                self.store.format = replace(self.store.format, device=self._choose_device(needed))
-
-        return entered
+    def _entered(self, engine: EngineCall, tokens: Tensor) -> None:
+        """When a call reaches its first block: predicts the bytes of slots that are new, and chooses a device for the first."""
+        new = [slot for slot in engine.slots if not slot.predicted_bytes]
+        if not new:
+            return
+        rows = tokens.shape[0] // len(engine.slots)
+        for slot in new:
+            slot.predicted_bytes = predicted_bytes(
+                self._strategy, self.plan, self._family, engine.model, engine.lengths, rows, tokens.dtype
+            )
+        self.report.predicted_bytes = max(self.report.predicted_bytes, self._slots.predicted_bytes)
+        if self._choose_device is not None and not self.store.bytes:
+            expected = max(2, len(engine.slots))  # the other cond may follow in a call of its own
+            device = self._choose_device(expected * new[0].predicted_bytes)
+            self.store.format = replace(self.store.format, device=device)
 
     def _count(self, engine: EngineCall, kind: Kind, rows: int) -> None:
         if engine.lengths:
@@ -227,7 +209,3 @@ class CacheRun:
             blocks = self._family.macs(engine.model, engine.lengths, kind, self._strategy.token_share)
             self._macs[key] = blocks + self._family.outside_macs(engine.model, engine.lengths)
         return self._macs[key]
-
-    def _forget(self) -> None:
-        self._slots.clear()
-        self.store.clear()

@@ -129,4 +129,3 @@ def _key(tensor: Tensor) -> tuple:
 def _raw(tensor: Tensor) -> Tensor:
     """fp8 has no index operations of its own; its bytes do."""
     return tensor.view(torch.uint8) if tensor.dtype is _FP8 else tensor
-

@@ -49,9 +49,7 @@ class Timeline:
         """The model's time at `sigma`, interpolated between the steps' own and held beyond them."""
         if sigma >= self.sigmas[0]:
             return self.times[0]
-        for (high, low), (t_high, t_low) in zip(
-            zip(self.sigmas, self.sigmas[1:]), zip(self.times, self.times[1:]), strict=True
-        ):
+        for (high, low), (t_high, t_low) in zip(zip(self.sigmas, self.sigmas[1:]), zip(self.times, self.times[1:]), strict=True):
             if sigma >= low and high > low:
                 return t_low + (t_high - t_low) * (sigma - low) / (high - low)
         return self.times[-1]

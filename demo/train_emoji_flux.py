@@ -68,7 +68,8 @@ def load_emoji(package: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         context, vector = encode(entry["name"] or entry["short_name"])
         contexts.append(context)
         pooled.append(vector)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(contexts)), torch.from_numpy(np.stack(pooled))
+    stacked = [torch.from_numpy(np.stack(part)) for part in (pictures, contexts, pooled)]
+    return stacked[0].permute(0, 3, 1, 2), stacked[1], stacked[2]
 
 
 def make_model() -> Flux:

@@ -87,7 +87,8 @@ async def _follow(socket: aiohttp.ClientWebSocketResponse, execution: Execution,
         if data.get("prompt_id") != execution.prompt_id:
             continue
         if kind == "execution_error":
-            raise PromptError(f"{data['node_type']} (node {data['node_id']}): {data['exception_type']}: {data['exception_message'].strip()}")
+            where, what = f"{data['node_type']} (node {data['node_id']})", data["exception_message"].strip()
+            raise PromptError(f"{where}: {data['exception_type']}: {what}")
         if kind == "execution_interrupted":
             raise PromptError("the prompt was interrupted")
         if kind == "progress":

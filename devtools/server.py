@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +26,8 @@ class ComfyServer:
 
     python: that has ComfyUI's packages. comfyui: its source. base: its --base-directory. log: defaults to server.log beside
     base. arguments: further ones for main.py. The process takes over this one's environment variables.
+
+    Previews go to a folder of its own, deleted at the end, as ComfyUI empties a shared one whenever it starts.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class ComfyServer:
         self.url = ""
         self._timeout, self._arguments = timeout, tuple(arguments)
         self._process: subprocess.Popen[bytes] | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> ComfyServer:
         try:
@@ -68,14 +72,17 @@ class ComfyServer:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(prefix="comfyui-", ignore_cleanup_errors=True)
+        command = [*self._command(port), "--temp-directory", self._temporary.name]
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command(port), cwd=self.base, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
+            self._process = subprocess.Popen(command, cwd=self.base, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        self._wait_until_ready(self._process)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._timeout
         while not self._answers():
-            if not self.is_running:
-                raise ServerError(f"ComfyUI ended while starting (exit code {self._process.poll()}). {self._log_text()}")
+            if process.poll() is not None:
+                raise ServerError(f"ComfyUI ended while starting (exit code {process.returncode}). {self._log_text()}")
             if time.monotonic() > deadline:
                 raise ServerError(f"ComfyUI did not answer within {self._timeout:g} s. {self._log_text()}")
             time.sleep(_POLL_SECONDS)
@@ -100,19 +107,20 @@ class ComfyServer:
 
     def _stop(self) -> None:
         """Asks it to end, waits, and ends it by force if it has not by then, or if a second Ctrl-C comes meanwhile."""
-        process = self._process
-        if process is None:
-            return
+        process, temporary = self._process, self._temporary
         try:
-            process.terminate()
-            process.wait(_GRACE_SECONDS)
+            if process is not None:
+                process.terminate()
+                process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.kill()
                 process.wait()
-            self._process = None
+            if temporary is not None:
+                temporary.cleanup()
+            self._process = self._temporary = None
 
 
 def _free_port() -> int:

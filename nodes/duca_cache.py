@@ -54,7 +54,7 @@ class DucaCache(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
-        """The host checks every other input's range; the two it leaves to us are None where another node gives them."""
+        """The host checks the other numbers' ranges and `Settings` the rest; None stands for what another node will give."""
         start, end = start_percent or 0.0, 1.0 if end_percent is None else end_percent
         if not (0 <= start <= 1 and 0 <= end <= 1):
             return f"start_percent and end_percent are parts of the sampling, 0 to 1 (they are {start:g} and {end:g})"
@@ -75,7 +75,7 @@ class DucaCache(io.ComfyNode):
         end_percent: float,
         store_device: str,
         store_dtype: str,
-        seed: int,
+        token_seed: int,
         verbose: bool,
     ) -> io.NodeOutput:
         settings = Settings(
@@ -88,7 +88,7 @@ class DucaCache(io.ComfyNode):
             tail=tail,
             start=start_percent,
             end=end_percent,
-            seed=seed,
+            seed=token_seed,
             storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, _STORE_DTYPES[store_dtype]),
         )
         options = host.HostOptions(store_device == "auto", verbose, cls.hidden.unique_id)
@@ -141,7 +141,7 @@ def _advanced_inputs() -> list[io.Input]:
                 default="model dtype",
                 tooltip="In what precision features are kept. fp8 halves the memory of bf16 and costs a little accuracy.",
             ),
-            io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Mode paper: which random tokens are recomputed."),
+            io.Int.Input("token_seed", default=0, min=0, max=2**32 - 1, tooltip="Mode paper: which random tokens are recomputed."),
             io.Boolean.Input("verbose", default=False, tooltip="Write every evaluation to the log."),
         )
     ]

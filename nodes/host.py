@@ -170,11 +170,16 @@ def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
     uuids = options.get("uuids") or ()
     conds = tuple(zip(options.get("cond_or_uncond", ()), uuids))
     if not conds or x.shape[0] % len(conds):
-        return ModelCall(network, (), None, "a call that does not say which conditioning it is for")
+        return ModelCall(network, (), None, bypass="a call that does not say which conditioning it is for")
     if options.get("context_window") is not None:
-        return ModelCall(network, conds, None, "context windows")
+        return ModelCall(network, conds, None, bypass="context windows")
     signature = (x.shape[0] // len(conds), x.shape[1:], x.dtype, x.device, _hook_weights(base_model.current_patcher))
-    return ModelCall(network, conds, signature)
+    return ModelCall(network, conds, signature, variant=_block_patches(options))
+
+
+def _block_patches(options: dict) -> tuple:
+    """Which blocks are patched, and by whom: guidance that leaves layers out or changes attention differs in this."""
+    return tuple((kind, key, id(patch)) for kind, patches in options.get("patches_replace", {}).items() for key, patch in patches.items())
 
 
 def _hook_weights(patcher: Any) -> tuple:

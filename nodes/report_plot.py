@@ -33,7 +33,8 @@ def report_plot(report: RunReport) -> torch.Tensor:
         fontsize=10,
     )
     present = [kind for kind in Kind if report.count(kind)]
-    axes.legend(handles=[_legend_entry(kind, report.count(kind)) for kind in present], frameon=False)
+    entries = [_legend_entry(kind, report.count(kind)) for kind in present]
+    axes.legend(handles=entries, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.12))
     axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255

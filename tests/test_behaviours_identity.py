@@ -122,7 +122,7 @@ def test_no_tensor_outlives_a_run(model, how, monkeypatch):
             sample(patched, callback=_cancel)
     assert runs[0].report.peak_bytes > 0
     assert runs[0].store.bytes == 0
-    assert not runs[0]._slots
+    assert not runs[0]._slots._slots
     assert not list(_tensors(host.book_of(patched)))
     assert not list(_tensors(patched.model_options))
 

@@ -271,17 +271,49 @@ def test_controlnet_is_counted_once_on_a_skip(model):
     assert torch.equal(full, skipped)
 
 
-def test_guidance_with_extra_passes_is_computed_and_announced(model):
+def slg(model, start=0.0, end=1.0):
     """Skip-layer guidance evaluates the model once more per step with layers left out."""
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
-    guided = SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, "1", "2").args[0]
-    patched = cached(guided, **AUTO)
+    return SkipLayerGuidanceDiT.execute(model, 2.0, start, end, "1", "2").args[0]
+
+
+def test_guidance_with_an_extra_pass_has_a_slot_of_its_own(model, monkeypatch):
+    """Same step, same conditioning, other network: skipped on the same evaluations, never mixed with the plain pass."""
+    patched = cached(slg(model), **AUTO)
     result = sample(patched)
     report = last_report(patched)
-    assert any("second time" in notice for notice in report.notices)
-    assert len(report.evaluations) == 12 and report.compute_speedup > 1.3
-    assert psnr(result, sample(guided)) > 20
+    assert kinds(report).count("F") == 4 and not report.notices
+    assert all(e.calls == 2 for e in report.evaluations)
+    assert psnr(result, sample(slg(model))) > psnr(sample(model), sample(slg(model))) + 6
+    assert torch.equal(sample(cached(slg(model), speedup=1.0)), sample(slg(model)))
+
+
+def test_an_extra_pass_that_ends_is_freed(model):
+    patched = cached(slg(model, end=0.5), mode="forecast", predictor="reuse", cycle_length=2, warmup=1)
+    sample(patched)
+    held = [e.cache_bytes for e in last_report(patched).evaluations]
+    assert held[0] == 3 * 144 * 256 * 4 and held[-1] == 2 * 144 * 256 * 4
+
+
+def test_an_extra_pass_with_a_new_identity_each_time_is_computed(model):
+    """As the old PerpNeg does, which encodes its empty prompt anew on every call."""
+    import uuid
+
+    import comfy.samplers
+
+    def extra_pass(args):
+        cond = [{**c, "uuid": uuid.uuid4()} for c in args["cond"]]
+        comfy.samplers.calc_cond_batch(args["model"], [cond], args["input"], args["sigma"], args["model_options"])
+        return args["denoised"]
+
+    other = model.clone()
+    other.set_model_sampler_post_cfg_function(extra_pass)
+    patched = cached(other, **AUTO)
+    assert torch.equal(sample(patched), sample(cached(model, **AUTO)))
+    report = last_report(patched)
+    assert set(kinds(report)) == {"F"} and report.compute_speedup > 1.3
+    assert report.evaluations[-1].cache_bytes <= 5 * 3 * 144 * 256 * 4  # not one more for every evaluation
 
 
 def test_reference_latents_take_part(model):

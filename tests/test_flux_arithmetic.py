@@ -68,6 +68,10 @@ def masks(share: float, network, length_img: int, length_txt: int, evaluation: i
     return fresh
 
 
+def slots_of(run: CacheRun) -> list:
+    return list(run._slots._slots.values())
+
+
 def assert_near(result: torch.Tensor, expected: torch.Tensor, tolerance=2e-5):
     scale = expected.abs().max()
     assert (result.double() - expected).abs().max() / scale < tolerance
@@ -84,7 +88,7 @@ def test_full_evaluation_keeps_what_the_reference_computes(network, reference):
     run, (x, context, y) = make_run("c", 0.25), inputs(1)
     evaluate(run, network, 1.0, x, context, y)
     _, expected = reference(x, torch.tensor([1.0, 1.0]), context, y)
-    slots = [run._slots["a"], run._slots["b"]]
+    slots = slots_of(run)
     kept = {
         f"{stack}.{block}.{site}": torch.cat([s.sublayers[stack, block, site].data for s in slots])
         for stack, block, site in slots[0].sublayers
@@ -113,7 +117,7 @@ def test_conservative_evaluations_match_the_dense_reference(network, reference, 
 def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, reference):
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
-    hidden = torch.cat([run._slots[c].anchors[-1].hidden.data for c in "ab"])
+    hidden = torch.cat([slot.anchors[-1].hidden.data for slot in slots_of(run)])
     result = evaluate(run, network, 0.75, inputs(4)[0], context, y)
     with torch.inference_mode():
         vec = reference.embed_vector("vector_in", y.double())

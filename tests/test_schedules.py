@@ -29,6 +29,8 @@ def text(policy, steps: int, window: range | None = None) -> str:
         (GrowingGaps(100.0), 5, "Faaaa"),
         (GrowingGaps(3.5), 28, "FaFaaFaaFaaaFaaaFaaaFaaaFaaa"),  # 28 = 2 + 2·3 + 5·4
         (GrowingGaps(3.5, first_gap=None), 28, "FaaFaaFaaFaaFaaaFaaaFaaaFaaa"),  # 28 = 4·3 + 4·4
+        (GrowingGaps(2.0), 8, "FaFaFaFa"),
+        (GrowingGaps(28 / 12), 28, "FaFaFaFaFaFaFaFaFaaFaaFaaFaa"),  # 28 = 8·2 + 4·3
         (GrowingGaps(1.4), 28, "F" * 12 + "Fa" * 8),  # 28 = 12·1 + 8·2
     ],
 )

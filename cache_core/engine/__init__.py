@@ -6,7 +6,7 @@ from .call import EngineCall
 from .conservative import conservative
 from .full import listening, noting
 from .skip import skipping
-from .slot import Slot
+from .slot import Slot, SlotTable
 from .tokens import TokenChoice
 
-__all__ = ["EngineCall", "Slot", "TokenChoice", "conservative", "listening", "noting", "skipping"]
+__all__ = ["EngineCall", "Slot", "SlotTable", "TokenChoice", "conservative", "listening", "noting", "skipping"]

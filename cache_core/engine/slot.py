@@ -1,8 +1,8 @@
-"""What is kept of one cond during a run."""
+"""What is kept of each cond during a run."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,10 +23,13 @@ class Slot:
     """The features of one cond: past hidden states, oldest first, and sublayer outputs.
 
     signature: shape, dtype and so on of the calls the features came from; another one starts anew.
+    last_used: index of the evaluation that last asked for it. predicted_bytes: what it will hold when its history is full.
     """
 
     def __init__(self, store: FeatureStore, history: int) -> None:
         self.signature: Hashable = None
+        self.last_used = -1
+        self.predicted_bytes = 0
         self.anchors: list[Anchor] = []
         self.sublayers: dict[SiteKey, Feature] = {}
         self._store = store
@@ -52,3 +55,65 @@ class Slot:
         self.anchors.clear()
         self.sublayers.clear()
         self.signature = signature
+
+
+class _Key(NamedTuple):
+    """cond: who. number: in which pass over the conds. variant: through which network, for passes after the first."""
+
+    cond: Hashable
+    number: int = 1
+    variant: Hashable = None
+
+
+class SlotTable:
+    """The slots of a run, found by cond.
+
+    The first pass over the conds in an evaluation is the sampler's own. Further ones are guidance that looks at the same
+    conds through a changed network (SLG, PAG …): they have slots of their own, dropped when an evaluation had none of them.
+    """
+
+    def __init__(self, store: FeatureStore, history: int) -> None:
+        self._store, self._history = store, history
+        self._slots: dict[_Key, Slot] = {}
+        self._seen: set[_Key] = set()
+        self._evaluation = -1
+        self._number = 1
+
+    def begin(self, evaluation: int) -> None:
+        """A new evaluation, numbered from 0."""
+        self._evaluation, self._number = evaluation, 0
+        self._seen.clear()
+        idle = [key for key, slot in self._slots.items() if key.number > 1 and slot.last_used < evaluation - 1]
+        for key in idle:
+            self._slots.pop(key).reset()
+        if idle:
+            self._store.trim()
+
+    def next_pass(self) -> None:
+        """Another pass over the conds of this evaluation begins."""
+        self._number += 1
+
+    def find(self, conds: Sequence[Hashable], variant: Hashable, signature: Hashable) -> list[Slot] | None:
+        """The slots of a call's conds, in order; emptied where the signature changed. None if one was there before in this pass."""
+        keys = [_Key(cond, self._number, variant) if self._number > 1 else _Key(cond) for cond in conds]
+        if len(set(keys)) < len(keys) or self._seen.intersection(keys):
+            return None
+        self._seen.update(keys)
+        return [self._slot(key, signature) for key in keys]
+
+    @property
+    def predicted_bytes(self) -> int:
+        return sum(slot.predicted_bytes for slot in self._slots.values())
+
+    def clear(self) -> None:
+        """Forgets every slot and frees the store."""
+        self._slots.clear()
+        self._store.clear()
+
+    def _slot(self, key: _Key, signature: Hashable) -> Slot:
+        slot = self._slots.setdefault(key, Slot(self._store, self._history))
+        slot.last_used = self._evaluation
+        if slot.signature != signature:
+            slot.reset(signature)
+            self._store.trim()
+        return slot

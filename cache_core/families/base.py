@@ -115,9 +115,7 @@ class ModelFamily:
 
     def sublayer_tokens(self, model: nn.Module, lengths: Lengths) -> int:
         """Tokens kept per batch row for conservative evaluations, over all blocks and sites."""
-        return sum(
-            stream_length(site.tokens, lengths) for stack in self.stacks for _ in stack.blocks(model) for site in stack.sites
-        )
+        return sum(stream_length(site.tokens, lengths) for stack in self.stacks for _ in stack.blocks(model) for site in stack.sites)
 
 
 def stream_length(stream: str, lengths: Lengths) -> int:

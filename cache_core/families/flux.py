@@ -26,9 +26,7 @@ def _is_flux(model: nn.Module) -> bool:
     return all(hasattr(block, name) for name in ("img_mod", "txt_mod", "img_attn", "txt_attn", "img_mlp", "txt_mlp"))
 
 
-def _refresh_stream(
-    block: nn.Module, name: str, x: Tensor, attn_gate: Tensor, mlp_mod: Any, cached: Cached
-) -> Tensor:
+def _refresh_stream(block: nn.Module, name: str, x: Tensor, attn_gate: Tensor, mlp_mod: Any, cached: Cached) -> Tensor:
     """One stream of a double block: cached attention, MLP recomputed for the chosen tokens. x (B, L, C)."""
     x = x + attn_gate * cached.whole(f"{name}_attn")
     tokens = cached.choose(name, x.shape[1])

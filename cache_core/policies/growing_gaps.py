@@ -12,9 +12,10 @@ from ..kinds import Kind, Plan
 class GrowingGaps:
     """A short first gap, then full evaluations at round(n · (k/K)^growth), with the gaps sorted; others aggressive.
 
-    Until a second full evaluation is known a forecast can only repeat the first, hence the short first gap. Sorting
-    keeps a long gap from following a short one, where a forecast would reach far from a short base. Both are worth
-    more than growth: together up to 4 dB on the demo model (docs/benchmarks.md).
+    Until a second full evaluation is known a forecast can only repeat the first, hence the short first gap; but two
+    full evaluations next to each other are too short a base, hence two steps at least where the average allows. Sorting
+    keeps a long gap from following a short one, where a forecast would reach far from a short base. These are
+    worth more than growth: together up to 4 dB on the demo model (docs/benchmarks.md).
 
     speedup: steps divided by full evaluations, at least 1; K = round(steps / speedup).
     growth: 1 gives even gaps, more makes early gaps shorter and late ones longer.
@@ -52,7 +53,8 @@ class GrowingGaps:
         """`count` gaps of at least one step that fill `steps`, shortest first."""
         if self.first_gap is None or count == 1:
             return _grown(steps, count, self.growth)
-        first = min(max(1, round(self.first_gap * steps / count)), steps - count + 1)
+        average = steps / count
+        first = min(max(2 if average >= 2 else 1, round(self.first_gap * average)), steps - count + 1)
         return sorted([first, *_grown(steps - first, count - 1, self.growth)])
 
 
