@@ -57,6 +57,8 @@ class CacheRun:
         self.plan = strategy.policy.plan(timeline.steps, window)
         if self.plan.count(Kind.CONSERVATIVE) and not family.is_conservative:
             raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
+        if strategy.predictor.uses_input and not family.embed:
+            raise ValueError(f"{family.name} models have no calibrated forecast: take the calibration off")
         self.report = RunReport(strategy.name, str(self.plan), family.name)
         self.store = FeatureStore(strategy.storage)
         self._strategy, self._timeline, self._family = strategy, timeline, family
@@ -152,8 +154,10 @@ class CacheRun:
             with self._engine_for(kind, engine):
                 result = compute()
         except UnsupportedCallError as reason:
-            self.notify(f"conservative evaluations do not know this use of the model ({reason}): computed in full")
-            return None
+            self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
+            if kind is not Kind.FULL:
+                return None
+            return self._past_the_cache(call, compute)
         if not engine.is_touched:
             self.notify("another node answered for the model in some evaluations; the cache does not see those")
         elif not engine.is_finished:
@@ -179,7 +183,8 @@ class CacheRun:
 
     def _engine_call(self, call: ModelCall, slots: list[Slot]) -> EngineCall:
         keeps_sublayers = self.plan.count(Kind.CONSERVATIVE) > 0
-        return EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, self._entered)
+        keeps_input = self._strategy.predictor.uses_input and bool(slots)
+        return EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 

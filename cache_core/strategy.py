@@ -114,7 +114,8 @@ def predicted_bytes(
 ) -> int:
     """Bytes the cache will hold for `rows` batch rows (all conds together) whose activations have `dtype`."""
     writes = plan.count(Kind.FULL) + plan.count(Kind.CONSERVATIVE)
-    tokens = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes)
-    if plan.count(Kind.CONSERVATIVE):
-        tokens += family.sublayer_tokens(model, lengths)
-    return rows * tokens * strategy.storage.bytes_per_token(family.channels(model), dtype)
+    per_token = strategy.storage.bytes_per_token(family.channels(model), dtype)
+    beside = strategy.storage.bytes_per_token(family.input_channels(model), dtype) if strategy.predictor.uses_input else 0
+    hidden = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes)
+    sublayers = family.sublayer_tokens(model, lengths) if plan.count(Kind.CONSERVATIVE) else 0
+    return rows * (hidden * (per_token + beside) + sublayers * per_token)

@@ -48,11 +48,27 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
         return clone
     book = RunBook()
     clone.set_attachments(KEY, book)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(settings, options, book))
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
+
+    def finished(run: CacheRun, result: torch.Tensor | None) -> None:
+        report = run.close(is_complete=result is not None)
+        book.add(report, result)
+        if options.verbose:
+            logging.info("[DuCa] %s", report_text(report, verbose=True))
+
+    listen(clone, lambda patcher, sigmas: _open_run(patcher, settings, options, sigmas), finished)
     return clone
+
+
+def listen(model: ModelPatcher, open_run: Callable[[ModelPatcher, torch.Tensor], Any], finished: Callable[[Any, Any], None]) -> None:
+    """Makes every sampling of `model` ask `open_run` for a run (or None) and hand it over to `finished` at the end.
+
+    A run has `evaluation`, `cond_batch` and `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent,
+    or None for it after a cancel or an error.
+    """
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(open_run, finished))
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
 
 
 def detach(model: ModelPatcher) -> ModelPatcher:
@@ -61,8 +77,8 @@ def detach(model: ModelPatcher) -> ModelPatcher:
     if clone.get_attachment(KEY) is not None:
         logging.info("[DuCa] this model already had a DuCa Cache; the later node replaces it")
         clone.remove_attachments(KEY)
-        for wrapper in _WRAPPERS:
-            clone.remove_wrappers_with_key(wrapper, KEY)
+    for wrapper in _WRAPPERS:
+        clone.remove_wrappers_with_key(wrapper, KEY)
     return clone
 
 
@@ -79,12 +95,12 @@ def unknown_model(model: ModelPatcher) -> str:
     return f"DuCa Cache does not know the model {name}; it is passed through unchanged, without a cache."
 
 
-def _sampling(settings: Settings, options: HostOptions, book: RunBook) -> Callable[..., torch.Tensor]:
-    """The OUTER_SAMPLE wrapper: one CacheRun per sampling run, freed however the run ends."""
+def _sampling(open_run: Callable[[ModelPatcher, torch.Tensor], Any], finished: Callable[[Any, Any], None]) -> Callable[..., torch.Tensor]:
+    """The OUTER_SAMPLE wrapper: one run per sampling, ended however the sampling ends."""
 
     def outer_sample(executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
         guider = executor.class_obj
-        run = _open_run(guider.model_patcher, settings, options, sigmas)
+        run = open_run(guider.model_patcher, sigmas)
         if run is None:
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         shared_options = guider.model_options
@@ -96,10 +112,7 @@ def _sampling(settings: Settings, options: HostOptions, book: RunBook) -> Callab
             return result
         finally:
             guider.model_options = shared_options
-            report = run.close(is_complete=result is not None)
-            book.add(report, result)
-            if options.verbose:
-                logging.info("[DuCa] %s", report_text(report, verbose=True))
+            finished(run, result)
 
     return outer_sample
 
@@ -109,7 +122,7 @@ def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, s
     family = find_family(patcher.model.diffusion_model)
     sampling = patcher.get_model_object("model_sampling")
     try:
-        timeline = Timeline(sigmas.tolist(), _times(sampling, sigmas))
+        timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     except ValueError as reason:
         say(f"DuCa Cache stands aside: {reason}.", options.node_id)
         return None
@@ -134,7 +147,7 @@ def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, s
     )
 
 
-def _times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
+def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
     """The model's time at each noise level, scaled so that the noisiest is 1."""
     levels = torch.cat((torch.as_tensor(sampling.sigma_max).reshape(1).to(sigmas), sigmas))
     times = sampling.timestep(levels).float().cpu()

@@ -56,6 +56,7 @@ _ALLOWED = {
     "predictors": {"predictors"},
     "families": {"families"},
     "engine": {"engine", "families", "predictors", "store"},
+    "calibration": {"calibration", "engine", "families", "policies", "predictors", "store"},
     "strategy": {"families", "policies", "predictors", "store"},
     "run": {"engine", "families", "meter", "store", "strategy", "timeline"},
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..families.base import ModelFamily, Stack, stream_lengths, stream_slice
+from ..families.base import ModelFamily, Stack, UnsupportedCallError, stream_lengths, stream_slice
+from .overrides import Override, around
 from .slot import Slot
 from .tokens import TokenChoice
 
@@ -18,6 +20,7 @@ class EngineCall:
     """A model call over the rows of one or more conds, in order; every cond has the same number of rows.
 
     time: the model's time coordinate of this evaluation. keeps_sublayers: whether a full evaluation keeps them.
+    keeps_input: whether hidden states are kept without the embedded input, and the input tokens beside them.
     on_enter: told this call and the first stream (B, L, C) when the first block is reached.
     lengths, is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
@@ -29,14 +32,27 @@ class EngineCall:
     time: float
     choice: TokenChoice
     keeps_sublayers: bool
+    keeps_input: bool
     on_enter: Callable[[EngineCall, Tensor], None]
     lengths: dict[str, int] = field(default_factory=dict)
     is_touched: bool = False
     is_finished: bool = False
+    input: Tensor | None = None
+    embedded: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.placed = self.family.placed(self.model)
         self.last_stack = self.placed[-1][0]
+
+    def entry(self) -> list[Override]:
+        """What every kind of evaluation listens to: the model's input where it is used, and the arrival at the first block."""
+        overrides = [(self.placed[0][2], around(before=self.enter))]
+        if self.keeps_input:
+            overrides.append((attrgetter(self.family.embed)(self.model), around(before=self._note_input)))
+        return overrides
+
+    def _note_input(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.input = args[0].clone()  # some linears clamp what they are given in place
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """To be told the arguments of the first block: notes the stream lengths."""
@@ -44,6 +60,11 @@ class EngineCall:
         streams = stack.inputs(args, kwargs)
         self.lengths = stream_lengths(stack, streams)
         self.is_touched = True
+        if self.keeps_input:
+            index, place = _find(stack, self.family.hidden, self.lengths)
+            self.embedded = streams[index][:, place].clone()  # blocks write into it
+            if self.input is None or self.input.shape[1] != self.embedded.shape[1]:
+                raise UnsupportedCallError("tokens are added between the model's input and its blocks")
         self.on_enter(self, streams[0])
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
@@ -57,8 +78,13 @@ class EngineCall:
             return
         tensors = result if isinstance(result, tuple) else (result,)
         index, place = self.hidden_place()
-        for slot, rows in zip(self.slots, self.rows(tensors[index][:, place])):
-            slot.remember_hidden(self.time, rows)
+        hidden = tensors[index][:, place]
+        if self.embedded is None or self.input is None:
+            for slot, rows in zip(self.slots, self.rows(hidden)):
+                slot.remember_hidden(self.time, rows)
+        else:
+            for slot, rows, tokens in zip(self.slots, self.rows(hidden - self.embedded), self.rows(self.input)):
+                slot.remember_hidden(self.time, rows, tokens)
         self.is_finished = True
 
     def hidden_place(self) -> tuple[int, slice]:

@@ -50,7 +50,7 @@ class BlockFeatures:
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:
     """Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept, as the paper does."""
     overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in call.placed]
-    overrides.append((call.placed[0][2], around(before=call.enter)))
+    overrides += call.entry()
     overrides.append((call.placed[-1][2], around(after=call.remember_hidden)))
     return forward_overrides(overrides)
 

@@ -18,7 +18,7 @@ from .slot import SiteKey
 def listening(call: EngineCall) -> AbstractContextManager[None]:
     """Keeps the last hidden state and, where the plan has conservative evaluations, every sublayer's output."""
     overrides: list[Override] = [
-        (call.placed[0][2], around(before=call.enter)),
+        *call.entry(),
         (call.placed[-1][2], around(after=call.remember_hidden)),
     ]
     if call.keeps_sublayers:

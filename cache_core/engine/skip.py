@@ -17,7 +17,7 @@ from ..families.base import Stack
 from ..predictors import Predictor
 from ..store import FeatureStore
 from .call import EngineCall
-from .overrides import Forward, Override, around, forward_overrides
+from .overrides import Forward, Override, forward_overrides
 from .slot import Slot
 
 
@@ -26,7 +26,7 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
     passing = {stack.path: _passing(stack) for stack, _, _ in call.placed}
     overrides: list[Override] = [(block, passing[stack.path]) for stack, _, block in call.placed[:-1]]
     overrides.append((call.placed[-1][2], _answering(call, predictor, store)))
-    overrides.append((call.placed[0][2], around(before=call.enter)))
+    overrides += call.entry()
     return forward_overrides(overrides)
 
 
@@ -42,6 +42,20 @@ def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore,
         total = value.float() * weight if total is None else total.add_(value, alpha=weight)
     assert total is not None, "weights of a predictor sum to one, so not all are zero"
     return total.to(like.dtype)
+
+
+def _correction(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Tensor:
+    """The embedded input, and what the input's innovation adds to the combination of history (METHOD section 3)."""
+    assert call.input is not None and call.embedded is not None
+    parts = []
+    for slot, tokens in zip(call.slots, call.rows(call.input)):
+        times = [anchor.time for anchor in slot.anchors]
+        innovation = tokens.float()
+        for weight, anchor in zip(predictor.weights(times, call.time), slot.anchors):
+            assert anchor.input is not None
+            innovation = innovation - weight * store.load(anchor.input, innovation)
+        parts.append(innovation @ predictor.correction(times, call.time).to(innovation.device))
+    return torch.cat(parts).to(call.embedded.dtype) + call.embedded
 
 
 def _passing(stack: Stack) -> Any:
@@ -60,6 +74,8 @@ def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> A
         index, place = call.hidden_place()
         x = tensors[index]
         hidden = torch.cat([forecast(slot, predictor, call.time, store, x) for slot in call.slots])
+        if call.keeps_input:
+            hidden += _correction(call, predictor, store)
         tensors[index] = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
         call.is_finished = True
         return call.last_stack.result(tensors)

@@ -13,10 +13,14 @@ SiteKey = tuple[str, int, str]  # stack path, block index, site name
 
 
 class Anchor(NamedTuple):
-    """A computed hidden state and the model's time at which it was computed."""
+    """A computed hidden state, the model's time at which it was computed and, where the predictor uses it, its input.
+
+    With an input, `hidden` is without the embedded input.
+    """
 
     time: float
     hidden: Feature
+    input: Feature | None
 
 
 class Slot:
@@ -35,13 +39,16 @@ class Slot:
         self._store = store
         self._history = history
 
-    def remember_hidden(self, time: float, hidden: Tensor) -> None:
-        """Adds an anchor (rows, L, C); one at the same time is replaced, the oldest is dropped when there are too many."""
+    def remember_hidden(self, time: float, hidden: Tensor, tokens: Tensor | None = None) -> None:
+        """Adds an anchor: hidden (rows, L, C) and the input tokens (rows, L, d) where they are used.
+
+        One at the same time is replaced, the oldest is dropped when there are too many.
+        """
         if self.anchors and self.anchors[-1].time == time:
-            self._store.drop(self.anchors.pop().hidden)
+            self._drop(self.anchors.pop())
         if len(self.anchors) == self._history:
-            self._store.drop(self.anchors.pop(0).hidden)
-        self.anchors.append(Anchor(time, self._store.put(hidden)))
+            self._drop(self.anchors.pop(0))
+        self.anchors.append(Anchor(time, self._store.put(hidden), None if tokens is None else self._store.put(tokens)))
 
     def remember_sublayer(self, key: SiteKey, output: Tensor) -> None:
         if key in self.sublayers:
@@ -50,11 +57,18 @@ class Slot:
 
     def reset(self, signature: Hashable = None) -> None:
         """Gives every feature up."""
-        for feature in [*(a.hidden for a in self.anchors), *self.sublayers.values()]:
+        for anchor in self.anchors:
+            self._drop(anchor)
+        for feature in self.sublayers.values():
             self._store.drop(feature)
         self.anchors.clear()
         self.sublayers.clear()
         self.signature = signature
+
+    def _drop(self, anchor: Anchor) -> None:
+        self._store.drop(anchor.hidden)
+        if anchor.input is not None:
+            self._store.drop(anchor.input)
 
 
 class _Key(NamedTuple):

@@ -92,6 +92,8 @@ class ModelFamily:
     name: as in ComfyUI's model folder. matches: structural test on the diffusion model.
     stacks: in the order the model runs them. hidden: the stream whose last state the final layer reads.
     channels: width of a token in the blocks, which is that of every kept feature.
+    embed: dotted path of the module whose input is the hidden stream's tokens as they enter the model (B, L, d), "" if there
+        is none such; input_channels: d.
     macs: multiply-adds of one batch row by (model, lengths, kind, token share), outside(...) those of
         embedding and head, which every evaluation costs.
     """
@@ -101,6 +103,8 @@ class ModelFamily:
     stacks: tuple[Stack, ...]
     hidden: str
     channels: Callable[[nn.Module], int]
+    embed: str
+    input_channels: Callable[[nn.Module], int]
     macs: Callable[[nn.Module, Lengths, Kind, float], float]
     outside_macs: Callable[[nn.Module, Lengths], float]
 

@@ -128,6 +128,8 @@ FLUX = ModelFamily(
     ),
     hidden="img",
     channels=attrgetter("hidden_size"),
+    embed="img_in",
+    input_channels=attrgetter("in_channels"),
     macs=_macs,
     outside_macs=_outside_macs,
 )

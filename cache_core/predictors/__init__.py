@@ -7,6 +7,7 @@ from functools import partial
 from types import MappingProxyType
 
 from .base import Predictor
+from .calibrated import Calibrated
 from .chebyshev import Chebyshev
 from .reuse import Reuse
 from .taylor import Taylor
@@ -20,4 +21,4 @@ PREDICTORS: Mapping[str, Callable[[], Predictor]] = MappingProxyType(
     }
 )
 
-__all__ = ["PREDICTORS", "Chebyshev", "Predictor", "Reuse", "Taylor"]
+__all__ = ["PREDICTORS", "Calibrated", "Chebyshev", "Predictor", "Reuse", "Taylor"]

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar
+
+from torch import Tensor
 
 
-class Predictor(Protocol):
-    """Says how past features combine into a missing one. Predictors are frozen dataclasses that hold no tensors.
+class Predictor:
+    """Says how past features combine into a missing one. Predictors are frozen dataclasses.
 
     Reuse, Taylor series and ridge regressions on time are all linear in the history with weights that
     depend on times only, so a predictor is a few numbers a step and works at any feature size.
+
+    history: how many past features are kept at most. uses_input: whether `correction` is to be added; the
+    features are then hidden state minus embedded input, and the model's input is kept beside them.
     """
 
-    @property
-    def history(self) -> int:
-        """How many past features are kept at most."""
-        ...
+    history: int
+    uses_input: ClassVar[bool] = False
 
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:
         """One weight per anchor, oldest first, for the feature at `time`.
 
         anchors: distinct times (0..1) of 1 to `history` features, in the order they were computed.
         """
-        ...
+        raise NotImplementedError
+
+    def correction(self, anchors: Sequence[float], time: float) -> Tensor:
+        """A (d, C) float32: (input - Σ weight · anchor input) @ A is added to the combination. Only with uses_input."""
+        raise NotImplementedError
 
 
 def interpolating_weights(anchors: Sequence[float], time: float) -> list[float]:

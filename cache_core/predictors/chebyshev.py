@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.polynomial.chebyshev import chebvander
 
-from .base import damped_line
+from .base import Predictor, damped_line
 
 
 @dataclass(frozen=True)
-class Chebyshev:
+class Chebyshev(Predictor):
     """T_0 … T_degree fitted to the known features by ridge least squares, evaluated at the missing time.
 
     degree: highest polynomial, lower while fewer features are known. ridge: λ added to ΦᵀΦ.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .base import Predictor
+
 
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(Predictor):
     history: int = 1
 
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:

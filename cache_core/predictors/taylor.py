@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import interpolating_weights
+from .base import Predictor, interpolating_weights
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Predictor):
     """order: 1 or more; the polynomial through the last order+1 features, lower while fewer are known.
 
     Divided differences replace the paper's finite differences because full evaluations need not be evenly spaced.
@@ -22,7 +22,7 @@ class Taylor:
             raise ValueError(f"the order must be at least 1, not {self.order}; use Reuse for 0")
 
     @property
-    def history(self) -> int:
+    def history(self) -> int:  # type: ignore[override]
         return self.order + 1
 
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:
