@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
 import torch
 from comfy_api.latest import io, ui
 
@@ -39,7 +41,7 @@ class CacheReport(io.ComfyNode):
             return _only_text("This model has not been sampled yet.")
         text, plot = report_text(report), report_plot(report)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,), "duca_cache_report": (report_data(report),)}
-        return io.NodeOutput(text, plot, ui=shown)
+        return io.NodeOutput(indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines
 
 
 def _only_text(text: str) -> io.NodeOutput:

@@ -12,6 +12,7 @@ from ..cache_core import Kind, RunReport
 
 # Okabe and Ito's colour-blind safe palette; hatches and the letters below the bars say the same without colour.
 _STYLE = {Kind.FULL: ("#0072B2", ""), Kind.CONSERVATIVE: ("#E69F00", "//"), Kind.AGGRESSIVE: ("#56B4E9", "..")}
+_LETTERS = 60  # more of them would run into each other
 
 
 def report_plot(report: RunReport) -> torch.Tensor:
@@ -23,9 +24,10 @@ def report_plot(report: RunReport) -> torch.Tensor:
     for kind, (colour, hatch) in _STYLE.items():
         chosen = [e for e in evaluations if e.kind is kind]
         axes.bar([e.index for e in chosen], [e.ms for e in chosen], color=colour, hatch=hatch, edgecolor="white", width=0.9)
-    axes.set_xticks([e.index for e in evaluations][:: max(1, len(evaluations) // 40)])
-    axes.set_xticklabels([e.kind.value for e in evaluations][:: max(1, len(evaluations) // 40)], family="monospace")
-    axes.set_xlabel("evaluation (F full, c conservative, a aggressive)")
+    if len(evaluations) <= _LETTERS:
+        axes.set_xticks([e.index for e in evaluations])
+        axes.set_xticklabels([e.kind.value for e in evaluations], family="monospace")
+    axes.set_xlabel("evaluation (F full, c conservative, a aggressive)" if len(evaluations) <= _LETTERS else "evaluation")
     axes.set_ylabel("milliseconds")
     axes.set_title(
         f"{report.setting}: compute {report.compute_speedup:.2f}x, time {report.time_speedup:.2f}x, "

@@ -1,0 +1,117 @@
+"""Shows, verifies and shrinks calibration sidecars.
+
+From the pack's folder:
+
+python -m cache_core.calibration show FILE              what it holds, without reading its tensors
+python -m cache_core.calibration verify FILE            reads and checks every byte
+python -m cache_core.calibration shrink FILE OUT [--drop icc|forecast] [--rank R]    writes a smaller copy
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TextIO
+
+from torch import Tensor
+
+from .sidecar import About, Sidecar, SidecarError, peek, read, write
+from .sidecar_check import SECTIONS
+
+_MIB = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done; 1: the file is unfit or cannot be written; 2: the command line is wrong."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "shrink" and options.drop is None and options.rank is None:
+        parser.error("shrink needs --drop, --rank or both")
+    try:
+        if options.command == "show":
+            _show(options.file)
+        elif options.command == "verify":
+            _verify(options.file)
+        else:
+            _shrink(options.file, options.out, options.drop, options.rank)
+    except SidecarError as error:
+        _say(str(error), sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cache_core.calibration", description="calibration sidecars")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("show", help="what a sidecar holds").add_argument("file")
+    commands.add_parser("verify", help="read and check every byte").add_argument("file")
+    shrink = commands.add_parser("shrink", help="write a smaller copy")
+    shrink.add_argument("file")
+    shrink.add_argument("out")
+    shrink.add_argument("--drop", choices=SECTIONS, help="leave this section out")
+    shrink.add_argument("--rank", type=_positive, metavar="R", help="keep the R most important directions of every icc layer")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("a rank is at least 1")
+    return value
+
+
+def _show(path: str) -> None:
+    contents, fingerprint = peek(path), read(path, ()).fingerprint
+    for field in fields(About):
+        value = getattr(contents.about, field.name)
+        text = " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else _text(value)
+        _say(f"{field.name:<13} {text}")
+    _say(f"{'fingerprint':<13} {fingerprint.short}, {len(fingerprint.values)} tensors sampled, loaded as {fingerprint.dtype}")
+    for section, tensors in contents.tensors.items():
+        _say(f"\n{section}: {len(tensors)} tensors, {contents.nbytes(section) / _MIB:.3f} MiB")
+        for name, info in sorted(tensors.items()):
+            _say(f"  {name:<48} {info.dtype:<5} {_text(info.shape, ' x '):<24} {info.nbytes / _MIB:10.3f} MiB")
+
+
+def _verify(path: str) -> None:
+    sidecar = read(path)
+    tensors = [t for section in sidecar.sections.values() for t in section.values()]
+    _say(f"{path}: sound; {', '.join(sidecar.sections)}; {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / _MIB:.3f} MiB")
+
+
+def _shrink(path: str, out: str, drop: str | None, rank: int | None) -> None:
+    held = peek(path).tensors
+    kept = [section for section in held if section != drop]
+    if not kept or (drop is not None and drop not in held):
+        raise SidecarError(path, f"its sections are {', '.join(held)}, so dropping {drop} leaves none, or all", "drop another section")
+    if rank is not None and "icc" not in kept:
+        raise SidecarError(path, "there is no icc section to cut to a rank", "leave out --rank")
+    before = read(path, kept)
+    sections, about = dict(before.sections), before.about
+    if rank is not None:
+        sections["icc"] = {name: _cut(name, tensor, rank) for name, tensor in sections["icc"].items()}
+        about = replace(about, rank=min(about.rank, rank))
+    if drop == "icc":
+        about = replace(about, rank=0, method="")
+    write(out, Sidecar(about, before.fingerprint, sections))
+    _say(f"{out}: written; {sum(t.nbytes for s in sections.values() for t in s.values()) / _MIB:.3f} MiB")
+
+
+def _cut(name: str, tensor: Tensor, rank: int) -> Tensor:
+    return tensor[:, :rank] if name.endswith(".A") else tensor[:rank]
+
+
+def _text(value: object, between: str = ", ") -> str:
+    return between.join(str(v) for v in value) if isinstance(value, tuple) else str(value)
+
+
+def _say(line: str, stream: TextIO | None = None) -> None:
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"  # a console that lacks a character of a model's name still gets the rest
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""What a sidecar may hold: its metadata as text, and the rules every file is held to, before writing and after reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "1"
+SECTIONS = ("forecast", "icc")
+FINGERPRINT = "fingerprint"
+DTYPES = MappingProxyType({"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
+COPY_AGAIN = "copy the file again, or calibrate again"
+CALIBRATE = "calibrate again"
+
+_KEYS = ("about", "digest", "duca_format", "fingerprint", "sections")
+_LARGEST = sys.float_info.max
+_NAME = re.compile(r"[A-Za-z0-9_.\-]+", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# one letter per dimension, equal letters for equal sizes, and the dtypes allowed
+_FORECAST = MappingProxyType(
+    {
+        "gram": ("nn", ("F64",)),
+        "uu": ("nndd", ("F32",)),
+        "uz": ("nndr", ("F16", "F32")),
+        "basis": ("Cr", ("F32",)),
+        "sensitivity": ("n", ("F64",)),
+    }
+)
+
+
+class SidecarError(Exception):
+    """A sidecar cannot be read or written. path: the file; reason: what is wrong; remedy: what to do about it."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
+        super().__init__(os.fspath(path), reason, remedy)  # so that it can be sent between processes
+        self.path = os.fspath(path)
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
+class RefusedError(ValueError):
+    """What a rule here raises; whoever knows the path makes a SidecarError of it."""
+
+    def __init__(self, reason: str, remedy: str = COPY_AGAIN) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class About:
+    """How a calibration was made.
+
+    family, model_name, sampler, scheduler: as the pack and the host name them. guidance: the CFG scale.
+    steps: n. sigmas: the n+1 noise levels. times: the model's time at each, scaled to 0..1, with or without the last.
+    token_grid: size of the latent, (H, W) or (T, H, W). prompt_count, seeds: what was calibrated on.
+    rank, method: of the icc section ("ca_svd", "cd_svd", "svd"), 0 and "" without one.
+    versions: of pack, torch and comfyui. created: ISO 8601 date.
+    """
+
+    family: str
+    model_name: str
+    sampler: str
+    scheduler: str
+    steps: int
+    guidance: float
+    sigmas: tuple[float, ...]
+    times: tuple[float, ...]
+    token_grid: tuple[int, ...]
+    prompt_count: int
+    seeds: tuple[int, ...]
+    rank: int
+    method: str
+    versions: Mapping[str, str] = field(hash=False)
+    created: str
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the metadata lists it. dtype: safetensors' name ("F32"). sha256: of its bytes, hex."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+Catalogue = Mapping[str, Mapping[str, TensorInfo]]
+
+
+@dataclass(frozen=True)
+class Header:
+    """All a sidecar says without its tensors. catalogue: also has the section "fingerprint"."""
+
+    about: About
+    catalogue: Catalogue
+    structure: str
+    fingerprint_dtype: str
+
+
+def to_metadata(header: Header) -> dict[str, str]:
+    """The safetensors metadata of a file. Raises RefusedError for what JSON cannot hold (NaN, foreign types)."""
+    about = {f.name: getattr(header.about, f.name) for f in fields(About)} | {"versions": dict(header.about.versions)}
+    listed = {s: {n: vars(info) for n, info in tensors.items()} for s, tensors in header.catalogue.items()}
+    texts = {"duca_format": FORMAT, "about": _canonical(about), "sections": _canonical(listed)}
+    texts["fingerprint"] = _canonical({"structure": header.structure, "dtype": header.fingerprint_dtype})
+    return texts | {"digest": _digest(texts)}
+
+
+def from_metadata(metadata: Mapping[str, str] | None) -> Header:
+    """The inverse of `to_metadata`, held to every rule that needs no tensor. Raises RefusedError."""
+    if not metadata or "duca_format" not in metadata:
+        raise RefusedError("it is a safetensors file, but no calibration sidecar", "choose a file that calibration has written")
+    version = metadata["duca_format"]
+    if version != FORMAT:
+        if re.fullmatch(r"[1-9][0-9]{0,8}", version, re.ASCII):
+            raise RefusedError(f"it is written in format {version}, and this version of the pack reads {FORMAT}", "update the pack")
+        raise RefusedError("its format number is damaged")
+    if tuple(sorted(metadata)) != _KEYS or metadata["digest"] != _digest(metadata):
+        raise RefusedError("its metadata is damaged")
+    about = _about(_parsed(metadata["about"]))
+    fingerprint = _parsed(metadata["fingerprint"])
+    if not isinstance(fingerprint, dict) or [type(fingerprint.get(k)) for k in ("structure", "dtype")] != [str, str]:
+        raise RefusedError("its fingerprint is not of the form this version reads", CALIBRATE)
+    header = Header(about, _catalogue(_parsed(metadata["sections"])), fingerprint["structure"], fingerprint["dtype"])
+    check(header)
+    return header
+
+
+def check(header: Header) -> None:
+    """Names, shapes and dtypes of every section. Raises RefusedError."""
+    sections = header.catalogue.keys() - {FINGERPRINT}
+    if not sections or not sections <= set(SECTIONS) or set(header.catalogue.get(FINGERPRINT, ())) != {"values"}:
+        raise RefusedError(
+            f"its sections are {sorted(header.catalogue)}, where {FINGERPRINT} and one or both of {SECTIONS} belong", CALIBRATE
+        )
+    for section, tensors in header.catalogue.items():
+        for name, info in tensors.items():
+            if not _NAME.fullmatch(name) or info.dtype not in DTYPES or not info.shape or min(info.shape) < 1:
+                raise RefusedError(f"its tensor {section}.{name} has the shape {info.shape} and dtype {info.dtype}", CALIBRATE)
+    if "forecast" in sections:
+        _check_forecast(header.about, header.catalogue["forecast"])
+    if "icc" in sections:
+        _check_icc(header.catalogue["icc"])
+
+
+def describe(name: str, tensor: Tensor) -> TensorInfo:
+    """What the metadata will list for `tensor`, on the CPU and contiguous. Raises RefusedError for NaN, infinity or another dtype."""
+    dtype = next((text for text, kind in DTYPES.items() if kind is tensor.dtype), str(tensor.dtype))
+    if dtype not in DTYPES:
+        raise RefusedError(f"{name} is {dtype}, and a sidecar holds {', '.join(DTYPES)}", CALIBRATE)
+    if not torch.isfinite(tensor).all():
+        raise RefusedError(f"{name} holds NaN or infinity", CALIBRATE)
+    return TensorInfo(dtype, tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
+
+
+def compare(name: str, tensor: Tensor, listed: TensorInfo) -> None:
+    """Raises RefusedError unless `tensor` is what the metadata lists."""
+    if DTYPES[listed.dtype] is not tensor.dtype or tuple(tensor.shape) != listed.shape:
+        raise RefusedError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, where {listed.dtype} {listed.shape} was written")
+    if hashlib.sha256(bytes_of(tensor)).hexdigest() != listed.sha256:
+        raise RefusedError(f"{name} is damaged")
+    if not torch.isfinite(tensor).all():
+        raise RefusedError(f"{name} holds NaN or infinity", CALIBRATE)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, not a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
+    _same("forecast", tensors, _FORECAST)
+    n = about.steps
+    if len(about.sigmas) != n + 1 or len(about.times) not in (n, n + 1):
+        raise RefusedError(f"{n} steps have {len(about.sigmas)} noise levels and {len(about.times)} times", CALIBRATE)
+    sizes = {"n": n}
+    for name, (letters, dtypes) in _FORECAST.items():
+        info = tensors[name]
+        if len(info.shape) != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, info.shape)):
+            known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+            raise RefusedError(f"forecast.{name} has the shape {info.shape}, where ({', '.join(letters)}) belongs with {known}", CALIBRATE)
+        if info.dtype not in dtypes:
+            raise RefusedError(f"forecast.{name} is {info.dtype}, where {' or '.join(dtypes)} belongs", CALIBRATE)
+
+
+def _check_icc(tensors: Mapping[str, TensorInfo]) -> None:
+    if not tensors:
+        raise RefusedError("its icc section is empty", CALIBRATE)
+    parts = sorted({name.rpartition(".")[0] for name in tensors})
+    _same("icc", tensors, [f"{part}.{factor}" for part in parts for factor in "AB"])
+    for part in parts:
+        a, b = tensors[f"{part}.A"].shape, tensors[f"{part}.B"].shape
+        if not part or len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+            raise RefusedError(f"icc.{part} pairs A {a} with B {b}, which is not (out, rank) with (rank, in)", CALIBRATE)
+
+
+def _same(section: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise RefusedError(f"its {section} section lacks {', '.join(missing[:3])}", CALIBRATE)
+    if extra:
+        raise RefusedError(f"its {section} section has {', '.join(extra[:3])}, which does not belong there", CALIBRATE)
+
+
+def _catalogue(raw: Any) -> Catalogue:
+    if not isinstance(raw, dict) or not all(isinstance(tensors, dict) for tensors in raw.values()):
+        raise RefusedError("its list of sections is not of the form this version reads", CALIBRATE)
+    return {section: {name: _info(name, entry) for name, entry in tensors.items()} for section, tensors in raw.items()}
+
+
+def _info(name: str, raw: Any) -> TensorInfo:
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "sha256"}:
+        raise RefusedError(f"its entry for {name} is not of the form this version reads", CALIBRATE)
+    if raw["dtype"] not in tuple(DTYPES) or not isinstance(raw["sha256"], str) or not _SHA256.fullmatch(raw["sha256"]):
+        raise RefusedError(f"its entry for {name} is not of the form this version reads", CALIBRATE)
+    return TensorInfo(raw["dtype"], _numbers(int)(raw["shape"]), raw["sha256"])
+
+
+def _about(raw: Any) -> About:
+    if not isinstance(raw, dict) or set(raw) != {f.name for f in fields(About)}:
+        raise RefusedError("its description is not of the form this version reads", CALIBRATE)
+    return About(**{f.name: _FIELDS[str(f.type)](raw[f.name]) for f in fields(About)})
+
+
+def _scalar(kind: type) -> Any:
+    def convert(value: Any) -> Any:
+        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not right or (kind is float and not abs(value) <= _LARGEST):
+            raise RefusedError(f"its description holds {str(value)[:40]!r} where {kind.__name__} belongs", CALIBRATE)
+        return kind(value)
+
+    return convert
+
+
+def _numbers(kind: type) -> Any:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise RefusedError(f"its description holds {str(value)[:40]!r} where a list belongs", CALIBRATE)
+        return tuple(_scalar(kind)(item) for item in value)
+
+    return convert
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise RefusedError("its description holds no table of versions", CALIBRATE)
+    return {_scalar(str)(key): _scalar(str)(text) for key, text in value.items()}
+
+
+# by the annotation as it is written in About
+_FIELDS = MappingProxyType(
+    {
+        "str": _scalar(str),
+        "int": _scalar(int),
+        "float": _scalar(float),
+        "tuple[float, ...]": _numbers(float),
+        "tuple[int, ...]": _numbers(int),
+        "Mapping[str, str]": _texts,
+    }
+)
+
+
+def _canonical(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RefusedError(f"its description cannot be kept: {error}", CALIBRATE) from error
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError("its metadata is damaged") from error
+
+
+def _digest(texts: Mapping[str, str]) -> str:
+    """sha256 over the texts as they stand, so that not even an equivalent spelling passes; JSON has no bare newline."""
+    return hashlib.sha256("\n".join(texts[key] for key in sorted(_KEYS) if key != "digest").encode()).hexdigest()
