@@ -61,7 +61,7 @@ class ReferenceFlux:
     def mods(self, name: str, vec: Tensor, count: int) -> tuple[Tensor, ...]:
         return self.linear(name, F.silu(vec))[:, None].chunk(count, -1)
 
-    def __call__(self, x, t, context, y, kept: dict | None = None, fresh=None) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, x, t, context, y, kept: dict | None = None, fresh=None, guidance=None) -> tuple[Tensor, dict[str, Tensor]]:
         """Output (B, C, H, W) and this evaluation's sublayer results by name.
 
         kept: use these attention results instead of new ones. fresh(stream, block) -> bool mask (L,) of tokens whose MLP is new.
@@ -72,8 +72,14 @@ class ReferenceFlux:
         img = x.unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         img, txt = self.linear("img_in", img), self.linear("txt_in", context)
         rates = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
-        phase = (t * 1000)[:, None] * rates
-        vec = self.embed_vector("time_in", torch.cat((phase.cos(), phase.sin()), -1)) + self.embed_vector("vector_in", y)
+
+        def sinusoids(value: Tensor) -> Tensor:
+            phase = (value.double() * 1000)[:, None] * rates
+            return torch.cat((phase.cos(), phase.sin()), -1)
+
+        vec = self.embed_vector("time_in", sinusoids(t)) + self.embed_vector("vector_in", y)
+        if guidance is not None:
+            vec = vec + self.embed_vector("guidance_in", sinusoids(guidance))
         n = txt.shape[1]
         grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2)
         positions = torch.cat((torch.zeros(n, 3), torch.cat((torch.zeros(h * w, 1), grid), 1)))

@@ -114,6 +114,52 @@ def test_conservative_evaluations_match_the_dense_reference(network, reference, 
     assert [e.kind for e in run.report.evaluations] == [Kind.FULL, Kind.CONSERVATIVE, Kind.CONSERVATIVE]
 
 
+def guided_network():
+    """FLUX.1-dev's form, small and random: guidance embedding, other depths and widths than the demo's."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    network = Flux(
+        in_channels=3, out_channels=3, vec_in_dim=64, context_in_dim=64, hidden_size=96, mlp_ratio=4.0, num_heads=2, depth=1,
+        depth_single_blocks=1, axes_dim=[8, 20, 20], theta=10000, patch_size=4, qkv_bias=True, guidance_embed=True,
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in network.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08 + (1.0 if name.endswith("scale") else 0.0))
+    return network.eval()
+
+
+def test_embedded_guidance_takes_part_in_every_kind():
+    network = guided_network()
+    reference, guidance = ReferenceFlux(network), torch.tensor([3.5, 3.5])
+    run, (x, context, y) = make_run("c", 0.3), inputs(8)
+    full = evaluate(run, network, 1.0, x, context, y, guidance=guidance)
+    expected, kept = reference(x, torch.ones(2), context, y, guidance=guidance)
+    assert_near(full, expected)
+    assert (reference(x, torch.ones(2), context, y, guidance=guidance + 2)[0] - expected).abs().max() > 1e-3
+    x = inputs(9)[0]
+    result = evaluate(run, network, 0.75, x, context, y, guidance=guidance)
+    assert_near(result, reference(x, torch.full((2,), 0.75), context, y, kept, masks(0.3, network, 192, 12, 1), guidance)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_single(network, dtype):
+    """The same evaluations in half precision stay near those in float32, all three kinds."""
+    import copy
+
+    half, (x, context, y) = copy.deepcopy(network).to(dtype), inputs(10)
+    for between in ("c", "a"):
+        results = []
+        for net, kind in ((network, torch.float32), (half, dtype)):
+            run = make_run(between, 0.3)
+            for sigma in (1.0, 0.75):
+                out = evaluate(run, net, sigma, x.to(kind), context.to(kind), y.to(kind))
+            results.append(out.float())
+        assert (results[1] - results[0]).abs().mean() < 0.03 * results[0].abs().mean()
+
+
 def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, reference):
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
