@@ -55,6 +55,16 @@ def test_flux_at_1024_by_hand():
     assert sublayers / 2**30 == pytest.approx(3.03, abs=0.01)
 
 
+def test_flux_evaluation_costs_what_papers_count():
+    """50 evaluations of FLUX.1-dev at 1024² are published as 3719.5 TFLOPs, two to a multiply-add."""
+    network = flux_sized(19, 38)
+    full, conservative = (
+        FLUX.macs(network, FLUX_1024, kind, 0.1) + FLUX.outside_macs(network, FLUX_1024) for kind in (Kind.FULL, Kind.CONSERVATIVE)
+    )
+    assert 2 * full / 1e12 == pytest.approx(3719.5 / 50, rel=0.001)
+    assert conservative / full == pytest.approx(0.071, abs=0.001)
+
+
 def test_flux_at_1024_allocates_what_is_predicted():
     """The final-hidden mode with real widths and token counts: the store's memory after more full evaluations than it keeps."""
     from comfyui_duca.cache_core.engine import Slot
