@@ -78,13 +78,16 @@ class RunReport:
 
 
 class Stopwatch:
-    """Times stretches of work without making the device wait; readings are collected once, at the end."""
+    """Times stretches of work; on CPU and CUDA without making the device wait, with readings collected once, at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
+        self._must_wait = device.type not in ("cpu", "cuda") and hasattr(torch, "accelerator")
 
     def mark(self) -> Any:
         """A point in time of the device's queue (CUDA) or of the clock."""
+        if self._must_wait:  # no timed events there: let the queue run empty
+            torch.accelerator.synchronize()
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

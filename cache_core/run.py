@@ -123,12 +123,13 @@ class CacheRun:
 
     def close(self, is_complete: bool = False) -> RunReport:
         """Frees every tensor, whatever state the run is in, and returns the finished report."""
-        for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
-            evaluation.ms = self._stopwatch.milliseconds(start, end)
-        self._marks.clear()
         self.report.peak_bytes = self.store.peak_bytes
         self.report.is_complete = is_complete
         self._slots.clear()
+        if is_complete:  # after an error the device may not answer, and the error matters more than its times
+            for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
+                evaluation.ms = self._stopwatch.milliseconds(start, end)
+        self._marks.clear()
         return self.report
 
     def notify(self, text: str) -> None:
