@@ -28,15 +28,18 @@ class _DemoConfig(comfy.supported_models.Flux):
     sampling_settings: ClassVar = {"shift": math.log(1.8)}
 
 
-def load_demo_model() -> ModelPatcher:
-    """The demo model through the host's own Flux, sampling and patcher classes, in float32."""
+def load_demo_model(weight_dtype: torch.dtype = torch.float32) -> ModelPatcher:
+    """The demo model through the host's own Flux, sampling and patcher classes, computing in float32.
+
+    weight_dtype: what weights are kept in; other than float32 the host casts them layer by layer, as with fp8 checkpoints.
+    """
     with safetensors.safe_open(_WEIGHTS, "pt") as file:
         config = _DemoConfig({"image_model": "flux", **json.loads(file.metadata()["flux_config"])})
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(weight_dtype, None if weight_dtype is torch.float32 else torch.float32)
     offload_device = comfy.model_management.unet_offload_device()
     model = config.get_model({}, "", device=offload_device)
     weights = safetensors.torch.load_file(_WEIGHTS)
-    model.diffusion_model.load_state_dict({key: value.float() for key, value in weights.items()})
+    model.diffusion_model.load_state_dict({key: value.to(weight_dtype) for key, value in weights.items()})
     return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
 
 

@@ -276,3 +276,18 @@ def test_lora_before_and_after_the_node_are_the_same(model):
     assert torch.equal(image, sample(after))
     assert not torch.equal(image, sample(cached(model, **MODES["auto"])))
     assert psnr(image, sample(with_lora(model))) > 20
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fp8_weights_stay_as_they_are(mode):
+    """Weights in fp8, cast layer by layer by the host: bit-identical when nothing is skipped, near when it is, never touched."""
+    fp8 = load_demo_model(torch.float8_e4m3fn)
+    weights = {key: value.clone() for key, value in fp8.model.state_dict().items()}
+    plain = sample(fp8)
+    assert torch.equal(sample(cached(fp8, speedup=1.0)), plain)
+    patched = cached(fp8, **MODES[mode])
+    assert psnr(sample(patched), plain) > 15
+    assert last_report(patched).count(Kind.FULL) < 12
+    after = fp8.model.state_dict()
+    assert all(after[key].dtype is value.dtype and torch.equal(after[key].float(), value.float()) for key, value in weights.items())
+    assert after["diffusion_model.single_blocks.0.linear1.weight"].dtype is torch.float8_e4m3fn
