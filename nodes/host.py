@@ -17,13 +17,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..cache_core import CacheRun, ModelCall, Settings, Timeline, find_family
+from ..cache_core import CacheRun, Kind, ModelCall, Settings, Timeline, find_family
 from .notices import say
 from .report_text import report_text
 from .run_book import RunBook
 
 KEY = "duca_cache"
 _RUN = "duca_cache.run"  # where a run travels in transformer_options; dotted, as some models splat that dict as kwargs
+_FEW_STEPS = 8  # below this, fewer steps were the better choice in docs/benchmarks.md
 _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
 
 
@@ -136,7 +137,7 @@ def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, s
         """System memory where the cache would take more than half of what is free on the device."""
         return None if needed * 2 <= comfy.model_management.get_free_memory(device) else torch.device("cpu")
 
-    return CacheRun(
+    run = CacheRun(
         settings.strategy(timeline.steps),
         timeline,
         window,
@@ -145,6 +146,9 @@ def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, s
         say=lambda text: say(f"DuCa Cache: {text}.", options.node_id),
         choose_device=choose_device if options.choose_device else None,
     )
+    if timeline.steps < _FEW_STEPS and run.plan.count(Kind.FULL) < timeline.steps:
+        run.notify(f"with {timeline.steps} steps, fewer steps without a cache are likely to look better than skipped ones; compare")
+    return run
 
 
 def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:

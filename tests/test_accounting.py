@@ -131,7 +131,7 @@ def test_no_room_for_the_cache_is_survived(model, monkeypatch):
     report = last_report(patched)
     assert torch.equal(result, sample(model, steps=6))
     assert report.count(Kind.FULL) == 6
-    assert "no memory" in report.notices[0]
+    assert any("no memory" in notice for notice in report.notices)
 
 
 def flops_of(work) -> int:

@@ -133,6 +133,8 @@ def test_few_steps(model, settings, steps):
     assert kinds(last_report(patched))[0] == "F"
     if steps == 1:
         assert torch.equal(result, sample(model, steps=1))
+    else:
+        assert any("fewer steps" in notice for notice in last_report(patched).notices)
 
 
 # steps 0 … 7 of this plan
