@@ -10,3 +10,21 @@ from devtools.inprocess import load_comfyui, load_pack
 
 load_comfyui()
 load_pack()
+
+import pytest
+from comfyui_duca.cache_core.engine.linears import find_linears
+from comfyui_duca.cache_core.families.flux import FLUX
+from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS
+from comfyui_duca.nodes.demo_flux import load_demo_model
+
+
+@pytest.fixture(scope="module")
+def network():
+    """The demo model's transformer, a fresh one for every test file."""
+    return load_demo_model().model.diffusion_model
+
+
+@pytest.fixture(scope="module")
+def sites(network):
+    """Its linear layers."""
+    return find_linears(FLUX, network, FLUX_LINEARS)

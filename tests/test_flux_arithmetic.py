@@ -9,13 +9,8 @@ from comfyui_duca.cache_core.engine import TokenChoice
 from comfyui_duca.cache_core.policies import DucaCycle
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
-from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.nodes.demo_flux import encode_prompt
 from reference_flux import ReferenceFlux
-
-
-@pytest.fixture(scope="module")
-def network():
-    return load_demo_model().model.diffusion_model
 
 
 @pytest.fixture(scope="module")

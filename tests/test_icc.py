@@ -22,23 +22,13 @@ from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS, WHOLE, LinearPart, StackLinears
 from comfyui_duca.cache_core.kinds import Kind
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
-from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.nodes.demo_flux import encode_prompt
 from reference_flux import ReferenceFlux
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 LENGTHS = {"img": 192, "txt": 12}
-
-
-@pytest.fixture(scope="module")
-def network():
-    return load_demo_model().model.diffusion_model
-
-
-@pytest.fixture(scope="module")
-def sites(network):
-    return find_linears(FLUX, network, FLUX_LINEARS)
 
 
 @pytest.fixture(scope="module")

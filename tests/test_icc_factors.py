@@ -10,23 +10,12 @@ import pytest
 import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise, factorise_sites, measuring
-from comfyui_duca.cache_core.engine.linears import LinearSite, check_factors, find_linears
-from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS, WHOLE
-from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.cache_core.engine.linears import LinearSite, check_factors
+from comfyui_duca.cache_core.families.flux_linears import WHOLE
+from comfyui_duca.nodes.demo_flux import encode_prompt
 from torch import nn
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def network():
-    return load_demo_model().model.diffusion_model
-
-
-@pytest.fixture(scope="module")
-def sites(network):
-    return find_linears(FLUX, network, FLUX_LINEARS)
 
 
 # -- factors ------------------------------------------------------------------------------------------------------------------
