@@ -8,9 +8,22 @@ from __future__ import annotations
 from .families import FAMILIES, find_family
 from .kinds import Kind, Plan
 from .meter import RunReport
+from .opening import Opening
 from .run import CacheRun, ModelCall
 from .store import StoreFormat
 from .strategy import Settings
 from .timeline import Timeline
 
-__all__ = ["FAMILIES", "CacheRun", "Kind", "ModelCall", "Plan", "RunReport", "Settings", "StoreFormat", "Timeline", "find_family"]
+__all__ = [
+    "FAMILIES",
+    "CacheRun",
+    "Kind",
+    "ModelCall",
+    "Opening",
+    "Plan",
+    "RunReport",
+    "Settings",
+    "StoreFormat",
+    "Timeline",
+    "find_family",
+]

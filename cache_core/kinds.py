@@ -10,6 +10,7 @@ class Kind(Enum):
     """What one model evaluation does. The value is its letter in a schedule's text."""
 
     FULL = "F"  # every block runs: the host's own code, listened to
+    CALIBRATED = "i"  # blocks run over low-rank increments of their linear layers (ICC)
     CONSERVATIVE = "c"  # attention from the cache, MLP for a share of the tokens (DuCa)
     AGGRESSIVE = "a"  # no block runs: the stack's output is reused or forecast
 
@@ -34,7 +35,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Reads the letters F, c and a; spaces do not count. Raises ValueError on any other."""
+        """Reads the letters F, i, c and a; spaces do not count. Raises ValueError on any other."""
         kinds = []
         for position, letter in enumerate(text):
             if letter.isspace():
@@ -42,7 +43,7 @@ class Plan:
             try:
                 kinds.append(Kind(letter))
             except ValueError:
-                raise ValueError(f"unknown kind {letter!r} at character {position + 1} of {text!r}: use F, c or a") from None
+                raise ValueError(f"unknown kind {letter!r} at character {position + 1} of {text!r}: use F, i, c or a") from None
         return cls(tuple(kinds))
 
     def __str__(self) -> str:
@@ -56,3 +57,7 @@ class Plan:
 
     def count(self, kind: Kind) -> int:
         return self.kinds.count(kind)
+
+    def has(self, kind: Kind, since: int = 0) -> bool:
+        """Whether a step from `since` on, itself included, is of this kind."""
+        return kind in self.kinds[since:]

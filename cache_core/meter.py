@@ -33,7 +33,7 @@ class Evaluation:
     cache_bytes: int = 0
 
     def add_call(self, kind: Kind, macs: float, full_macs: float) -> None:
-        cheapest_first = (Kind.AGGRESSIVE, Kind.CONSERVATIVE, Kind.FULL)
+        cheapest_first = (Kind.AGGRESSIVE, Kind.CONSERVATIVE, Kind.CALIBRATED, Kind.FULL)
         self.kind = max(self.kind, kind, key=cheapest_first.index)
         self.calls += 1
         self.macs += macs

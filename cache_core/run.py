@@ -10,9 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import EngineCall, Slot, SlotTable, TokenChoice, conservative, listening, noting, skipping
+from .engine import (
+    CalibratedLinears,
+    EngineCall,
+    Slot,
+    SlotTable,
+    TokenChoice,
+    calibrated,
+    conservative,
+    listening,
+    noting,
+    skipping,
+)
 from .families import ModelFamily, UnsupportedCallError
-from .kinds import Kind
+from .kinds import Kind, Plan
 from .meter import Evaluation, RunReport, Stopwatch
 from .store import FeatureStore, StoreFullError
 from .strategy import Strategy, predicted_bytes
@@ -55,10 +66,7 @@ class CacheRun:
         choose_device: Callable[[int], torch.device | None] | None = None,
     ) -> None:
         self.plan = strategy.policy.plan(timeline.steps, window)
-        if self.plan.count(Kind.CONSERVATIVE) and not family.is_conservative:
-            raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
-        if strategy.predictor.uses_input and not family.embed:
-            raise ValueError(f"{family.name} models have no calibrated forecast: take the calibration off")
+        _check(strategy, self.plan, family)
         self.report = RunReport(strategy.name, str(self.plan), family.name)
         self.store = FeatureStore(strategy.storage)
         self._strategy, self._timeline, self._family = strategy, timeline, family
@@ -66,12 +74,15 @@ class CacheRun:
         self._stopwatch = Stopwatch(device)
         self._say, self._choose_device = say, choose_device
         self._slots = SlotTable(self.store, strategy.predictor.history)
+        self._linears: CalibratedLinears | None = None  # of the model that is called, from the first call that needs them
         self._macs: dict[tuple, float] = {}
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
         self._sigma, self._time = float("inf"), 1.0
         self._kind = Kind.FULL
         self._is_disabled = False
+        for text in strategy.notices:
+            self.notify(text)
 
     # -- the host's moments ---------------------------------------------------------------------------
 
@@ -118,6 +129,7 @@ class CacheRun:
         except StoreFullError:
             self._is_disabled = True
             self._slots.clear()
+            self._linears = None
             self.notify("no memory is left for the cache: the rest of this run is computed in full")
             return self._past_the_cache(call, compute)
 
@@ -126,6 +138,7 @@ class CacheRun:
         self.report.peak_bytes = self.store.peak_bytes
         self.report.is_complete = is_complete
         self._slots.clear()
+        self._linears = None
         if is_complete:  # after an error the device may not answer, and the error matters more than its times
             for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
                 evaluation.ms = self._stopwatch.milliseconds(start, end)
@@ -146,11 +159,13 @@ class CacheRun:
             return Kind.AGGRESSIVE
         if self._kind is Kind.CONSERVATIVE and all(slot.sublayers for slot in slots):
             return Kind.CONSERVATIVE
+        if self._kind is Kind.CALIBRATED and all(slot.linears for slot in slots):
+            return Kind.CALIBRATED
         return Kind.FULL
 
     def _carry_out(self, kind: Kind, call: ModelCall, slots: list[Slot], compute: Callable[[], Tensor]) -> Tensor | None:
         """The model's output, or None where it must be computed in full instead."""
-        engine = self._engine_call(call, slots)
+        engine = self._engine_call(kind, call, slots)
         try:
             with self._engine_for(kind, engine):
                 result = compute()
@@ -171,7 +186,7 @@ class CacheRun:
         return result
 
     def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
-        engine = self._engine_call(call, [])
+        engine = self._engine_call(Kind.FULL, call, [])
         with noting(engine):
             result = compute()
         self._count(engine, Kind.FULL, result.shape[0])
@@ -180,24 +195,44 @@ class CacheRun:
     def _engine_for(self, kind: Kind, engine: EngineCall) -> AbstractContextManager[None]:
         if kind is Kind.AGGRESSIVE:
             return skipping(engine, self._strategy.predictor, self.store)
-        return conservative(engine, self.store) if kind is Kind.CONSERVATIVE else listening(engine)
+        if kind is Kind.CONSERVATIVE:
+            return conservative(engine, self.store)
+        return calibrated(engine, self.store) if kind is Kind.CALIBRATED else listening(engine)
 
-    def _engine_call(self, call: ModelCall, slots: list[Slot]) -> EngineCall:
-        keeps_sublayers = self.plan.count(Kind.CONSERVATIVE) > 0
+    def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot]) -> EngineCall:
+        """A call of this kind. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
+        step = self._evaluation.step
         keeps_input = self._strategy.predictor.uses_input and bool(slots)
-        return EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
+        keeps_sublayers = self.plan.has(Kind.CONSERVATIVE, step)
+        engine = EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
+        if slots and (kind is Kind.CALIBRATED or (kind is Kind.FULL and self.plan.has(Kind.CALIBRATED, step))):
+            engine.linears = self._bound_linears(call.model)
+        return engine
+
+    def _bound_linears(self, model: nn.Module) -> CalibratedLinears:
+        """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
+        if self._linears is None:
+            assert self._strategy.linears is not None, "plans with calibrated evaluations are refused without factors"
+            self._linears = CalibratedLinears.bind(self._family, model, self._strategy.linears.factors)
+        return self._linears
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
     def _entered(self, engine: EngineCall, tokens: Tensor) -> None:
-        """When a call reaches its first block: predicts the bytes of slots that are new, and chooses a device for the first."""
+        """When a call reaches its first block: puts the factors in place, predicts the bytes of slots that are new, and
+        chooses a device for the first."""
+        if engine.linears is not None:
+            try:
+                self._linears = engine.linears = engine.linears.placed(tokens.device, tokens.dtype)
+            except torch.OutOfMemoryError as error:
+                raise StoreFullError from error
         new = [slot for slot in engine.slots if not slot.predicted_bytes]
         if not new:
             return
         rows = tokens.shape[0] // len(engine.slots)
         for slot in new:
             slot.predicted_bytes = predicted_bytes(
-                self._strategy, self.plan, self._family, engine.model, engine.lengths, rows, tokens.dtype
+                self._strategy, self.plan, self._family, engine.model, engine.lengths, rows, tokens.dtype, self._evaluation.step
             )
         self.report.predicted_bytes = max(self.report.predicted_bytes, self._slots.predicted_bytes)
         if self._choose_device is not None and not self.store.bytes:
@@ -207,11 +242,32 @@ class CacheRun:
 
     def _count(self, engine: EngineCall, kind: Kind, rows: int) -> None:
         if engine.lengths:
-            self._evaluation.add_call(kind, rows * self._cost(engine, kind), rows * self._cost(engine, Kind.FULL))
+            done = self._cost(engine, kind, engine.linears)
+            self._evaluation.add_call(kind, rows * done, rows * self._cost(engine, Kind.FULL))
 
-    def _cost(self, engine: EngineCall, kind: Kind) -> float:
-        key = (kind, *engine.lengths.items())
+    def _cost(self, engine: EngineCall, kind: Kind, linears: CalibratedLinears | None = None) -> float:
+        """Multiply-adds of one batch row. linears: those that the call keeps something of or replaces."""
+        key = (kind, linears is None, *engine.lengths.items())
         if key not in self._macs:
-            blocks = self._family.macs(engine.model, engine.lengths, kind, self._strategy.token_share)
+            in_blocks = Kind.FULL if kind is Kind.CALIBRATED else kind
+            blocks = self._family.macs(engine.model, engine.lengths, in_blocks, self._strategy.token_share)
+            blocks += linears.extra_macs(kind, engine.lengths) if linears is not None else 0.0
             self._macs[key] = blocks + self._family.outside_macs(engine.model, engine.lengths)
         return self._macs[key]
+
+
+def _check(strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
+    """Raises ValueError, with a remedy, for what this family or this strategy cannot do."""
+    if plan.has(Kind.CONSERVATIVE) and not family.is_conservative:
+        raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
+    if strategy.predictor.uses_input and not family.embed:
+        raise ValueError(f"{family.name} models have no calibrated forecast: take the calibration off")
+    if not plan.has(Kind.CALIBRATED):
+        return
+    if not family.linears:
+        raise ValueError(f"{family.name} models have no calibrated evaluation: choose mode auto, paper or forecast")
+    if strategy.linears is None:
+        raise ValueError(
+            f"the strategy {strategy.name!r} has no calibration factors: calibrate this model with low-rank factors first, "
+            "or choose a plan without calibrated evaluations"
+        )

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from .calibration.calibration import Calibration
+from .calibration.use import NotCoveredError, advise
+from .engine import CalibratedLinears
 from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
-from .policies import AlwaysCompute, DucaCycle, FixedInterval, GrowingGaps, Policy
-from .predictors import PREDICTORS, Chebyshev, Predictor, Reuse
+from .opening import Opening
+from .policies import AlwaysCompute, DucaCycle, FixedInterval, Given, GrowingGaps, IccCycle, Policy
+from .predictors import AUTO, PREDICTORS, Predictor, Reuse
 from .store import StoreFormat
 
-MODES = ("auto", "paper", "forecast", "off")
+MODES = ("auto", "paper", "forecast", "off", "icc")
 
 # A conservative evaluation's cost as a share of a full one per share of tokens, for choosing a cycle before shapes
 # are known: 0.071 at share 0.1 for FLUX at 1024². The meter counts the real one.
 _CONSERVATIVE_COST = 0.7
 
-# The best uncalibrated setting that we measured (docs/benchmarks.md).
-_AUTO_PREDICTOR = Chebyshev(taylor_share=0.7, history=5, reach=0.7)
+_ATTENTION_COST = 0.1  # a calibrated evaluation's cost beyond its layers', for the same purpose; FLUX at 1024²: 0.15
 
 
 @dataclass(frozen=True)
 class Strategy:
     """policy: when. predictor: with what. token_share: recomputed by conservative evaluations, 0..1. seed: of their choice.
 
-    storage: where features live. name: what a report calls it.
+    storage: where features live. name: what a report calls it. linears: what plans with calibrated evaluations need.
+    notices: what the user is to be told when a run with it begins.
     """
 
     policy: Policy = AlwaysCompute()
@@ -37,6 +41,8 @@ class Strategy:
     seed: int = 0
     storage: StoreFormat = StoreFormat()
     name: str = "all full"
+    linears: CalibratedLinears | None = None
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.token_share <= 1:
@@ -49,6 +55,7 @@ class Settings:
 
     speedup: wanted number of evaluations per full one, at least 1. token_share, start, end: 0..1.
     warmup, tail: full steps at both ends; None takes the mode's own. predictor: a key of PREDICTORS, for mode "forecast".
+    calibration: of the model, used by modes "auto" (its forecast) and "icc" (its factors). chosen: a strategy instead of all this.
     """
 
     mode: str = "auto"
@@ -62,6 +69,8 @@ class Settings:
     predictor: str = "chebyshev"
     seed: int = 0
     storage: StoreFormat = field(default_factory=StoreFormat)
+    calibration: Calibration | None = None
+    chosen: Strategy | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -77,18 +86,50 @@ class Settings:
         if self.cycle_length < 0 or self.tail < 0 or (self.warmup or 0) < 0:
             raise ValueError("cycle length, warm-up and tail are counts of steps and cannot be negative")
 
-    def strategy(self, steps: int) -> Strategy:
-        """What the settings mean for a run of `steps` steps."""
+    def strategy(self, opening: Opening) -> Strategy:
+        """What the settings mean for a run. Raises ValueError where the mode needs a calibration that is not there."""
+        if self.chosen is not None:
+            return self.chosen
         common: dict[str, Any] = {"token_share": self.token_share, "seed": self.seed, "storage": self.storage}
-        if self.mode == "off" or (self.mode != "paper" and self.speedup == 1 and not self.cycle_length):
+        if self.mode == "off" or (self.mode in ("auto", "forecast") and self.speedup == 1 and not self.cycle_length):
             return Strategy(**common)
         if self.mode == "auto":
-            return Strategy(GrowingGaps(self.speedup, tail=self.tail), _AUTO_PREDICTOR, name=f"auto {self.speedup:g}x", **common)
+            return self._auto(opening, common)
+        if self.mode == "icc":
+            return self._icc(opening, common)
         if self.mode == "paper":
-            cycle = self._duca_cycle(steps)
+            cycle = self._duca_cycle(opening.timeline.steps)
             return Strategy(cycle, Reuse(), name=f"DuCa N={cycle.cycle_length} share {self.token_share:g}", **common)
         name = f"{self.predictor} forecast {f'every {self.cycle_length}' if self.cycle_length else f'{self.speedup:g}x'}"
         return Strategy(self._forecast_policy(), PREDICTORS[self.predictor](), name=name, **common)
+
+    def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
+        """The calibrated forecast where the calibration covers the run, else the best uncalibrated setting."""
+        uncalibrated = Strategy(GrowingGaps(self.speedup, tail=self.tail), AUTO, name=f"auto {self.speedup:g}x", **common)
+        if self.calibration is None or self.calibration.forecast is None:
+            return uncalibrated
+        times = opening.timeline.times[:-1]
+        window = range(opening.window.start, min(opening.window.stop, len(times) - self.tail))
+        try:
+            advice = advise(self.calibration.forecast, times, window, max(1, round(len(times) / self.speedup)))
+        except NotCoveredError as reason:
+            return replace(uncalibrated, notices=(f"the calibration is not used: {reason}",))
+        name = f"auto {self.speedup:g}x, calibrated{'' if advice.is_exact else ' (for another schedule)'}"
+        return Strategy(Given(advice.plan), advice.predictor, name=name, **common)
+
+    def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
+        """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
+        if self.calibration is None or self.calibration.factors is None:
+            raise ValueError("mode icc needs low-rank factors of this model: run SVD Calibrator with an ICC method first")
+        linears = CalibratedLinears.bind(opening.family, opening.network, self.calibration.factors.tensors)
+        warmup, steps, length = 1 if self.warmup is None else self.warmup, opening.timeline.steps, self.cycle_length
+        if not length:
+            cost = linears.weight_share + _ATTENTION_COST
+            costs = {n: sum(1 if kind is Kind.FULL else cost for kind in IccCycle(n, warmup, self.tail).plan(steps, range(steps)).kinds)
+                     for n in range(1, steps + 1)}  # fmt: skip
+            length = next((n for n, total in costs.items() if total * self.speedup <= steps * 1.02), steps)
+        name = f"ICC {self.calibration.about.method} rank {self.calibration.about.rank} every {length}"
+        return Strategy(IccCycle(length, warmup, self.tail), Reuse(), name=name, linears=linears, **common)
 
     def _forecast_policy(self) -> Policy:
         if self.cycle_length:
@@ -110,12 +151,25 @@ class Settings:
 
 
 def predicted_bytes(
-    strategy: Strategy, plan: Plan, family: ModelFamily, model: torch.nn.Module, lengths: Lengths, rows: int, dtype: torch.dtype
+    strategy: Strategy,
+    plan: Plan,
+    family: ModelFamily,
+    model: torch.nn.Module,
+    lengths: Lengths,
+    rows: int,
+    dtype: torch.dtype,
+    first_step: int = 0,
 ) -> int:
-    """Bytes the cache will hold for `rows` batch rows (all conds together) whose activations have `dtype`."""
-    writes = plan.count(Kind.FULL) + plan.count(Kind.CONSERVATIVE)
+    """Bytes the cache will hold for `rows` batch rows (all conds together) whose activations have `dtype`.
+
+    first_step: at which the conds are met; their first evaluation is full whatever its step has in the plan.
+    """
+    writes = 1 + sum(kind is not Kind.AGGRESSIVE for kind in plan.kinds[first_step + 1 :])
     per_token = strategy.storage.bytes_per_token(family.channels(model), dtype)
     beside = strategy.storage.bytes_per_token(family.input_channels(model), dtype) if strategy.predictor.uses_input else 0
-    hidden = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes)
-    sublayers = family.sublayer_tokens(model, lengths) if plan.count(Kind.CONSERVATIVE) else 0
-    return rows * (hidden * (per_token + beside) + sublayers * per_token)
+    hidden = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes) * (per_token + beside)
+    sublayers = family.sublayer_tokens(model, lengths) * per_token if plan.has(Kind.CONSERVATIVE, first_step) else 0
+    linears = 0
+    if strategy.linears is not None and plan.has(Kind.CALIBRATED, first_step):
+        linears = strategy.linears.bytes(lengths, dtype, strategy.storage)
+    return rows * (hidden + sublayers + linears)

@@ -7,11 +7,14 @@ from comfy_api.latest import ComfyExtension, io
 from .cache_report import CacheReport
 from .demo_flux import DemoFlux
 from .duca_cache import DucaCache
+from .load_calibration import LoadCalibration
+from .prompt_list import PromptList
+from .svd_calibrator import SvdCalibrator
 
 
 class DucaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DucaCache, CacheReport, DemoFlux]
+        return [DucaCache, CacheReport, SvdCalibrator, LoadCalibration, PromptList, DemoFlux]
 
 
 async def comfy_entrypoint() -> DucaExtension:

@@ -6,15 +6,16 @@ import torch
 from comfy_api.latest import io
 
 from ..cache_core import Settings, StoreFormat
+from ..cache_core.calibration.calibration import Calibration
 from ..cache_core.predictors import PREDICTORS
 from ..cache_core.strategy import MODES
-from . import host
+from . import calibrations, host
 
 _STORE_DTYPES = {"model dtype": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _STORE_DEVICES = ("auto", "GPU", "CPU")
 
 
-def _advanced(field: io.Input) -> io.Input:
+def advanced(field: io.Input) -> io.Input:
     """Marks an input as one that the page folds away."""
     field.extra_dict = {**(field.extra_dict or {}), "advanced": True}
     return field
@@ -34,8 +35,10 @@ class DucaCache(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="auto",
-                    tooltip="auto: the best setting we measured. paper: DuCa's cycle of full, conservative and aggressive evaluations. "
-                    "forecast: your own choice of predictor and gaps. off: no cache, image identical to no node.",
+                    tooltip="auto: the best setting we measured, better still once SVD Calibrator has seen the checkpoint. "
+                    "paper: DuCa's cycle of full, conservative and aggressive evaluations. "
+                    "forecast: your own choice of predictor and gaps. off: no cache, image identical to no node. "
+                    "icc: blocks run over low-rank increments of their layers; needs a calibration.",
                 ),
                 io.Float.Input(
                     "speedup",
@@ -47,6 +50,11 @@ class DucaCache(io.ComfyNode):
                     tooltip="How many times fewer full evaluations. 1 computes everything; 2 is safe; above 3 look at the image.",
                 ),
                 *_advanced_inputs(),
+                calibrations.Type.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="From SVD Calibrator or Load Calibration. Without it the checkpoint's own is looked for in modes auto and icc.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache on it.")],
             hidden=[io.Hidden.unique_id],
@@ -77,6 +85,7 @@ class DucaCache(io.ComfyNode):
         store_dtype: str,
         token_seed: int,
         verbose: bool,
+        calibration: Calibration | None = None,
     ) -> io.NodeOutput:
         settings = Settings(
             mode=mode,
@@ -90,6 +99,7 @@ class DucaCache(io.ComfyNode):
             end=end_percent,
             seed=token_seed,
             storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, _STORE_DTYPES[store_dtype]),
+            calibration=calibration,
         )
         options = host.HostOptions(store_device == "auto", verbose, cls.hidden.unique_id)
         return io.NodeOutput(host.attach(model, settings, options))
@@ -98,7 +108,7 @@ class DucaCache(io.ComfyNode):
 def _advanced_inputs() -> list[io.Input]:
     percent = {"min": 0.0, "max": 1.0, "step": 0.01}
     return [
-        _advanced(field)
+        advanced(field)
         for field in (
             io.Combo.Input(
                 "predictor",

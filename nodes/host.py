@@ -17,7 +17,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..cache_core import CacheRun, Kind, ModelCall, Settings, Timeline, find_family
+from ..cache_core import CacheRun, Kind, ModelCall, Opening, Settings, Timeline, find_family
+from . import calibrations
 from .notices import say
 from .report_text import report_text
 from .run_book import RunBook
@@ -29,17 +30,21 @@ _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_
 
 
 class HostOptions(NamedTuple):
-    """choose_device: leave it to free memory where features are kept. verbose: log every evaluation. node_id: who speaks."""
+    """choose_device: leave it to free memory where features are kept. verbose: log every evaluation. node_id: who speaks.
+
+    finds_calibration: look for the checkpoint's sidecar where the settings have none.
+    """
 
     choose_device: bool = True
     verbose: bool = False
     node_id: str | None = None
+    finds_calibration: bool = True
 
 
 def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostOptions()) -> ModelPatcher:
     """A clone of `model` that samples with the cache; any cache of ours already on it is replaced.
 
-    A model of no known family, or mode "off", comes back without one.
+    A model of no known family, or mode "off", comes back without one. Raises ValueError for a calibration of another checkpoint.
     """
     clone = detach(model)
     if settings.mode == "off":
@@ -47,7 +52,9 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
     if find_family(clone.model.diffusion_model) is None:
         say(unknown_model(clone), options.node_id)
         return clone
-    book = RunBook()
+    if settings.calibration is not None:
+        calibrations.check(settings.calibration, clone)
+    book, finder = RunBook(), calibrations.Finder(settings, options.finds_calibration, options.node_id)
     clone.set_attachments(KEY, book)
 
     def finished(run: CacheRun, result: torch.Tensor | None) -> None:
@@ -56,7 +63,7 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
         if options.verbose:
             logging.info("[DuCa] %s", report_text(report, verbose=True))
 
-    listen(clone, lambda patcher, sigmas: _open_run(patcher, settings, options, sigmas), finished)
+    listen(clone, lambda patcher, sigmas: _open_run(patcher, finder.settings_for(patcher), options, sigmas), finished)
     return clone
 
 
@@ -118,36 +125,41 @@ def _sampling(open_run: Callable[[ModelPatcher, torch.Tensor], Any], finished: C
     return outer_sample
 
 
+def opening(patcher: ModelPatcher, sigmas: torch.Tensor, start: float = 0.0, end: float = 1.0) -> Opening:
+    """What a run begins with; start, end: the part of the sampling that may be skipped. Raises ValueError in words for the user."""
+    family = find_family(patcher.model.diffusion_model)
+    if family is None:
+        raise ValueError(unknown_model(patcher))
+    sampling = patcher.get_model_object("model_sampling")
+    timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
+    window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
+    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device)
+
+
 def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, sigmas: torch.Tensor) -> CacheRun | None:
     """A run for these noise levels, or None (said to the user) where the cache must stand aside."""
-    family = find_family(patcher.model.diffusion_model)
-    sampling = patcher.get_model_object("model_sampling")
     try:
-        timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
+        begun = opening(patcher, sigmas, settings.start, settings.end)
     except ValueError as reason:
-        say(f"DuCa Cache stands aside: {reason}.", options.node_id)
+        say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", options.node_id)
         return None
-    if family is None:
-        say(unknown_model(patcher), options.node_id)
-        return None
-    window = timeline.window(float(sampling.percent_to_sigma(settings.start)), float(sampling.percent_to_sigma(settings.end)))
-    device = patcher.load_device
+    device = begun.device
 
     def choose_device(needed: int) -> torch.device | None:
         """System memory where the cache would take more than half of what is free on the device."""
         return None if needed * 2 <= comfy.model_management.get_free_memory(device) else torch.device("cpu")
 
     run = CacheRun(
-        settings.strategy(timeline.steps),
-        timeline,
-        window,
-        family,
+        settings.strategy(begun),
+        begun.timeline,
+        begun.window,
+        begun.family,
         device,
         say=lambda text: say(f"DuCa Cache: {text}.", options.node_id),
         choose_device=choose_device if options.choose_device else None,
     )
-    if timeline.steps < _FEW_STEPS and run.plan.count(Kind.FULL) < timeline.steps:
-        run.notify(f"with {timeline.steps} steps, fewer steps without a cache are likely to look better than skipped ones; compare")
+    if begun.timeline.steps < _FEW_STEPS and run.plan.count(Kind.FULL) < begun.timeline.steps:
+        run.notify(f"with {begun.timeline.steps} steps, fewer steps without a cache are likely to look better than skipped ones; compare")
     return run
 
 

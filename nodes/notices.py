@@ -9,10 +9,15 @@ def say(text: str, node_id: str | None = None) -> None:
     """Once is the caller's business. Works without a running server, as in tests."""
     logging.warning("[DuCa] %s", text)
     server = _server()
-    if server is None:
-        return
-    server.send_sync("duca_cache.notice", {"node": node_id, "text": text}, server.client_id)
-    if node_id is not None:
+    if server is not None:
+        server.send_sync("duca_cache.notice", {"node": node_id, "text": text}, server.client_id)
+    show(text, node_id)
+
+
+def show(text: str, node_id: str | None = None) -> None:
+    """Only under the node."""
+    server = _server()
+    if server is not None and node_id is not None:
         server.send_progress_text(text, node_id, server.client_id)
 
 

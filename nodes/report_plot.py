@@ -11,7 +11,12 @@ from matplotlib.patches import Patch
 from ..cache_core import Kind, RunReport
 
 # Okabe and Ito's colour-blind safe palette; hatches and the letters below the bars say the same without colour.
-_STYLE = {Kind.FULL: ("#0072B2", ""), Kind.CONSERVATIVE: ("#E69F00", "//"), Kind.AGGRESSIVE: ("#56B4E9", "..")}
+_STYLE = {
+    Kind.FULL: ("#0072B2", ""),
+    Kind.CALIBRATED: ("#009E73", "xx"),
+    Kind.CONSERVATIVE: ("#E69F00", "//"),
+    Kind.AGGRESSIVE: ("#56B4E9", ".."),
+}
 _LETTERS = 60  # more of them would run into each other
 
 
@@ -27,7 +32,8 @@ def report_plot(report: RunReport) -> torch.Tensor:
     if len(evaluations) <= _LETTERS:
         axes.set_xticks([e.index for e in evaluations])
         axes.set_xticklabels([e.kind.value for e in evaluations], family="monospace")
-    axes.set_xlabel("evaluation (F full, c conservative, a aggressive)" if len(evaluations) <= _LETTERS else "evaluation")
+    letters = ", ".join(f"{kind.value} {kind.label}" for kind in Kind)
+    axes.set_xlabel(f"evaluation ({letters})" if len(evaluations) <= _LETTERS else "evaluation")
     axes.set_ylabel("milliseconds")
     axes.set_title(
         f"{report.setting}: compute {report.compute_speedup:.2f}x, time {report.time_speedup:.2f}x, "
@@ -36,7 +42,7 @@ def report_plot(report: RunReport) -> torch.Tensor:
     )
     present = [kind for kind in Kind if report.count(kind)]
     entries = [_legend_entry(kind, report.count(kind)) for kind in present]
-    axes.legend(handles=entries, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.12))
+    axes.legend(handles=entries, frameon=False, ncols=len(Kind), loc="upper right", bbox_to_anchor=(1, -0.15))
     axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255

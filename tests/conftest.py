@@ -12,9 +12,8 @@ load_comfyui()
 load_pack()
 
 import pytest
-from comfyui_duca.cache_core.engine.linears import find_linears
+from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS
 from comfyui_duca.nodes.demo_flux import load_demo_model
 
 
@@ -27,4 +26,4 @@ def network():
 @pytest.fixture(scope="module")
 def sites(network):
     """Its linear layers."""
-    return find_linears(FLUX, network, FLUX_LINEARS)
+    return find_linears(FLUX, network)

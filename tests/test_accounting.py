@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, StoreFormat, Timeline
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Opening, StoreFormat, Timeline
 from comfyui_duca.cache_core.engine import TokenChoice
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import DucaCycle, GrowingGaps
@@ -40,15 +40,19 @@ def flux_sized(depth: int, depth_single: int):
 FLUX_1024 = {"img": 4096, "txt": 512}
 
 
+def opening(network, steps: int) -> Opening:
+    return Opening(network, FLUX, Timeline([1 - i / steps for i in range(steps + 1)]), range(steps), torch.device("cpu"))
+
+
 def test_flux_at_1024_by_hand():
     """Per cond, bf16: one image hidden is 4096·3072·2 = 24 MiB; all sublayers of 19 + 38 blocks are 3 GiB."""
     network, mib = flux_sized(19, 38), 2**20
-    auto = Settings(speedup=3.5).strategy(28)
+    auto = Settings(speedup=3.5).strategy(opening(network, 28))
     plan = auto.policy.plan(28, range(28))
     hidden = predicted_bytes(auto, plan, FLUX, network, FLUX_1024, 1, torch.bfloat16)
     assert hidden == auto.predictor.history * 24 * mib
     assert hidden <= 0.25 * 2**30
-    paper = Settings(mode="paper", cycle_length=5).strategy(28)
+    paper = Settings(mode="paper", cycle_length=5).strategy(opening(network, 28))
     sublayers = predicted_bytes(paper, paper.policy.plan(28, range(28)), FLUX, network, FLUX_1024, 1, torch.bfloat16)
     joint = 4608 * 3072 * 2
     assert sublayers == 19 * 2 * joint + 38 * 2 * joint + 24 * mib
@@ -70,13 +74,14 @@ def test_flux_at_1024_allocates_what_is_predicted():
     from comfyui_duca.cache_core.engine import Slot
     from comfyui_duca.cache_core.store import FeatureStore
 
-    strategy = Settings(speedup=3.5).strategy(28)
+    network = flux_sized(1, 1)
+    strategy = Settings(speedup=3.5).strategy(opening(network, 28))
     store = FeatureStore(strategy.storage)
     slot = Slot(store, strategy.predictor.history)
     for i in range(8):
         slot.remember_hidden(1 - i / 8, torch.zeros(1, 4096, 3072, dtype=torch.bfloat16))
     plan = strategy.policy.plan(28, range(28))
-    predicted = predicted_bytes(strategy, plan, FLUX, flux_sized(1, 1), FLUX_1024, 1, torch.bfloat16)
+    predicted = predicted_bytes(strategy, plan, FLUX, network, FLUX_1024, 1, torch.bfloat16)
     assert store.bytes == store.peak_bytes == predicted <= 0.25 * 2**30
 
 
@@ -178,7 +183,7 @@ def test_the_report_counts_evaluations_and_measures_time(model):
     full = statistics.median(e.ms for e in report.evaluations if e.kind is Kind.FULL)
     assert report.time_speedup == pytest.approx(full * 23 / report.total_ms)
     text = report_text(report)
-    assert f"23: {report.count(Kind.FULL)} full, 0 conservative, {report.count(Kind.AGGRESSIVE)} aggressive" in text
+    assert f"23: {report.count(Kind.FULL)} full, 0 calibrated, 0 conservative, {report.count(Kind.AGGRESSIVE)} aggressive" in text
     assert f"{report.compute_speedup:.2f}x less" in text
     assert len(report_data(report)["evaluations"]) == 23
     assert report_text(report, verbose=True).count("\n") == text.count("\n") + 23

@@ -7,17 +7,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Timeline, find_family
-from comfyui_duca.cache_core.calibration.recording import Recording
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Opening, Timeline
 from comfyui_duca.cache_core.calibration.search import PlanSearch
 from comfyui_duca.cache_core.calibration.statistics import ForecastModel, Moments
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import FixedInterval
-from comfyui_duca.cache_core.predictors import Calibrated
+from comfyui_duca.cache_core.policies import AlwaysCompute, FixedInterval
+from comfyui_duca.cache_core.predictors import AUTO, Calibrated
 from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import sample
+from host import cached, last_report, sample
 
 N, TOKENS, D, C = 7, 50, 4, 9
 TIMES = [1 - i / N for i in range(N)]
@@ -41,7 +41,7 @@ def model_of(data, rank=C) -> ForecastModel:
     return moments.compress(TIMES, rank)
 
 
-def direct_fit(data, anchors, i, ridge_w=1e-6, ridge_a=1e-3):
+def direct_fit(data, anchors, i, ridge_w=1e-3, ridge_a=1e-3):
     """Least squares written out on the pooled tokens, in float64."""
     u = torch.cat([u for u, _ in data], 1).double().numpy()
     z = torch.cat([z for _, z in data], 1).double().numpy()
@@ -93,10 +93,13 @@ def test_coverage_ends_one_gap_beyond_the_recorded_times():
     assert not model.covers(TIMES[-1] - 0.15) and not model.covers(1.2)
 
 
+def search_of(model: ForecastModel, window=range(N), history=3) -> PlanSearch:
+    return PlanSearch(lambda anchors, time: model.fit(anchors, time).error, model.harm(TIMES), TIMES, window, history)
+
+
 def test_the_search_finds_what_trying_everything_finds():
     """Seven steps: all plans of three full evaluations are few enough to try. The search is greedy, so near is enough."""
-    model = model_of(trajectories(3))
-    search = PlanSearch(model, TIMES, range(N))
+    search = search_of(model_of(trajectories(3)))
     best = min(search.cost({0, *rest}) for rest in itertools.combinations(range(1, N), 2))
     plan = search.plan(3)
     chosen = {i for i in range(N) if plan[i] is Kind.FULL}
@@ -105,7 +108,7 @@ def test_the_search_finds_what_trying_everything_finds():
 
 
 def test_the_search_leaves_steps_outside_the_window_full():
-    plan = str(PlanSearch(model_of(trajectories()), TIMES, range(2, 5)).plan(2))
+    plan = str(search_of(model_of(trajectories()), range(2, 5)).plan(2))
     assert plan[:2] == "FF" and plan[5:] == "FF"
 
 
@@ -115,87 +118,96 @@ def demo():
 
 
 def record(model, steps=6, prompts=("red apple", "castle")):
-    moments, runs = Moments(), []
+    """Tapes of uncached runs, and their images."""
+    runs = []
     recorded = model.clone()
 
-    def open_run(_patcher, _sigmas):
-        runs.append(Recording(find_family(model.model.diffusion_model), moments, kept_tokens=100))
+    def open_run(patcher, sigmas):
+        timeline = Timeline(sigmas.tolist(), host.model_times(patcher.get_model_object("model_sampling"), sigmas))
+        opening = Opening(patcher.model.diffusion_model, FLUX, timeline, range(timeline.steps), patcher.load_device)
+        # only predictors that use the input make it be kept
+        runs.append(TapedRun(Strategy(AlwaysCompute(), Calibrated(model_of(trajectories()))), opening))
         return runs[-1]
 
     host.listen(recorded, open_run, lambda run, result: run.close(result is not None))
     images = [sample(recorded, prompt=prompt, steps=steps) for prompt in prompts]
-    return moments, runs, images
+    return [run.tape for run in runs], images
+
+
+def demo_model(model, directions=256, **more) -> ForecastModel:
+    tapes, _ = record(model, **more)
+    moments = Moments()
+    for tape in tapes:
+        for u, z in tape.trajectories():
+            moments.add(u, z)
+    return moments.compress(tapes[0].times, directions)
 
 
 def test_recording_changes_nothing_and_keeps_what_the_model_saw(demo):
-    moments, runs, images = record(demo)
-    assert torch.equal(images[0], sample(demo, steps=6))
-    assert moments.tokens == 2 * 2 * 100  # prompts, cond and uncond, tokens kept of each
-    assert moments.uz.shape == (6, 6, 48, 256)
-    assert len(runs[0].sigmas) == 6 and runs[0].sigmas[0] == 1.0
-
-
-def test_a_cancelled_recording_adds_nothing(demo):
-    moments, runs = Moments(), []
-    recorded = demo.clone()
-    host.listen(recorded, lambda *_: runs.append(Recording(FLUX, moments)) or runs[-1], lambda run, result: run.close(result is not None))
-
-    def stop(step, *_):
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample(recorded, steps=6, callback=stop)
-    assert moments.gram is None
+    """Against what hooks see: the tokens that enter the embedding, and the last block's output minus the embedding's."""
+    network, seen = demo.model.diffusion_model, []
+    hooks = [
+        network.img_in.register_forward_hook(lambda _m, args, out: seen.append([args[0].clone(), out.clone()])),
+        network.final_layer.register_forward_pre_hook(lambda _m, args: seen[-1].append(args[0].clone())),
+    ]
+    plain = sample(demo, steps=6)
+    for hook in hooks:
+        hook.remove()
+    tapes, images = record(demo)
+    assert torch.equal(images[0], plain) and not torch.equal(images[1], plain)
+    assert len(tapes[0].times) == 6 and tapes[0].times[0] == 1.0 and tapes[0].times == tapes[1].times
+    found = tapes[0].trajectories()
+    assert len(found) == 2  # cond and uncond, which the host calls together
+    for row, (u, z) in enumerate(found):
+        assert torch.equal(u, torch.stack([tokens[row] for tokens, _, _ in seen]))
+        assert torch.equal(z, torch.stack([(hidden - embedded)[row] for _, embedded, hidden in seen]))
+    assert u.shape == (6, 144, 48) and z.shape == (6, 144, 256)
 
 
 @torch.inference_mode()
-def test_a_skipped_evaluation_is_the_formula(demo):
-    """hidden = h0 + Σ w z + (u - Σ w u) A, written out from tensors that hooks see."""
-    moments, _, _ = record(demo)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_a_skipped_evaluation_is_the_formula(demo, share):
+    """hidden = h0 + Σ w z + (u - Σ w u) A, written out from tensors that hooks see; w is mixed from both sources."""
+    model = demo_model(demo)
     sigmas = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1]
-    model = moments.compress(sigmas, 256)
-    predictor = Calibrated(model.fit, model.basis)
+    predictor = Calibrated(model, share)
     network = demo.model.diffusion_model
-    run = CacheRun(Strategy(FixedInterval(9, warmup=3), predictor), Timeline([*sigmas, 0.0]), range(6), FLUX, torch.device("cpu"))
+    run = CacheRun(Strategy(FixedInterval(9, warmup=4), predictor), Timeline([*sigmas, 0.0]), range(6), FLUX, torch.device("cpu"))
     (context, extra), seen = encode_prompt("red apple")[0], []
     network.img_in.register_forward_hook(lambda _m, args, out: seen.append([args[0].clone(), out.clone()]))
     network.final_layer.register_forward_pre_hook(lambda _m, args: seen[-1].append(args[0].clone()))
-    for sigma in sigmas[:4]:
+    for sigma in sigmas[:5]:
         x = torch.randn(1, 3, 48, 48)
         with run.evaluation(sigma):
             t = torch.tensor([sigma])
             run.model_call(ModelCall(network, ("a",), 0), lambda x=x, t=t: network(x, t, context, extra["pooled_output"]))
     for hooks in (network.img_in._forward_hooks, network.final_layer._forward_pre_hooks):
         hooks.clear()
-    assert [e.kind for e in run.report.evaluations] == [Kind.FULL] * 3 + [Kind.AGGRESSIVE]
-    fit = model.fit(sigmas[:3], sigmas[3])
-    z = [hidden - embedded for _, embedded, hidden in seen[:3]]
+    assert [e.kind for e in run.report.evaluations] == [Kind.FULL] * 4 + [Kind.AGGRESSIVE]
+    own, prior = [0.0, *model.least_squares(sigmas[1:4], sigmas[4])], AUTO.weights(sigmas[:4], sigmas[4])
+    weights = [share * a + (1 - share) * b for a, b in zip(own, prior)]
+    z = [hidden - embedded for _, embedded, hidden in seen[:4]]
     u = [tokens for tokens, _, _ in seen]
-    combined = sum(w * value for w, value in zip(fit.weights, z))
-    innovation = u[3] - sum(w * value for w, value in zip(fit.weights, u[:3]))
-    expected = seen[3][1] + combined + innovation @ (fit.correction @ model.basis.T)
-    assert torch.allclose(seen[3][2], expected, atol=1e-3 * float(expected.abs().max()))
+    combined = sum(w * value for w, value in zip(weights, z))
+    innovation = u[4] - sum(w * value for w, value in zip(weights, u[:4]))
+    correction = innovation @ (model.fit(sigmas[:4], sigmas[4], weights).correction @ model.basis.T)
+    expected = seen[4][1] + combined + correction
+    assert correction.abs().max() > 0.1 * combined.abs().max()  # there was something to correct
+    assert torch.allclose(seen[4][2], expected, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_bytes_of_a_calibrated_run_are_predicted(demo):
-    from dataclasses import dataclass, field
-
-    from comfyui_duca.cache_core import Settings
-
-    moments, runs, _ = record(demo)
-    model = moments.compress(runs[0].sigmas, 64)
-
-    @dataclass(frozen=True)
-    class Fixed(Settings):
-        chosen: Strategy = field(default_factory=Strategy)
-
-        def strategy(self, steps):
-            return self.chosen
-
-    strategy = Strategy(FixedInterval(2, warmup=1), Calibrated(model.fit, model.basis), name="calibrated")
-    patched = host.attach(demo, Fixed(chosen=strategy))
+    strategy = Strategy(FixedInterval(2, warmup=1), Calibrated(demo_model(demo, 64)), name="calibrated")
+    patched = cached(demo, chosen=strategy)
     sample(patched, steps=6)
-    report = host.book_of(patched).last
+    report = last_report(patched)
     assert report.predicted_bytes == report.peak_bytes == 2 * 3 * 144 * (256 + 48) * 4
     assert report.count(Kind.AGGRESSIVE) == 3
+
+
+def test_no_more_is_kept_than_the_weights_reach_back_to(demo):
+    """Nine full evaluations, of which the prior looks at five."""
+    patched = cached(demo, chosen=Strategy(FixedInterval(3, warmup=8), Calibrated(demo_model(demo, 64))))
+    sample(patched, steps=10)
+    report = last_report(patched)
+    assert report.predicted_bytes == report.peak_bytes == 2 * 5 * 144 * (256 + 48) * 4

@@ -57,8 +57,10 @@ _ALLOWED = {
     "families": {"families"},
     "engine": {"engine", "families", "predictors", "store"},
     "calibration": {"calibration", "engine", "families", "policies", "predictors", "store"},
-    "strategy": {"families", "policies", "predictors", "store"},
+    "opening": {"families", "timeline"},
+    "strategy": {"calibration", "engine", "families", "opening", "policies", "predictors", "store"},
     "run": {"engine", "families", "meter", "store", "strategy", "timeline"},
+    "tuning": {"calibration", "engine", "families", "opening", "policies", "predictors", "run", "strategy", "tuning"},
 }
 
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
-from comfyui_duca.cache_core.engine import EngineCall, Slot, TokenChoice, listening
-from comfyui_duca.cache_core.engine.linears import (
+from comfyui_duca.cache_core.engine import CalibratedLinears, EngineCall, Slot, TokenChoice, calibrated, listening
+from comfyui_duca.cache_core.engine.linear_sites import (
     LinearSite,
     anchor_macs,
-    calibrated,
     check_factors,
     dense_macs,
     find_linears,
     icc_bytes,
     icc_macs,
-    listening_linears,
 )
+from comfyui_duca.cache_core.engine.linears import linear_taps
+from comfyui_duca.cache_core.engine.overrides import forward_overrides
 from comfyui_duca.cache_core.families.base import UnsupportedCallError
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS, WHOLE, LinearPart, StackLinears
+from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS
+from comfyui_duca.cache_core.families.linears import WHOLE, LinearPart, StackLinears
 from comfyui_duca.cache_core.kinds import Kind
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
 from comfyui_duca.nodes.demo_flux import encode_prompt
@@ -33,38 +36,38 @@ LENGTHS = {"img": 192, "txt": 12}
 
 @pytest.fixture(scope="module")
 def full_factors(sites):
-    return factorise_sites(sites, 10**6, "svd", None, torch.float32, CPU)
+    return factorise_sites(sites, 10**6, "svd", None, torch.float32, CPU)[0]
 
 
 @pytest.fixture(scope="module")
 def small_factors(sites):
-    return factorise_sites(sites, 8, "svd", None, torch.float32, CPU)
+    return factorise_sites(sites, 8, "svd", None, torch.float32, CPU)[0]
 
 
 class Driver:
     """The evaluations of a run over some conds, without a plan: one slot per cond."""
 
     def __init__(self, network, sites, factors, conds="ab", fmt=StoreFormat()):
-        self.network, self.sites, self.factors = network, sites, factors
+        self.network, self.linears = network, CalibratedLinears(tuple(sites), factors)
         self.store = FeatureStore(fmt)
         self.slots = {cond: Slot(self.store, 1) for cond in conds}
 
     def call(self, conds, sigma) -> EngineCall:
         return EngineCall(
             model=self.network, family=FLUX, slots=[self.slots[c] for c in conds], time=sigma, choice=TokenChoice(0.0, 0),
-            keeps_sublayers=False, keeps_input=False, on_enter=lambda _call, _tokens: None,
+            keeps_sublayers=False, keeps_input=False, on_enter=lambda _call, _tokens: None, linears=self.linears,
         )  # fmt: skip
 
     @torch.inference_mode()
     def full(self, conds, sigma, x, context, y):
         call = self.call(conds, sigma)
-        with listening(call), listening_linears(call, self.sites, self.factors):
+        with listening(call):
             return self.network(x.clone(), torch.full((x.shape[0],), sigma), context.clone(), y)
 
     @torch.inference_mode()
     def icc(self, conds, sigma, x, context, y):
         call = self.call(conds, sigma)
-        with calibrated(call, self.sites, self.factors, self.store):
+        with calibrated(call, self.store):
             result = self.network(x.clone(), torch.full((x.shape[0],), sigma), context.clone(), y)
         assert call.is_touched and call.is_finished
         return result
@@ -111,15 +114,15 @@ def test_wrapped_layers_are_one_and_undescribed_ones_are_refused(network):
     block = network.single_blocks[0]
     before, block.linear2 = block.linear2, Wrapper(block.linear2)
     try:
-        found = [s for s in find_linears(FLUX, network, FLUX_LINEARS) if s.stack == "single_blocks" and s.index == 0]
+        found = [s for s in find_linears(FLUX, network) if s.stack == "single_blocks" and s.index == 0]
         assert [site.layer for site in found] == ["linear1", "linear2"]
         assert found[1].module is block.linear2
     finally:
         block.linear2 = before
     with pytest.raises(ValueError, match="single_blocks are not described"):
-        find_linears(FLUX, network, FLUX_LINEARS[:1])
+        find_linears(replace(FLUX, linears=FLUX_LINEARS[:1]), network)
     with pytest.raises(ValueError, match="no token stream"):
-        find_linears(FLUX, network, (StackLinears("double_blocks", {"img_": "img"}), FLUX_LINEARS[1]))
+        find_linears(replace(FLUX, linears=(StackLinears("double_blocks", {"img_": "img"}), FLUX_LINEARS[1])), network)
 
 
 def test_factors_of_another_model_are_refused(sites, small_factors):
@@ -176,14 +179,14 @@ def test_at_small_rank_every_linear_is_the_papers(network, sites, small_factors)
     driver.full("ab", 1.0, *inputs(0))
     reference(inputs(0)[0], torch.ones(2), *inputs(0)[1:])
     reference.factors = small_factors
-    kept = {key: feature.data.clone() for key, feature in driver.slots["a"].sublayers.items()}
+    kept = {key: feature.data.clone() for key, feature in driver.slots["a"].linears.items()}
     for seed, sigma in ((1, 0.7), (2, 0.4)):
         result = driver.icc("ab", sigma, *inputs(seed))
         assert_near(result, reference(inputs(seed)[0], torch.full((2,), sigma), *inputs(seed)[1:])[0])
         with torch.inference_mode():
             exact = network(inputs(seed)[0], torch.full((2,), sigma), *inputs(seed)[1:])
         assert (result - exact).abs().max() > 0.01 * exact.abs().max()  # rank 8 is far from exact
-    assert all(torch.equal(driver.slots["a"].sublayers[key].data, value) for key, value in kept.items())
+    assert all(torch.equal(driver.slots["a"].linears[key].data, value) for key, value in kept.items())
     assert driver.slots["a"].anchors[-1].time == 0.4  # the hidden state is this evaluation's
 
 
@@ -216,9 +219,9 @@ def test_what_is_kept_of_a_layer_that_clamps_its_input(network):
     driver = Driver(network, [site], factors, "a")
     call = driver.call("a", 1.0)
     call.lengths = {"img": 5, "txt": 0}
-    with torch.inference_mode(), listening_linears(call, [site], factors):
+    with torch.inference_mode(), forward_overrides(linear_taps(call)):
         site.module(torch.full((1, 5, 40), 100.0))
-    assert driver.slots["a"].sublayers[site.projection_key].data[0, 0].tolist() == [1000.0, 3000.0, 3000.0]
+    assert driver.slots["a"].linears[site.projection_key].data[0, 0].tolist() == [1000.0, 3000.0, 3000.0]
 
 
 def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_factors):
@@ -231,7 +234,7 @@ def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_
     site = sites[0]
     call = driver.call("ab", 0.7)
     call.lengths = LENGTHS
-    with torch.inference_mode(), calibrated(call, sites, small_factors, driver.store):
+    with torch.inference_mode(), calibrated(call, driver.store):
         with pytest.raises(UnsupportedCallError, match="another shape"):
             site.module(torch.zeros(192, 256))
         with pytest.raises(UnsupportedCallError, match="another shape"):
@@ -239,10 +242,10 @@ def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_
         site.module(torch.zeros(2, 192, 256))
         with pytest.raises(UnsupportedCallError, match="more than once"):
             site.module(torch.zeros(2, 192, 256))
-    with torch.inference_mode(), listening_linears(call, sites, small_factors):  # the host's answer, kept once
-        before = driver.slots["a"].sublayers[site.output_key]
+    with torch.inference_mode(), forward_overrides(linear_taps(call)):  # the host's answer, kept once
+        before = driver.slots["a"].linears[site.output_key]
         assert site.module(torch.zeros(192, 256)).shape == (192, 768)
-        assert driver.slots["a"].sublayers[site.output_key] is before
+        assert driver.slots["a"].linears[site.output_key] is before
 
 
 def test_forwards_are_restored_also_after_an_error_inside_a_block(network, sites, small_factors):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise, factorise_sites, measuring
-from comfyui_duca.cache_core.engine.linears import LinearSite, check_factors
-from comfyui_duca.cache_core.families.flux_linears import WHOLE
+from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_factors
+from comfyui_duca.cache_core.families.linears import WHOLE
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from torch import nn
 
@@ -184,33 +184,50 @@ def test_factorised_sites_and_one_dense_layer_at_a_time(sites, monkeypatch):
 
     monkeypatch.setattr(low_rank, "dense_weight", counted)
     chosen = [site for site in sites if site.index == 0]
-    factors = factorise_sites(
+    factors, energy = factorise_sites(
         chosen, 4, "svd", None, torch.bfloat16, CPU, lambda done, of: told.append((done, of)), call_dtype=torch.float32
     )
     assert len(most) == len(chosen) == 10 and max(most) == 0
     assert told == [(i, 10) for i in range(1, 11)]
     check_factors(chosen, factors)
     expected = {f"{site.key(part)}.{letter}" for site in chosen for part in site.parts for letter in "AB"}
-    assert set(factors) == expected
+    assert set(factors) == expected and {f"{part}.{letter}" for part in energy for letter in "AB"} == expected
     for tensor in factors.values():  # none is a view that keeps a whole decomposition
         assert tensor.dtype is torch.bfloat16 and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_parts_are_factorised_apart(network, sites):
-    """Literal slices of the weights: q, k, v, mlp of outputs, attn, mlp of inputs."""
-    factors = factorise_sites([s for s in sites if s.index == 1], 16, "svd", None, torch.float32, CPU)
+@pytest.mark.parametrize("method", low_rank.METHODS)
+def test_parts_are_factorised_apart(network, sites, method):
+    """Literal slices of the weights: q, k, v, mlp of outputs, attn, mlp of inputs; each with its own channels' magnitudes."""
+    chosen, random = [s for s in sites if s.index == 1], np.random.default_rng(1)
+    magnitudes, seen = Magnitudes(increments=method == "cd_svd"), {}
+    for site in chosen:
+        values = random.exponential(size=(2, site.in_features + site.out_features)).astype(np.float32)
+        for x in torch.from_numpy(values * [[0], [1]] if method == "cd_svd" else values).float():
+            magnitudes.add(site, "a", x[None, None, : site.in_features], x[None, None, site.in_features :])
+        mean = values[1] if method == "cd_svd" else values.mean(0)  # an increment from zero
+        seen[site.name] = mean[: site.in_features].astype(float), mean[site.in_features :].astype(float)
+    factors, energy = factorise_sites(chosen, 16, method, magnitudes, torch.float32, CPU)
     qkv, block = network.double_blocks[1].img_attn.qkv.weight.detach(), network.single_blocks[1]
     linear1, linear2 = block.linear1.weight.detach(), block.linear2.weight.detach()
+    whole = slice(None)
     parts = {
-        "double_blocks.1.img_attn.qkv.k": qkv[256:512],
-        "single_blocks.1.linear1.v": linear1[512:768],
-        "single_blocks.1.linear1.mlp": linear1[768:],
-        "single_blocks.1.linear2.attn": linear2[:, :256],
-        "single_blocks.1.linear2.mlp": linear2[:, 256:],
+        "double_blocks.1.img_attn.qkv.k": (qkv, slice(256, 512), whole),
+        "single_blocks.1.linear1.v": (linear1, slice(512, 768), whole),
+        "single_blocks.1.linear1.mlp": (linear1, slice(768, None), whole),
+        "single_blocks.1.linear2.attn": (linear2, whole, slice(0, 256)),
+        "single_blocks.1.linear2.mlp": (linear2, whole, slice(256, None)),
     }
-    for name, weight in parts.items():
-        product = factors[f"{name}.A"] @ factors[f"{name}.B"]
-        assert np.abs(product.numpy() - reference_product(weight.numpy(), 16, "svd", None, None)).max() < 1e-5
+    for name, (matrix, rows, cols) in parts.items():
+        weight = matrix[rows, cols].numpy().astype(float)
+        inputs, outputs = seen[name.rpartition(".")[0]]
+        expected = reference_product(weight, 16, method, inputs[cols], outputs[rows])
+        product = (factors[f"{name}.A"].double() @ factors[f"{name}.B"].double()).numpy()
+        assert np.abs(product - expected).max() < 1e-5 * np.abs(expected).max()
+        if method != "svd":
+            weight = np.sqrt(outputs[rows])[:, None] * weight * np.sqrt(inputs[cols])
+        squares = np.linalg.svd(weight, compute_uv=False) ** 2
+        assert energy[name] == pytest.approx(squares[:16].sum() / squares.sum(), rel=1e-4)
 
 
 # -- magnitudes ---------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_duca.cache_core import Kind, Plan, Settings, Timeline
-from comfyui_duca.cache_core.policies import POLICIES, AlwaysCompute, DucaCycle, FixedInterval, GrowingGaps
+import torch
+from comfyui_duca.cache_core import Kind, Opening, Plan, Settings, Timeline
+from comfyui_duca.cache_core.families.flux import FLUX
+from comfyui_duca.cache_core.policies import POLICIES, AlwaysCompute, DucaCycle, FixedInterval, Given, GrowingGaps, IccCycle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +27,9 @@ def text(policy, steps: int, window: range | None = None) -> str:
         (DucaCycle(5, warmup=0), 6, "FcacaF"),  # the first step is full whatever the warm-up
         (FixedInterval(3, warmup=1), 8, "FaaFaaFa"),
         (FixedInterval(4, warmup=3, tail=1), 12, "FFFaaaFaaaFF"),
+        (IccCycle(), 5, "FiFiF"),
+        (IccCycle(3), 8, "FiiFiiFi"),
+        (IccCycle(4, warmup=2, tail=2), 10, "FFiiiFiiFF"),
         (GrowingGaps(1.0), 5, "FFFFF"),
         (GrowingGaps(100.0), 5, "Faaaa"),
         (GrowingGaps(3.5), 28, "FaFaaFaaFaaaFaaaFaaaFaaaFaaa"),  # 28 = 2 + 2·3 + 5·4
@@ -54,7 +59,15 @@ def test_gaps_never_shrink(steps, speedup, growth, first_gap):
 def test_a_window_keeps_everything_outside_it_full():
     assert text(DucaCycle(5, warmup=1), 10, range(2, 7)) == "FFcacaFFFF"
     assert text(FixedInterval(3, warmup=1), 8, range(0)) == "FFFFFFFF"
+    assert text(IccCycle(3), 10, range(3, 8)) == "FFFiiFiiFF"
     assert text(GrowingGaps(6.0), 10, range(3, 8)) == "FFFFaaaaFF"
+    assert text(Given(Plan.parse("FaFaFcaiaa")), 10, range(2, 8)) == "FFFaFcaiFF"
+
+
+def test_a_given_plan_is_refused_for_another_number_of_steps():
+    assert text(Given(Plan.parse("FaiF")), 4) == "FaiF"
+    with pytest.raises(ValueError, match="for 4 steps and this run has 5"):
+        Given(Plan.parse("FaiF")).plan(5, range(5))
 
 
 @given(
@@ -66,7 +79,8 @@ def test_a_window_keeps_everything_outside_it_full():
 )
 def test_every_policy_keeps_its_promises(steps, name, start, length, speedup):
     window = range(min(start, steps), min(start + length, steps))
-    policy = POLICIES[name](speedup) if name == "growing_gaps" else POLICIES[name]()
+    arguments = {"growing_gaps": [speedup], "given": [Plan((Kind.FULL,) + (Kind.AGGRESSIVE,) * (steps - 1))]}
+    policy = POLICIES[name](*arguments.get(name, []))
     plan = policy.plan(steps, window)
     assert len(plan) == steps
     assert plan[0] is Kind.FULL
@@ -82,7 +96,7 @@ def test_growing_gaps_meet_their_budget(steps, speedup):
 
 @pytest.mark.parametrize("bad", ["FxF", "Fa!", "f"])
 def test_a_plan_names_the_wrong_character(bad):
-    wrong = next(i for i, letter in enumerate(bad) if letter not in "Fca") + 1
+    wrong = next(i for i, letter in enumerate(bad) if letter not in "Fica") + 1
     with pytest.raises(ValueError, match=f"character {wrong} "):
         Plan.parse(bad)
 
@@ -146,10 +160,16 @@ def test_bad_settings_are_refused(bad):
         Settings(**bad)
 
 
+def opening(steps: int) -> Opening:
+    """Of a run of a model that no policy looks at."""
+    timeline = Timeline([1 - i / steps for i in range(steps + 1)])
+    return Opening(torch.nn.Module(), FLUX, timeline, range(steps), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("speedup", "steps"), [(1.5, 20), (2.0, 28), (3.0, 28), (4.0, 50), (6.0, 50)])
 def test_paper_mode_follows_the_slider(speedup, steps):
     """The shortest cycle that is fast enough: one step shorter would be too slow."""
-    policy = Settings(mode="paper", speedup=speedup).strategy(steps).policy
+    policy = Settings(mode="paper", speedup=speedup).strategy(opening(steps)).policy
 
     def cost(cycle: DucaCycle) -> float:
         plan = cycle.plan(steps, range(steps))
@@ -161,4 +181,4 @@ def test_paper_mode_follows_the_slider(speedup, steps):
 
 def test_the_slider_at_one_computes_everything():
     for mode in ("auto", "forecast", "off"):
-        assert set(str(Settings(mode=mode, speedup=1.0).strategy(20).policy.plan(20, range(20)))) == {"F"}
+        assert set(str(Settings(mode=mode, speedup=1.0).strategy(opening(20)).policy.plan(20, range(20)))) == {"F"}

@@ -95,7 +95,7 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
     cached, outputs = picture(client, demo(steps=20, mode="auto", speedup=4.0))
     assert not np.array_equal(plain, cached)
     report = outputs["DuCaCacheReport"]["duca_cache_report"][0]
-    assert report["counts"] == {"full": 5, "conservative": 0, "aggressive": 15}
+    assert report["counts"] == {"full": 5, "calibrated": 0, "conservative": 0, "aggressive": 15}
     assert report["complete"] and report["time_speedup"] > 1.2
     assert "20: 5 full" in outputs["DuCaCacheReport"]["text"][0]
     again, _ = picture(client, demo(steps=20, mode="off", tail=1))  # another input, so the node runs again

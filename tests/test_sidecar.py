@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-N, D, C, R = 4, 3, 10, 2
+N, K, P, D, C, R = 4, 6, 2, 3, 10, 2
 ABOUT = About(
     family="flux",
-    model_name="emoji ☺ flux",
+    model_name="emoji ☺ flux 48",
     sampler="euler",
     scheduler="simple",
-    steps=N,
+    steps=K,
     guidance=2.5,
-    sigmas=(1.0, 0.7, 0.4, 0.1, 0.0),
+    sigmas=(1.0, 0.85, 0.7, 0.5, 0.3, 0.1, 0.0),
     times=(1.0, 0.7, 0.4, 0.1),
     token_grid=(12, 12),
     prompt_count=8,
@@ -55,8 +55,11 @@ def sidecar(seed: int = 0) -> Sidecar:
         "uz": torch.randn(N, N, D, R, generator=g).half(),
         "basis": torch.randn(C, R, generator=g),
         "sensitivity": torch.rand(N, generator=g, dtype=torch.float64),
+        "step_times": torch.rand(K, generator=g, dtype=torch.float64),
+        "plans": torch.randint(3, (P, K), generator=g).float(),
+        "results": torch.rand(P, 3, generator=g, dtype=torch.float64),
     }
-    icc = {}
+    icc = {"energy": torch.rand(2, generator=g)}
     for part, out, inner, rank in (("double.0.img_attn.qkv.q", 7, 6, 5), ("single.1.linear1.mlp", 9, 4, 3)):
         icc[f"{part}.A"] = torch.randn(out, rank, generator=g).half()
         icc[f"{part}.B"] = torch.randn(rank, inner, generator=g).bfloat16()
@@ -114,6 +117,7 @@ def test_what_is_written_is_read(file):
 def test_tensors_that_share_memory_or_are_views_are_kept(tmp_path):
     s, shared = sidecar(), torch.randn(6, 6)
     icc = {"a.0.l.p.A": shared[:, :2], "a.0.l.p.B": shared.T[:2], "a.1.l.p.A": shared[:, :2], "a.1.l.p.B": shared[2:4]}
+    icc["energy"] = shared[0, ::3]
     write(tmp_path / "f", Sidecar(s.about, s.fingerprint, {"icc": icc}))
     back = read(tmp_path / "f").sections["icc"]
     assert all(torch.equal(back[n], icc[n]) for n in icc)
@@ -291,11 +295,20 @@ def _forged(path: Path, change) -> None:
         "NaN": lambda a, s, f, t: t["forecast.gram"].fill_(float("nan")),
         "infinity": lambda a, s, f, t: t["icc.single.1.linear1.mlp.A"].fill_(float("inf")),
         "NaN in the fingerprint": lambda a, s, f, t: t["fingerprint.values"].fill_(float("nan")),
-        "steps": lambda a, s, f, t: a.update(steps=N + 1, sigmas=[1.0] * (N + 2), times=[1.0] * (N + 1)),
-        "noise levels": lambda a, s, f, t: a.update(sigmas=[1.0] * N),
+        "steps": lambda a, s, f, t: a.update(steps=K + 1, sigmas=[1.0] * (K + 2)),
+        "times": lambda a, s, f, t: a.update(times=[1.0] * (N + 1)),
+        "noise levels": lambda a, s, f, t: a.update(sigmas=[1.0] * K),
         "gram": lambda a, s, f, t: t.update({"forecast.gram": torch.ones(N, N + 1, dtype=torch.float64)}),
         "uz": lambda a, s, f, t: t.update({"forecast.uz": torch.ones(N, N, D, R + 1).half()}),
         "dimensions": lambda a, s, f, t: t.update({"forecast.uu": torch.ones(N, N, D)}),
+        "step_times": lambda a, s, f, t: t.update({"forecast.step_times": torch.ones(N, dtype=torch.float64)}),
+        "a plan's length": lambda a, s, f, t: t.update({"forecast.plans": torch.ones(P, K + 1)}),
+        "a plan without results": lambda a, s, f, t: t.update({"forecast.plans": torch.ones(P + 1, K)}),
+        "results": lambda a, s, f, t: t.update({"forecast.results": torch.ones(P, 4, dtype=torch.float64)}),
+        "no plans": lambda a, s, f, t: (s["forecast"].pop("plans"), t.pop("forecast.plans")),
+        "energy": lambda a, s, f, t: t.update({"icc.energy": torch.ones(3)}),
+        "energy's form": lambda a, s, f, t: t.update({"icc.energy": torch.ones(2, 1)}),
+        "no energy": lambda a, s, f, t: (s["icc"].pop("energy"), t.pop("icc.energy")),
         "ranks": lambda a, s, f, t: t.update({"icc.single.1.linear1.mlp.B": torch.ones(2, 4).bfloat16()}),
         "fingerprint": lambda a, s, f, t: t.update({"fingerprint.values": torch.ones(3, 63)}),
         "fingerprint dtype": lambda a, s, f, t: f.update(dtype="load"),
@@ -331,7 +344,7 @@ def test_command_line_shows_a_file_on_a_narrow_console(file):
     command = [sys.executable, "-m", "cache_core.calibration", "show", str(file)]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert shown.returncode == 0, shown.stderr
-    for text in ("euler", "emoji \\u263a flux", "forecast: 5 tensors", "4 x 4 x 3 x 2", sidecar().fingerprint.short):
+    for text in ("euler", "emoji \\u263a flux 48", "forecast: 8 tensors", "4 x 4 x 3 x 2", sidecar().fingerprint.short):
         assert text in shown.stdout
 
 
@@ -362,7 +375,8 @@ def test_command_line_shrinks(file):
     small, before = read(out), sidecar()
     assert small.about == replace(ABOUT, rank=4) and set(small.sections) == {"icc"}
     for name, tensor in before.sections["icc"].items():
-        assert torch.equal(small.sections["icc"][name], tensor[:, :4] if name.endswith("A") else tensor[:4])
+        cut = tensor if name == "energy" else tensor[:, :4] if name.endswith("A") else tensor[:4]
+        assert torch.equal(small.sections["icc"][name], cut)
     assert cli("shrink", file, file, "--drop", "icc") == 0
     assert set(read(file).sections) == {"forecast"} and read(file).about == replace(ABOUT, rank=0, method="")
     for wrong in (("--drop", "icc"), ("--drop", "forecast"), ("--rank", 2)):

@@ -29,6 +29,7 @@ path = sys.argv[3]
 def version(v):
     about = About("flux", f"v{v}", "euler", "simple", 4, 1.0, (1.0,) * 5, (1.0,) * 4, (8, 8), 1, (v,), 8, "svd", {}, "2026-01-02")
     icc = {f"s.{i}.l.p.{f}": torch.full(s, float(v)) for i in range(4) for f, s in (("A", (3000 + v, 8)), ("B", (8, 3000)))}
+    icc["energy"] = torch.full((4,), float(v))
     return Sidecar(about, Fingerprint.of([("w", torch.full((8, 8), float(v)))]), {"icc": icc})
 
 def whole():
@@ -290,6 +291,10 @@ def _with(section: str, name: str, tensor: torch.Tensor | None) -> dict:
         "shape": _with("forecast", "basis", torch.ones(10, 3)),
         "dtype": _with("forecast", "gram", torch.ones(4, 4)),
         "number": _with("forecast", "sensitivity", torch.ones((), dtype=torch.float64)),
+        "energy missing": _with("icc", "energy", None),
+        "energy of more parts": _with("icc", "energy", torch.ones(3)),
+        "plans": _with("forecast", "plans", torch.ones(2, 5)),
+        "results": _with("forecast", "results", torch.ones(3, 3, dtype=torch.float64)),
         "integers": _with("icc", "a.0.l.p.A", torch.ones(3, 3, dtype=torch.int32)),
         "missing": _with("forecast", "uz", None),
         "extra": _with("forecast", "more", torch.ones(3)),
@@ -310,7 +315,16 @@ def test_nothing_is_written_that_could_not_be_read(file, sections):  # noqa: F81
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"guidance": float("nan")}, {"steps": 5}, {"sigmas": (1.0,)}, {"seeds": 3}, {"created": None}, {"versions": {"a": 1}}]
+    "wrong",
+    [
+        {"guidance": float("nan")},
+        {"steps": 5},
+        {"sigmas": (1.0,)},
+        {"times": (1.0,)},
+        {"seeds": 3},
+        {"created": None},
+        {"versions": {"a": 1}},
+    ],
 )
 def test_nor_with_a_wrong_description(file, wrong):  # noqa: F811
     about = About(**{**vars(sidecar().about), **wrong})

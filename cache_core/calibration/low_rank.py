@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.linears import LinearPart, LinearSite
+from ..engine.linear_sites import LinearSite
 from ..engine.overrides import Forward, forward_overrides
+from ..families.linears import LinearPart
 
 METHODS = ("svd", "ca_svd", "cd_svd")
 _AMPLITUDE = 256.0  # of the identity: far above the bias, so that half precision keeps the weight's digits; fp8's limit is 448
@@ -199,8 +200,9 @@ def factorise_sites(
     *,
     call_dtype: torch.dtype | None = None,
     exact: bool = False,
-) -> dict[str, Tensor]:
-    """Factors of every part of every layer: "<part key>.A" and "<part key>.B", in `dtype` in system memory.
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Factors of every part of every layer: "<part key>.A" and "<part key>.B", in `dtype` in system memory; and the share 0..1 of
+    each part's square norm (weighted as the method weighs it) that they keep, by part key.
 
     One layer is dense at a time. magnitudes: matching the method, None for "svd". device: where layers are called and
     matrices factorised. call_dtype: what layers are called in, the model's compute dtype; None: `dtype`.
@@ -211,14 +213,16 @@ def factorise_sites(
     if method == "ca_svd" and magnitudes is not None and magnitudes.increments:
         raise ValueError("ca_svd needs the magnitudes of activations, not of increments")
     factors: dict[str, Tensor] = {}
+    energies: dict[str, float] = {}
     for done, site in enumerate(sites, start=1):
         means = magnitudes.means(site) if magnitudes is not None and method != "svd" else (None, None)
-        for part, (a, b, _energy) in _factorise_parts(site, rank, method, means, call_dtype or dtype, device, exact):
+        for part, (a, b, energy) in _factorise_parts(site, rank, method, means, call_dtype or dtype, device, exact):
+            energies[site.key(part)] = energy
             factors[f"{site.key(part)}.A"] = a.to("cpu", dtype)
             factors[f"{site.key(part)}.B"] = b.to("cpu", dtype)
         if progress is not None:
             progress(done, len(sites))
-    return factors
+    return factors, energies
 
 
 def _factorise_parts(

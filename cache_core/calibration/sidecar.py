@@ -9,10 +9,15 @@ Tensors are named `<section>.<name>`. A file has one or both sections, and alway
 | | uz | (n, n, d, r) | float16 or float32 | products of input tokens and increments, in the basis |
 | | basis | (C, r) | float32 | directions of the increments that are kept |
 | | sensitivity | (n,) | float64 | how much a step's error weighs in the final image |
-| icc | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any below | columns by importance, most important first |
+| | step_times | (k,) | float64 | the model's time at every step of the calibrated schedule |
+| | plans | (p, k) | float32 | what did best per budget: 0 skipped, 1 full, 2 calibrated |
+| | results | (p, 3) | float64 | of each: share of calibrated weights (-1: uncalibrated), its PSNR and that of the uncalibrated setting |
+| icc | energy | (parts,) | float32 | share of each part's square norm that its factors keep, by name |
+| | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any below | columns by importance, most important first |
 | | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any below | |
 
-n: steps; d: channels of an input token; C: channels of a hidden token; r: kept directions. Floats of 64, 32 or 16 bits, finite.
+n: recorded evaluations; k: steps; p: budgets; d: channels of an input token; C: channels of a hidden token; r: kept directions.
+Floats of 64, 32 or 16 bits, finite.
 
 Metadata: `duca_format` "1"; `about` (JSON of About); `sections` (JSON: per section and tensor its dtype, shape and sha256);
 `fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. So every byte of a file is covered.

@@ -19,6 +19,7 @@ from torch import Tensor
 FORMAT = "1"
 SECTIONS = ("forecast", "icc")
 FINGERPRINT = "fingerprint"
+ENERGY = "energy"
 DTYPES = MappingProxyType({"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 COPY_AGAIN = "copy the file again, or calibrate again"
 CALIBRATE = "calibrate again"
@@ -27,7 +28,7 @@ _KEYS = ("about", "digest", "duca_format", "fingerprint", "sections")
 _LARGEST = sys.float_info.max
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-# one letter per dimension, equal letters for equal sizes, and the dtypes allowed
+# one letter per dimension, equal letters for equal sizes, a digit for itself, and the dtypes allowed
 _FORECAST = MappingProxyType(
     {
         "gram": ("nn", ("F64",)),
@@ -35,6 +36,9 @@ _FORECAST = MappingProxyType(
         "uz": ("nndr", ("F16", "F32")),
         "basis": ("Cr", ("F32",)),
         "sensitivity": ("n", ("F64",)),
+        "step_times": ("k", ("F64",)),
+        "plans": ("pk", ("F32",)),
+        "results": ("p3", ("F64",)),
     }
 )
 
@@ -66,7 +70,7 @@ class About:
     """How a calibration was made.
 
     family, model_name, sampler, scheduler: as the pack and the host name them. guidance: the CFG scale.
-    steps: n. sigmas: the n+1 noise levels. times: the model's time at each, scaled to 0..1, with or without the last.
+    steps: k. sigmas: the k+1 noise levels. times: the model's time, scaled to 0..1, at each of the n recorded evaluations.
     token_grid: size of the latent, (H, W) or (T, H, W). prompt_count, seeds: what was calibrated on.
     rank, method: of the icc section ("ca_svd", "cd_svd", "svd"), 0 and "" without one.
     versions: of pack, torch and comfyui. created: ISO 8601 date.
@@ -188,10 +192,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
     _same("forecast", tensors, _FORECAST)
-    n = about.steps
-    if len(about.sigmas) != n + 1 or len(about.times) not in (n, n + 1):
-        raise RefusedError(f"{n} steps have {len(about.sigmas)} noise levels and {len(about.times)} times", CALIBRATE)
-    sizes = {"n": n}
+    if len(about.sigmas) != about.steps + 1:
+        raise RefusedError(f"{about.steps} steps have {len(about.sigmas)} noise levels", CALIBRATE)
+    sizes = {"n": len(about.times), "k": about.steps, "3": 3}
     for name, (letters, dtypes) in _FORECAST.items():
         info = tensors[name]
         if len(info.shape) != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, info.shape)):
@@ -204,8 +207,10 @@ def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
 def _check_icc(tensors: Mapping[str, TensorInfo]) -> None:
     if not tensors:
         raise RefusedError("its icc section is empty", CALIBRATE)
-    parts = sorted({name.rpartition(".")[0] for name in tensors})
-    _same("icc", tensors, [f"{part}.{factor}" for part in parts for factor in "AB"])
+    parts = sorted({name.rpartition(".")[0] for name in tensors if name != ENERGY})
+    _same("icc", tensors, [ENERGY, *(f"{part}.{factor}" for part in parts for factor in "AB")])
+    if tensors[ENERGY].shape != (len(parts),):
+        raise RefusedError(f"icc.{ENERGY} has the shape {tensors[ENERGY].shape} for {len(parts)} parts", CALIBRATE)
     for part in parts:
         a, b = tensors[f"{part}.A"].shape, tensors[f"{part}.B"].shape
         if not part or len(a) != 2 or len(b) != 2 or a[1] != b[0]:

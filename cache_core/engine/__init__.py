@@ -5,8 +5,21 @@ from __future__ import annotations
 from .call import EngineCall
 from .conservative import conservative
 from .full import listening, noting
+from .linear_sites import CalibratedLinears
+from .linears import calibrated
 from .skip import skipping
 from .slot import Slot, SlotTable
 from .tokens import TokenChoice
 
-__all__ = ["EngineCall", "Slot", "SlotTable", "TokenChoice", "conservative", "listening", "noting", "skipping"]
+__all__ = [
+    "CalibratedLinears",
+    "EngineCall",
+    "Slot",
+    "SlotTable",
+    "TokenChoice",
+    "calibrated",
+    "conservative",
+    "listening",
+    "noting",
+    "skipping",
+]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..families.base import ModelFamily, Stack, UnsupportedCallError, stream_lengths, stream_slice
+from .linear_sites import CalibratedLinears
 from .overrides import Override, around
 from .slot import Slot
 from .tokens import TokenChoice
@@ -21,6 +22,7 @@ class EngineCall:
 
     time: the model's time coordinate of this evaluation. keeps_sublayers: whether a full evaluation keeps them.
     keeps_input: whether hidden states are kept without the embedded input, and the input tokens beside them.
+    linears: of a calibrated evaluation, or of a full one that keeps what those need; None for all others.
     on_enter: told this call and the first stream (B, L, C) when the first block is reached.
     lengths, is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
@@ -34,6 +36,7 @@ class EngineCall:
     keeps_sublayers: bool
     keeps_input: bool
     on_enter: Callable[[EngineCall, Tensor], None]
+    linears: CalibratedLinears | None = None
     lengths: dict[str, int] = field(default_factory=dict)
     is_touched: bool = False
     is_finished: bool = False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ..families.base import Site
 from .call import EngineCall
-from .overrides import Override, around, forward_overrides
+from .linears import linear_taps
+from .overrides import Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
 
-def listening(call: EngineCall) -> AbstractContextManager[None]:
-    """Keeps the last hidden state and, where the plan has conservative evaluations, every sublayer's output."""
+@contextmanager
+def listening(call: EngineCall) -> Iterator[None]:
+    """Keeps the last hidden state and what the call asks for: every sublayer's output for conservative evaluations to
+    come, every linear layer's output and projected input for calibrated ones."""
     overrides: list[Override] = [
         *call.entry(),
         (call.placed[-1][2], around(after=call.remember_hidden)),
@@ -24,7 +27,9 @@ def listening(call: EngineCall) -> AbstractContextManager[None]:
     if call.keeps_sublayers:
         for stack, index, block in call.placed:
             overrides += [_tap(call, site, (stack.path, index, site.name), block) for site in stack.sites]
-    return forward_overrides(overrides)
+    overrides += linear_taps(call)
+    with nullcontext() if call.linears is None else uncompiled(), forward_overrides(overrides):
+        yield
 
 
 def noting(call: EngineCall) -> AbstractContextManager[None]:

@@ -12,175 +12,53 @@ Subtracting in float32 alone gains nothing: the difference of close numbers is e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..families.base import Lengths, ModelFamily, UnsupportedCallError, stream_length
-from ..families.flux_linears import LinearPart, StackLinears
-from ..store import Feature, FeatureStore, StoreFormat
+from ..families.base import UnsupportedCallError, stream_length
+from ..store import Feature, FeatureStore
 from .call import EngineCall
-from .overrides import Forward, Override, around, forward_overrides
+from .linear_sites import Factors, LinearSite
+from .overrides import Forward, Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
-Factors = Mapping[str, Tensor]  # "<part key>.A" (outputs, rank) and "<part key>.B" (rank, inputs)
-Ranks = int | Factors  # one rank for all, cut to each part's size, or the factors themselves
 
-
-@dataclass(frozen=True)
-class LinearSite:
-    """One linear layer of one block.
-
-    stack: path of the block's stack. index: of the block there. layer: dotted path inside the block.
-    parts: the matrices it is made of. stream: whose tokens it works on.
-    """
-
-    stack: str
-    index: int
-    layer: str
-    module: nn.Module
-    parts: tuple[LinearPart, ...]
-    stream: str
-    in_features: int
-    out_features: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.stack}.{self.index}.{self.layer}"
-
-    @property
-    def output_key(self) -> SiteKey:
-        """Of the kept output y_c, (B, L, out_features)."""
-        return self.stack, self.index, f"{self.layer}#y"
-
-    @property
-    def projection_key(self) -> SiteKey:
-        """Of the kept z_c = B·x_c of all parts side by side, (B, L, sum of ranks)."""
-        return self.stack, self.index, f"{self.layer}#z"
-
-    def key(self, part: LinearPart) -> str:
-        """Name of a part; its factors add .A and .B to it."""
-        return f"{self.name}.{part.name}"
-
-    def inputs(self, part: LinearPart) -> int:
-        """Input channels of a part."""
-        return _size(part.cols, self.in_features)
-
-    def outputs(self, part: LinearPart) -> int:
-        """Output channels of a part."""
-        return _size(part.rows, self.out_features)
-
-    def ranks(self, ranks: Ranks) -> list[int]:
-        """The rank of every part, in order."""
-        if isinstance(ranks, int):
-            return [min(ranks, self.inputs(part), self.outputs(part)) for part in self.parts]
-        return [ranks[f"{self.key(part)}.B"].shape[0] for part in self.parts]
-
-
-def find_linears(family: ModelFamily, model: nn.Module, linears: Iterable[StackLinears]) -> list[LinearSite]:
-    """All linear layers inside the family's blocks whose input is per token, in the order of the blocks.
-
-    A linear layer is what has `in_features` and `out_features`: quantised and wrapped ones need not be `nn.Linear`.
-    linears: one description per stack. Raises ValueError for a stack or a layer that is not described.
-    """
-    rules = {rule.path: rule for rule in linears}
-    sites: list[LinearSite] = []
-    for stack, index, block in family.placed(model):
-        if stack.path not in rules:
-            raise ValueError(f"{family.name}: the linear layers of {stack.path} are not described")
-        sites += _sites_of_block(rules[stack.path], index, getattr(block, "_orig_mod", block))  # a compiled block wraps the real one
-    return sites
-
-
-def check_factors(sites: Iterable[LinearSite], factors: Factors) -> None:
-    """Raises ValueError, naming the part, where factors are missing or do not have the model's shapes."""
-    for site in sites:
-        for part in site.parts:
-            key = site.key(part)
-            a, b = factors.get(f"{key}.A"), factors.get(f"{key}.B")
-            if a is None or b is None:
-                raise ValueError(f"there are no factors for {key}: they were made for another model")
-            if (a.shape[0], b.shape[1]) != (site.outputs(part), site.inputs(part)) or a.shape[1] != b.shape[0]:
-                raise ValueError(f"the factors of {key} are {tuple(a.shape)} and {tuple(b.shape)}: they were made for another model")
-
-
-def listening_linears(call: EngineCall, sites: Iterable[LinearSite], factors: Factors) -> AbstractContextManager[None]:
-    """Around a full evaluation, inside `listening` (which notes the stream lengths): keeps y_c and z_c of every layer.
+def linear_taps(call: EngineCall) -> list[Override]:
+    """For a full evaluation that also notes the stream lengths: keeps y_c and z_c of every layer of `call.linears`.
 
     A layer called in a way that `calibrated` would refuse is left out. The host's results are not changed.
     """
-    return forward_overrides([(site.module, _keeping(call, site, factors)) for site in sites])
+    return [(site.module, _keeping(call, site)) for site in call.linears.sites] if call.linears is not None else []
 
 
-def calibrated(call: EngineCall, sites: Iterable[LinearSite], factors: Factors, store: FeatureStore) -> AbstractContextManager[None]:
+@contextmanager
+def calibrated(call: EngineCall, store: FeatureStore) -> Iterator[None]:
     """A calibrated evaluation: every layer answers from what the last full one kept. Only the hidden state is written.
 
-    factors: best in the call's dtype and on its device; others are converted at every use. Inside, a layer that was
-    not kept, or is called with another shape than (B, L, in_features) of the anchor, raises UnsupportedCallError.
+    call.linears must be set, best with factors in the call's dtype and on its device by the time the first block is
+    entered; others are converted at every use. Inside, a layer that was not kept, or is called with another shape than
+    (B, L, in_features) of the anchor, raises UnsupportedCallError.
     """
-    overrides: list[Override] = [(site.module, _calibrating(call, site, factors, store)) for site in sites]
+    assert call.linears is not None, "plans with calibrated evaluations are refused without factors"
+    overrides: list[Override] = [(site.module, _calibrating(call, site, store)) for site in call.linears.sites]
     overrides += call.entry()
     overrides.append((call.placed[-1][2], around(after=call.remember_hidden)))
-    return forward_overrides(overrides)
+    with uncompiled(), forward_overrides(overrides):
+        yield
 
 
-def dense_macs(sites: Iterable[LinearSite], lengths: Lengths) -> float:
-    """Multiply-adds of the layers in a full evaluation, per batch row.
-
-    Blocks in a calibrated evaluation cost family.macs(full) - dense_macs + icc_macs.
-    """
-    return float(sum(stream_length(site.stream, lengths) * site.in_features * site.out_features for site in sites))
+def _factors(call: EngineCall) -> Factors:
+    """Those of the call as they are now: a run's first call puts them in place when it reaches the first block."""
+    assert call.linears is not None
+    return call.linears.factors
 
 
-def icc_macs(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks) -> float:
-    """Multiply-adds of the layers in a calibrated evaluation, per batch row: tokens · rank · (inputs + outputs) over all parts."""
-    return float(sum(stream_length(site.stream, lengths) * n for site in sites for n in _part_weights(site, ranks)))
-
-
-def anchor_macs(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks) -> float:
-    """Multiply-adds that a full evaluation costs more per batch row for z_c: tokens · rank · inputs over all parts."""
-    total = 0
-    for site in sites:
-        per_token = sum(rank * site.inputs(part) for part, rank in zip(site.parts, site.ranks(ranks)))
-        total += stream_length(site.stream, lengths) * per_token
-    return float(total)
-
-
-def icc_bytes(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks, dtype: torch.dtype, fmt: StoreFormat = StoreFormat()) -> int:
-    """Bytes kept per batch row of a model that computes in `dtype`: tokens · (out_features + sum of ranks) · bytes of a number."""
-    total = 0
-    for site in sites:
-        per_token = fmt.bytes_per_token(site.out_features, dtype) + fmt.bytes_per_token(sum(site.ranks(ranks)), dtype)
-        total += stream_length(site.stream, lengths) * per_token
-    return total
-
-
-def _size(place: slice | None, whole: int) -> int:
-    return whole if place is None else len(range(whole)[place])
-
-
-def _part_weights(site: LinearSite, ranks: Ranks) -> list[int]:
-    return [rank * (site.inputs(part) + site.outputs(part)) for part, rank in zip(site.parts, site.ranks(ranks))]
-
-
-def _sites_of_block(rule: StackLinears, index: int, block: nn.Module) -> list[LinearSite]:
-    sites: list[LinearSite] = []
-    for layer, module in block.named_modules():
-        if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or layer.startswith(rule.skip):
-            continue
-        if sites and layer.startswith(f"{sites[-1].layer}."):
-            continue  # inside a wrapper that is itself called as the layer
-        sizes = int(module.in_features), int(module.out_features)
-        sites.append(LinearSite(rule.path, index, layer, module, rule.parts_of(block, layer), rule.stream(layer), *sizes))
-    return sites
-
-
-def _keeping(call: EngineCall, site: LinearSite, factors: Factors) -> Callable[[Forward], Forward]:
+def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]:
     def make(forward: Forward) -> Forward:
         has_run = False
 
@@ -190,11 +68,11 @@ def _keeping(call: EngineCall, site: LinearSite, factors: Factors) -> Callable[[
             has_run = True
             if tokens is None:
                 return forward(*args, **kwargs)
-            projection = _project(site, tokens, factors)  # before the call: fp8 layers clamp their input in place
+            projection = _project(site, tokens, _factors(call))  # before the call: fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
             for slot, y, z in zip(call.slots, call.rows(result), call.rows(projection)):
-                slot.remember_sublayer(site.output_key, y)
-                slot.remember_sublayer(site.projection_key, z)
+                slot.remember_linear(site.output_key, y)
+                slot.remember_linear(site.projection_key, z)
             return result
 
         return kept
@@ -202,7 +80,7 @@ def _keeping(call: EngineCall, site: LinearSite, factors: Factors) -> Callable[[
     return make
 
 
-def _calibrating(call: EngineCall, site: LinearSite, factors: Factors, store: FeatureStore) -> Callable[[Forward], Forward]:
+def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Callable[[Forward], Forward]:
     def make(_forward: Forward) -> Forward:
         has_run = False
 
@@ -214,7 +92,7 @@ def _calibrating(call: EngineCall, site: LinearSite, factors: Factors, store: Fe
             has_run = True
             y = torch.cat(_features(call, site, site.output_key, store, tokens))  # a copy even of one: it is added to below
             z = torch.cat(_features(call, site, site.projection_key, store, tokens))
-            _add_increment(site, tokens, factors, y.flatten(0, 1), z.flatten(0, 1))
+            _add_increment(site, tokens, _factors(call), y.flatten(0, 1), z.flatten(0, 1))
             return y
 
         return substituted
@@ -253,7 +131,7 @@ def _features(call: EngineCall, site: LinearSite, key: SiteKey, store: FeatureSt
     """What each slot keeps under `key`, in row order, in the dtype and on the device of the input."""
     features: list[Feature] = []
     for slot in call.slots:
-        feature = slot.sublayers.get(key)
+        feature = slot.linears.get(key)
         if feature is None or feature.data.shape[:2] != (like.shape[0] // len(call.slots), like.shape[1]):
             raise UnsupportedCallError(f"nothing of this shape is kept of {site.name}")
         features.append(feature)

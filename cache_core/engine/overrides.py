@@ -6,10 +6,12 @@ forward before us is called as before.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 Forward = Callable[..., Any]
@@ -34,6 +36,17 @@ def forward_overrides(overrides: Iterable[Override]) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = before
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled blocks run as they were written, for overrides inside them.
+
+    torch.compile would trace those of every layer anew at each call: on the demo model a minute and a half for the
+    250 graphs of a run. Where nothing was compiled, or torch is older than 2.6, there is nothing to do.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    is_compiled = "torch._dynamo" in sys.modules  # loaded by the first torch.compile
+    return set_stance("force_eager") if is_compiled and set_stance is not None else nullcontext()
 
 
 def around(before: Callable[[tuple, dict], None] | None = None, after: Callable[[Any], None] | None = None) -> Callable[[Forward], Forward]:

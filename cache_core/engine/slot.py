@@ -24,7 +24,8 @@ class Anchor(NamedTuple):
 
 
 class Slot:
-    """The features of one cond: past hidden states, oldest first, and sublayer outputs.
+    """The features of one cond: past hidden states, oldest first, sublayer outputs for conservative evaluations, and what
+    calibrated ones need of the linear layers.
 
     signature: shape, dtype and so on of the calls the features came from; another one starts anew.
     last_used: index of the evaluation that last asked for it. predicted_bytes: what it will hold when its history is full.
@@ -36,6 +37,7 @@ class Slot:
         self.predicted_bytes = 0
         self.anchors: list[Anchor] = []
         self.sublayers: dict[SiteKey, Feature] = {}
+        self.linears: dict[SiteKey, Feature] = {}
         self._store = store
         self._history = history
 
@@ -51,19 +53,28 @@ class Slot:
         self.anchors.append(Anchor(time, self._store.put(hidden), None if tokens is None else self._store.put(tokens)))
 
     def remember_sublayer(self, key: SiteKey, output: Tensor) -> None:
-        if key in self.sublayers:
-            self._store.drop(self.sublayers.pop(key))
-        self.sublayers[key] = self._store.put(output)
+        """Keeps a sublayer's output (rows, L, C) in place of the last one."""
+        self._replace(self.sublayers, key, output)
+
+    def remember_linear(self, key: SiteKey, value: Tensor) -> None:
+        """Keeps the output or the projected input (rows, L, C) of a linear layer in place of the last one."""
+        self._replace(self.linears, key, value)
 
     def reset(self, signature: Hashable = None) -> None:
         """Gives every feature up."""
         for anchor in self.anchors:
             self._drop(anchor)
-        for feature in self.sublayers.values():
-            self._store.drop(feature)
+        for features in (self.sublayers, self.linears):
+            for feature in features.values():
+                self._store.drop(feature)
+            features.clear()
         self.anchors.clear()
-        self.sublayers.clear()
         self.signature = signature
+
+    def _replace(self, features: dict[SiteKey, Feature], key: SiteKey, value: Tensor) -> None:
+        if key in features:
+            self._store.drop(features.pop(key))
+        features[key] = self._store.put(value)
 
     def _drop(self, anchor: Anchor) -> None:
         self._store.drop(anchor.hidden)

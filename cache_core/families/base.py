@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds import Kind
+from .linears import StackLinears
 
 Lengths = Mapping[str, int]  # tokens of every stream, e.g. {"img": 4096, "txt": 512}
 
@@ -94,8 +95,9 @@ class ModelFamily:
     channels: width of a token in the blocks, which is that of every kept feature.
     embed: dotted path of the module whose input is the hidden stream's tokens as they enter the model (B, L, d), "" if there
         is none such; input_channels: d.
-    macs: multiply-adds of one batch row by (model, lengths, kind, token share), outside(...) those of
+    macs: multiply-adds of one batch row by (model, lengths, kind, token share), kind not calibrated; outside(...) those of
         embedding and head, which every evaluation costs.
+    linears: the linear layers of every stack's blocks, for calibrated evaluations; empty where the family has none.
     """
 
     name: str
@@ -107,6 +109,7 @@ class ModelFamily:
     input_channels: Callable[[nn.Module], int]
     macs: Callable[[nn.Module, Lengths, Kind, float], float]
     outside_macs: Callable[[nn.Module, Lengths], float]
+    linears: tuple[StackLinears, ...] = ()
 
     def placed(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
         """Every block in running order with its stack and its index there."""

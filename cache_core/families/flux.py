@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kinds import Kind
 from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights, modulate
+from .flux_linears import FLUX_LINEARS
 
 
 def _is_flux(model: nn.Module) -> bool:
@@ -132,4 +133,5 @@ FLUX = ModelFamily(
     input_channels=attrgetter("in_channels"),
     macs=_macs,
     outside_macs=_outside_macs,
+    linears=FLUX_LINEARS,
 )

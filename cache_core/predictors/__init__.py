@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from .base import Predictor
 from .calibrated import Calibrated
-from .chebyshev import Chebyshev
+from .chebyshev import AUTO, Chebyshev
 from .reuse import Reuse
 from .taylor import Taylor
 
@@ -21,4 +21,4 @@ PREDICTORS: Mapping[str, Callable[[], Predictor]] = MappingProxyType(
     }
 )
 
-__all__ = ["PREDICTORS", "Calibrated", "Chebyshev", "Predictor", "Reuse", "Taylor"]
+__all__ = ["AUTO", "PREDICTORS", "Calibrated", "Chebyshev", "Predictor", "Reuse", "Taylor"]

@@ -41,6 +41,9 @@ class Chebyshev(Predictor):
         return (self.taylor_share * np.asarray(taylor) + (1 - self.taylor_share) * fitted).tolist()
 
 
+AUTO = Chebyshev(taylor_share=0.7, history=5, reach=0.7)  # the best uncalibrated setting that we measured (docs/benchmarks.md)
+
+
 def _unit(times: np.ndarray) -> np.ndarray:
     """0..1 to the polynomials' interval -1..1."""
     return np.clip(2 * times - 1, -1, 1)

@@ -1,0 +1,122 @@
+"""A calibration in memory: what was learned about a checkpoint, ready for use, and its way to and from a sidecar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..kinds import Kind, Plan
+from .fingerprint import Fingerprint
+from .sidecar import About, Sidecar
+from .statistics import ForecastModel
+
+_KINDS = (Kind.AGGRESSIVE, Kind.FULL, Kind.CALIBRATED)  # by their number in a sidecar's plans
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What did best with one number of full evaluations.
+
+    plan: over the steps of the calibrated schedule. share: of calibrated weights in its predictor; None is the uncalibrated one.
+    psnr, uncalibrated: mean over the calibration prompts against the uncached latents, in dB, of this and of the uncalibrated setting.
+    """
+
+    plan: Plan
+    share: float | None
+    psnr: float
+    uncalibrated: float
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """model: statistics with sensitivities. step_times: the model's time at every step of the calibrated schedule.
+
+    choices: by number of full evaluations, most first.
+    """
+
+    model: ForecastModel
+    step_times: tuple[float, ...]
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Low-rank factors of every linear layer (see engine.linears) and the share 0..1 of each part's square norm that they keep."""
+
+    tensors: Mapping[str, Tensor]
+    energy: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """about: how it was made. fingerprint: of the checkpoint. It has a forecast, factors or both."""
+
+    about: About
+    fingerprint: Fingerprint
+    forecast: Forecast | None = None
+    factors: Factors | None = None
+
+    def with_rest_of(self, older: Calibration) -> Calibration:
+        """This one, with what only `older`, of the same checkpoint, has."""
+        about = self.about
+        if self.forecast is None and older.forecast is not None:
+            about = replace(older.about, rank=about.rank, method=about.method, created=about.created)
+        elif self.factors is None and older.factors is not None:
+            about = replace(about, rank=older.about.rank, method=older.about.method)
+        return Calibration(about, self.fingerprint, self.forecast or older.forecast, self.factors or older.factors)
+
+    def to_sidecar(self) -> Sidecar:
+        sections: dict[str, Mapping[str, Tensor]] = {}
+        if self.forecast is not None:
+            sections["forecast"] = _from_forecast(self.forecast)
+        if self.factors is not None:
+            energy = torch.tensor([self.factors.energy[part] for part in _parts(self.factors.tensors)])
+            sections["icc"] = {**self.factors.tensors, "energy": energy}
+        return Sidecar(self.about, self.fingerprint, sections)
+
+    @classmethod
+    def from_sidecar(cls, sidecar: Sidecar) -> Calibration:
+        """Of the sections that the sidecar was read with. Raises ValueError for plans that are none."""
+        forecast = _to_forecast(sidecar.about, sidecar.sections["forecast"]) if "forecast" in sidecar.sections else None
+        factors = None
+        if "icc" in sidecar.sections:
+            tensors = {name: tensor for name, tensor in sidecar.sections["icc"].items() if name != "energy"}
+            energy = dict(zip(_parts(tensors), sidecar.sections["icc"]["energy"].tolist()))
+            factors = Factors(MappingProxyType(tensors), MappingProxyType(energy))
+        return cls(sidecar.about, sidecar.fingerprint, forecast, factors)
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in names})
+
+
+def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
+    model, choices = forecast.model, forecast.choices
+    sensitivity = model.sensitivity if model.sensitivity is not None else torch.ones(len(model.times), dtype=torch.float64)
+    numbers = [[_KINDS.index(kind) for kind in choice.plan.kinds] for choice in choices]
+    results = [[-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated] for c in choices]
+    return {
+        "gram": model.gram,
+        "uu": model.uu,
+        "uz": model.uz,
+        "basis": model.basis,
+        "sensitivity": sensitivity,
+        "step_times": torch.tensor(forecast.step_times, dtype=torch.float64),
+        "plans": torch.tensor(numbers, dtype=torch.float32),
+        "results": torch.tensor(results, dtype=torch.float64),
+    }
+
+
+def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
+    model = ForecastModel(about.times, *(tensors[name] for name in ("gram", "uu", "uz", "basis", "sensitivity")))
+    choices = []
+    for numbers, (share, psnr, uncalibrated) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
+        if not all(number in range(len(_KINDS)) for number in numbers):
+            raise ValueError("a plan of this calibration has kinds that this version does not know")
+        plan = Plan(tuple(_KINDS[int(number)] for number in numbers))
+        choices.append(Choice(plan, None if share < 0 else share, psnr, uncalibrated))
+    return Forecast(model, tuple(tensors["step_times"].tolist()), tuple(choices))

@@ -1,0 +1,50 @@
+"""How the linear layers of a family's blocks are described, for increment-calibrated caching (ICC, arXiv 2505.05829).
+
+Which layers count, which of them are several matrices in one, and whose tokens each works on. Nothing here touches a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """One matrix inside a fused layer: `rows` of its outputs from `cols` of its inputs; None is all of them."""
+
+    name: str
+    rows: slice | None = None
+    cols: slice | None = None
+
+
+@dataclass(frozen=True)
+class StackLinears:
+    """The linear layers of a stack's blocks. Layers are named by their dotted path inside the block.
+
+    path: of the stack, as `families.base.Stack` has it.
+    streams: prefix of a layer's name -> the stream whose tokens it works on, first match; "" matches all.
+    skip: prefixes of layers whose input is not per token (the conditioning vector: modulation).
+    parts: layer -> its parts, given the block, for layers that are several matrices; others are one part, `WHOLE`.
+        Parts with `rows` share an input, parts with `cols` are summed; together they cover the layer once.
+    """
+
+    path: str
+    streams: Mapping[str, str]
+    skip: tuple[str, ...] = ()
+    parts: Mapping[str, Callable[[Any], tuple[LinearPart, ...]]] | None = None
+
+    def stream(self, layer: str) -> str:
+        """Raises ValueError for a layer of no known stream: its tokens cannot be counted."""
+        for prefix, stream in self.streams.items():
+            if layer.startswith(prefix):
+                return stream
+        raise ValueError(f"{self.path}: no token stream is known for the layer {layer}")
+
+    def parts_of(self, block: Any, layer: str) -> tuple[LinearPart, ...]:
+        """The parts of a layer of this block."""
+        return self.parts[layer](block) if self.parts and layer in self.parts else (WHOLE,)
+
+
+WHOLE = LinearPart("all")

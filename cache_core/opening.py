@@ -1,0 +1,21 @@
+"""What is known when a sampling run begins."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .families import ModelFamily
+from .timeline import Timeline
+
+
+class Opening(NamedTuple):
+    """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs."""
+
+    network: nn.Module
+    family: ModelFamily
+    timeline: Timeline
+    window: range
+    device: torch.device

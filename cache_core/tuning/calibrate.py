@@ -1,0 +1,221 @@
+"""Calibration from start to end: records whole runs, measures what errors do to the picture, tries plans out, factorises layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..calibration.calibration import Factors, Forecast
+from ..calibration.low_rank import Magnitudes, factorise_sites, measuring
+from ..calibration.statistics import ForecastModel, Moments
+from ..engine.linear_sites import find_linears
+from ..families import ModelFamily
+from ..kinds import Kind, Plan
+from ..opening import Opening
+from ..policies import AlwaysCompute, Given
+from ..predictors import AUTO, Calibrated, Predictor
+from ..run import ModelCall
+from ..strategy import Strategy
+from .tape import Sample, Tape, TapedRun
+from .trials import Trials
+
+_NODES = 32  # evaluations whose statistics are kept at most: they enter squared, and vary slowly
+_TOKENS = 1024  # of every cond, chosen at random
+_HARM_PROMPTS = 2  # whose pictures tell what an error does to them
+_HARM_STRIDE = 3  # steps from one that is measured to the next
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """forecast: record, measure and try out. method: of the low-rank factors (low_rank.METHODS), "" for none; rank: theirs.
+
+    tries: moves of a full evaluation tried per budget, each a sampling of all prompts. speedups: the budgets.
+    directions: hidden channels' directions kept for the correction.
+    """
+
+    forecast: bool = True
+    method: str = ""
+    rank: int = 64
+    tries: int = 12
+    speedups: tuple[float, ...] = (1.4, 2.0, 2.8, 3.5, 4.7, 5.6)
+    directions: int = 128
+
+
+class Learned(NamedTuple):
+    """times: the model's time at the recorded evaluations. steps: sampler steps of a run."""
+
+    times: tuple[float, ...]
+    steps: int
+    forecast: Forecast | None
+    factors: Factors | None
+
+
+@dataclass(frozen=True)
+class _Listening(Predictor):
+    """Fills nothing: it makes the engine keep inputs beside hidden states."""
+
+    history: int = 1
+    uses_input: ClassVar[bool] = True
+
+
+class Calibrator:
+    """sample: samples one of `prompts` prompts. told: is told the stage, and of its samplings (or layers) those done and all.
+
+    Memory beyond the model's: on its device one hidden state and input of each cond; in system memory n²·d·C floats of statistics
+    (0.6 GiB for FLUX at 28 evaluations) and what is computed in a run of `prompts` prompts (hidden states of all its conds:
+    24 MiB each for FLUX at 1024²), for recording of two prompts at a time.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        network: nn.Module,
+        sample: Sample,
+        prompts: int,
+        wishes: Wishes,
+        told: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    ) -> None:
+        self._family, self._network, self._sample, self._prompts = family, network, sample, prompts
+        self._wishes, self._told = wishes, told
+        self._moments = Moments()
+        self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
+        self._references: list[Tensor] = []
+        self._tapes: list[Tape] = []
+        self._times: tuple[float, ...] = ()
+        self._opening: Opening | None = None
+        self._dtype = torch.float32  # what the blocks compute in
+
+    def run(self) -> Learned:
+        """Raises ValueError where the model's calls cannot be recorded."""
+        self._record()
+        assert self._opening is not None, "recording has opened runs"
+        forecast = self._forecast(self._opening) if self._wishes.forecast else None
+        self._tapes.clear()
+        factors = self._factors(self._opening) if self._wishes.method else None
+        return Learned(self._times, self._opening.timeline.steps, forecast, factors)
+
+    # -- stages -----------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        """Uncached runs of all prompts."""
+        sites = find_linears(self._family, self._network) if self._magnitudes is not None else []
+
+        def listen(call: ModelCall) -> AbstractContextManager[None]:
+            assert self._magnitudes is not None
+            return measuring(call.conds, sites, self._magnitudes)
+
+        for prompt in range(self._prompts):
+            self._told("recording", prompt, self._prompts)
+            if self._magnitudes is not None:
+                self._magnitudes.begin_run()
+            strategy = Strategy(AlwaysCompute(), _Listening(), name="recording")
+            latent, tape = self._taped(prompt, strategy, listen=listen if self._magnitudes is not None else None)
+            self._references.append(latent)
+            self._add(tape)
+            if prompt < _HARM_PROMPTS:
+                self._tapes.append(tape)
+
+    def _add(self, tape: Tape) -> None:
+        trajectories = tape.trajectories()
+        if not trajectories:
+            raise ValueError("the model's evaluations could not be recorded: another node answers for it, or its conds come and go")
+        if any(later > time for time, later in pairwise(tape.times)):
+            raise ValueError("this sampler goes back to higher noise levels, which cannot be calibrated: choose another")
+        # of several evaluations at one noise level, the last: that is what a run keeps
+        apart = [i for i, time in enumerate(tape.times) if time not in tape.times[i + 1 :]]
+        nodes = sorted({apart[round(i)] for i in np.linspace(0, len(apart) - 1, min(_NODES, len(apart)))})
+        times = tuple(tape.times[node] for node in nodes)
+        if self._times and times != self._times:
+            raise ValueError("the prompts were sampled at different noise levels: calibrate them with one schedule")
+        self._times, self._dtype = times, trajectories[0][1].dtype
+        generator = torch.Generator().manual_seed(_SEED)
+        for u, z in trajectories:
+            chosen = torch.randperm(u.shape[1], generator=generator)[:_TOKENS]
+            self._moments.add(u[nodes][:, chosen], z[nodes][:, chosen])
+
+    def _forecast(self, opening: Opening) -> Forecast:
+        model = self._moments.compress(self._times, self._wishes.directions)
+        model = replace(model, sensitivity=self._sensitivity(model, opening))
+        step_times = opening.timeline.times[:-1]
+        budgets = _budgets(len(step_times), self._wishes.speedups)
+        done = 0
+
+        def told() -> None:
+            nonlocal done
+            done += 1
+            self._told("trying plans", min(done, total), total)
+
+        total = len(budgets) * self._prompts * (5 + self._wishes.tries)
+        trials = Trials(model, step_times, opening.window, self._sample, self._references, told)
+        choices = tuple(trials.choose(full, self._wishes.tries) for full in budgets)
+        if not choices:
+            raise ValueError(f"with {len(step_times)} steps there is nothing to skip: calibrate with more")
+        return Forecast(model, step_times, choices)
+
+    def _sensitivity(self, model: ForecastModel, opening: Opening) -> Tensor:
+        """s_i = mean ‖x_final − x_final,full‖² / e_i with only step i forecast, at every third step; between those on a log scale."""
+        times, steps = opening.timeline.times[:-1], opening.timeline.steps
+        predictor = Calibrated(model)
+        measured = sorted({*range(1, steps, _HARM_STRIDE), steps - 1} & set(opening.window) - {0})
+        harms = []
+        for number, step in enumerate(measured):
+            plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(steps)))
+            strategy, squares = Strategy(Given(plan), predictor, name="sensitivity"), []
+            for prompt, tape in enumerate(self._tapes):
+                self._told("measuring sensitivity", number * len(self._tapes) + prompt, len(measured) * len(self._tapes))
+                latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
+                squares.append(float((latent.float() - self._references[prompt].float()).square().mean()))
+            known = times[:step][-AUTO.history :]
+            harms.append(sum(squares) / len(squares) / max(predictor.fit(known, times[step]).error, 1e-30))
+        if not harms:
+            return torch.ones(len(model.times), dtype=torch.float64)
+        at = [times[step] for step in measured]
+        logs = np.interp(model.times, at[::-1], np.log(np.maximum(harms, 1e-30))[::-1])
+        return torch.from_numpy(np.exp(logs))
+
+    def _factors(self, opening: Opening) -> Factors:
+        sites = find_linears(self._family, self._network)
+        tensors, energy = factorise_sites(
+            sites,
+            self._wishes.rank,
+            self._wishes.method,
+            self._magnitudes,
+            torch.bfloat16 if self._dtype is torch.bfloat16 else torch.float16,
+            opening.device,
+            lambda done, total: self._told("factorising layers", done, total),
+            call_dtype=self._dtype,
+        )
+        return Factors(tensors, energy)
+
+    # -- sampling ---------------------------------------------------------------------------------------
+
+    def _taped(
+        self,
+        prompt: int,
+        strategy: Strategy,
+        before: Tape | None = None,
+        until: int = 0,
+        listen: Callable[[ModelCall], AbstractContextManager[None]] | None = None,
+    ) -> tuple[Tensor, Tape]:
+        runs: list[TapedRun] = []
+
+        def make(opening: Opening) -> TapedRun:
+            self._opening = opening
+            runs.append(TapedRun(strategy, opening, before, until, listen))
+            return runs[-1]
+
+        latent = self._sample(prompt, make)
+        return latent, runs[-1].tape
+
+
+def _budgets(steps: int, speedups: Sequence[float]) -> list[int]:
+    """Numbers of full evaluations, most first, fewer than all."""
+    return sorted({max(1, round(steps / speedup)) for speedup in speedups} - {steps}, reverse=True)

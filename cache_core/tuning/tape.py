@@ -1,0 +1,118 @@
+"""Remembers what a run's model calls gave, so that a run with the same beginning need not compute it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..engine import Slot
+from ..kinds import Kind
+from ..opening import Opening
+from ..run import CacheRun, ModelCall
+from ..strategy import Strategy
+
+
+class Sample(Protocol):
+    """Samples prompt number `prompt` with the run that `make` gives, and returns the final latent (1, …) in system memory."""
+
+    def __call__(self, prompt: int, make: Callable[[Opening], CacheRun]) -> Tensor: ...
+
+
+class _Kept(NamedTuple):
+    """A cond's hidden state (rows, L, C) and, where the predictor uses it, its input (rows, L, d)."""
+
+    hidden: Tensor
+    input: Tensor | None
+
+
+class _Entry(NamedTuple):
+    """One model call. kept: one per cond, none where nothing was computed."""
+
+    output: Tensor
+    kept: list[_Kept]
+
+
+@dataclass
+class Tape:
+    """The model calls of a run, by evaluation and by order within it, in system memory.
+
+    times: the model's time at every evaluation. Memory: for every computed evaluation a hidden state of each cond.
+    """
+
+    times: list[float] = field(default_factory=list)
+    entries: list[list[_Entry]] = field(default_factory=list)
+
+    def before(self, time: float) -> int:
+        """How many evaluations come before the first one at `time` or later in the run."""
+        return next((number for number, at in enumerate(self.times) if at <= time), len(self.times))
+
+    def trajectories(self) -> list[tuple[Tensor, Tensor]]:
+        """Input (n, T, d) and hidden state (n, T, C) at all n evaluations, for every cond that was computed at each of them."""
+        rows = [[kept for entry in evaluation for kept in entry.kept] for evaluation in self.entries]
+        if not rows or any(len(row) != len(rows[0]) for row in rows):
+            return []
+        found = []
+        for cond in zip(*rows):
+            inputs = [kept.input.flatten(0, 1) for kept in cond if kept.input is not None]
+            if len(inputs) == len(cond):
+                found.append((torch.stack(inputs), torch.stack([kept.hidden.flatten(0, 1) for kept in cond])))
+        return found
+
+
+class TapedRun(CacheRun):
+    """A run that is recorded on `tape`; its first `until` evaluations are played back from `before` instead of computed.
+
+    The run on `before` must have had the same plan, predictor and noise that far. listen: a context around every computed call.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        opening: Opening,
+        before: Tape | None = None,
+        until: int = 0,
+        listen: Callable[[ModelCall], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        super().__init__(strategy, opening.timeline, opening.window, opening.family, opening.device)
+        self.tape = Tape()
+        self._device = opening.device
+        self._before, self._until, self._listen = before, until, listen
+
+    def _carry_out(self, kind: Kind, call: ModelCall, slots: list[Slot], compute: Callable[[], Tensor]) -> Tensor | None:
+        evaluation = self._evaluation.index
+        while len(self.tape.entries) <= evaluation:
+            self.tape.entries.append([])
+            self.tape.times.append(self._time)
+        entry = self._recorded(evaluation)
+        if entry is not None:
+            for slot, kept in zip(slots, entry.kept):
+                slot.remember_hidden(self._time, kept.hidden.to(self._device), None if kept.input is None else kept.input.to(self._device))
+            self.tape.entries[evaluation].append(entry)
+            return entry.output.to(self._device)
+        with self._listen(call) if self._listen is not None else nullcontext():
+            result = super()._carry_out(kind, call, slots, compute)
+        if result is not None:
+            is_computed = kind is not Kind.AGGRESSIVE and all(slot.anchors and slot.anchors[-1].time == self._time for slot in slots)
+            self.tape.entries[evaluation].append(_Entry(_copy(result), [_kept(slot) for slot in slots] if is_computed else []))
+        return result
+
+    def _recorded(self, evaluation: int) -> _Entry | None:
+        number = len(self.tape.entries[evaluation])
+        if self._before is None or evaluation >= min(self._until, len(self._before.entries)):
+            return None
+        entries = self._before.entries[evaluation]
+        return entries[number] if number < len(entries) else None
+
+
+def _kept(slot: Slot) -> _Kept:
+    anchor = slot.anchors[-1]
+    return _Kept(_copy(anchor.hidden.data), None if anchor.input is None else _copy(anchor.input.data))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,86 @@
+"""Calibrations as the nodes hand them on: read from a sidecar, checked against a model, found by themselves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..cache_core import Settings
+from ..cache_core.calibration.calibration import Calibration
+from ..cache_core.calibration.sidecar import SidecarError, peek, read
+from . import sidecars
+from .notices import say, show
+
+_USED_SECTION = MappingProxyType({"auto": "forecast", "icc": "icc"})  # of a calibration, by mode
+Type = io.Custom("DUCA_CALIBRATION")
+
+
+def load(path: Path, sections: tuple[str, ...] | None = None) -> Calibration:
+    """What the sidecar at `path` holds, or only some of its sections. Raises SidecarError."""
+    stat = path.stat() if path.is_file() else None  # the reader says what is wrong with a file that is not there
+    return _read(path, sections, (stat.st_mtime_ns, stat.st_size) if stat else None)
+
+
+def sections_of(path: Path) -> tuple[str, ...]:
+    """Which sections a sidecar has. Raises SidecarError."""
+    return tuple(peek(path).tensors)
+
+
+def check(calibration: Calibration, model: ModelPatcher) -> None:
+    """Raises ValueError where the calibration is of another checkpoint than the model."""
+    if not calibration.fingerprint.matches(sidecars.fingerprint_of(model)):
+        raise ValueError(
+            f"the calibration {calibration.about.model_name!r} was made on another checkpoint than this model: "
+            "load the one that belongs to it, or calibrate"
+        )
+
+
+def find(model: ModelPatcher, section: str, refused: Callable[[str], None]) -> tuple[Path, Calibration] | None:
+    """The model's own sidecar with only `section` of it read; None where there is none, or it lacks that section.
+
+    refused: told, in words for the user, of files that cannot be used.
+    """
+    found = sidecars.find(model, lambda path, reason: refused(f"the calibration {path.name} cannot be used: {reason}"))
+    if found is None:
+        return None
+    try:
+        return (found.path, load(found.path, (section,))) if section in sections_of(found.path) else None
+    except (SidecarError, ValueError) as error:
+        refused(f"the calibration {found.path.name} cannot be used: {error}")
+        return None
+
+
+class Finder:
+    """Adds a checkpoint's own calibration to settings. Looked for at every sampling: it may have been made meanwhile."""
+
+    def __init__(self, settings: Settings, is_on: bool = True, node_id: str | None = None) -> None:
+        self._settings, self._node_id = settings, node_id
+        self._section = _USED_SECTION.get(settings.mode)
+        self._is_on = is_on and settings.calibration is None and settings.chosen is None
+        self._said: set[str] = set()
+
+    def settings_for(self, patcher: ModelPatcher) -> Settings:
+        found = find(patcher, self._section, self._refused) if self._is_on and self._section is not None else None
+        if found is None:
+            return self._settings
+        path, calibration = found
+        logging.info("[DuCa] uses the calibration %s", path)
+        show(f"uses the calibration {path.name}", self._node_id)
+        return replace(self._settings, calibration=calibration)
+
+    def _refused(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            say(f"DuCa Cache: {text}.", self._node_id)
+
+
+@lru_cache(maxsize=2)  # samplings follow each other with the same one
+def _read(path: Path, sections: tuple[str, ...] | None, _state: tuple[int, int] | None) -> Calibration:
+    return Calibration.from_sidecar(read(path, sections))

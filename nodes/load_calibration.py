@@ -1,0 +1,41 @@
+"""Node Load Calibration: a sidecar by hand, where DuCa Cache is not to choose by itself."""
+
+from __future__ import annotations
+
+from textwrap import indent
+
+from comfy_api.latest import io
+
+from . import calibrations, sidecars
+from .calibration_plot import calibration_plot
+from .calibration_text import calibration_text
+
+
+class LoadCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuCaLoadCalibration",
+            display_name="Load Calibration",
+            category="model_patches/duca",
+            description="Loads a calibration from models/duca_calibration. DuCa Cache also finds the one of its model by itself.",
+            inputs=[io.Combo.Input("calibration_name", options=sidecars.names(), tooltip="A file in models/duca_calibration.")],
+            outputs=[
+                calibrations.Type.Output(display_name="calibration", tooltip="For DuCa Cache; it refuses one of another checkpoint."),
+                io.String.Output(display_name="text", tooltip="What the file says of itself."),
+                io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity per step, energy kept per layer."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration_name: str) -> tuple:
+        """Loaded anew when the file has changed."""
+        stat = sidecars.path_of(calibration_name).stat()
+        return stat.st_mtime_ns, stat.st_size
+
+    @classmethod
+    def execute(cls, calibration_name: str) -> io.NodeOutput:
+        path = sidecars.path_of(calibration_name)
+        calibration = calibrations.load(path)
+        text = calibration_text(calibration, path, is_new=False)
+        return io.NodeOutput(calibration, indent(text, "    "), calibration_plot(calibration))

@@ -1,0 +1,125 @@
+"""Node SVD Calibrator: learns from a few samplings how a checkpoint can be skipped, and keeps that beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io, ui
+
+from ..cache_core.calibration.calibration import Calibration
+from ..cache_core.calibration.low_rank import METHODS
+from ..cache_core.tuning import Wishes
+from . import calibrations, sidecars
+from .calibrating import Sampling, calibrate
+from .calibration_plot import calibration_plot
+from .calibration_text import calibration_text
+from .duca_cache import advanced
+
+_WHAT = ("forecast", "ICC", "both")
+
+
+class SvdCalibrator(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DuCaSVDCalibrator",
+            display_name="SVD Calibrator",
+            category="model_patches/duca",
+            description="Once per checkpoint: samples a few prompts, learns how to fill skipped evaluations and which to skip, and saves "
+            "it in models/duca_calibration. From then on DuCa Cache finds it by itself. Takes minutes.",
+            inputs=_inputs(),
+            outputs=[
+                calibrations.Type.Output(display_name="calibration", tooltip="For DuCa Cache. It would also find it by itself."),
+                io.String.Output(display_name="text", tooltip="What was learned, in words."),
+                io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity per step, energy kept per layer."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_input_list=True,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: list, positive: list, negative: list, latent: list, **given: list) -> io.NodeOutput:
+        options: dict[str, Any] = {name: values[0] for name, values in given.items()}
+        wanted = {"forecast": ("forecast",), "ICC": ("icc",), "both": ("forecast", "icc")}[options["what"]]
+        wishes = Wishes(method=options["icc_method"], rank=options["rank"], tries=options["tries"])
+        negatives = [negative[min(i, len(negative) - 1)] for i in range(len(positive))]
+        sampling = Sampling(
+            positive, negatives, latent[0]["samples"][:1], options["sampler_name"], options["scheduler"], options["steps"], options["cfg"],
+            options["first_seed"],
+        )  # fmt: skip
+        node_id = cls.hidden.unique_id
+        kept = None if options["recalibrate"] else _kept(model[0], wanted, wishes)
+        calibration, path = kept if kept is not None else _made(model[0], sampling, wanted, wishes, options["name"], node_id)
+        text, plot = calibration_text(calibration, path, is_new=kept is None), calibration_plot(calibration)
+        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(calibration, indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines
+
+
+def _kept(model: ModelPatcher, wanted: tuple[str, ...], wishes: Wishes) -> tuple[Calibration, Path] | None:
+    """The model's own sidecar, if it has all that is wanted."""
+    found = sidecars.find(model)
+    if found is None or not set(wanted) <= set(calibrations.sections_of(found.path)):
+        return None
+    if "icc" in wanted and (found.about.method, found.about.rank) != (wishes.method, wishes.rank):
+        return None
+    return calibrations.load(found.path), found.path
+
+
+def _made(
+    model: ModelPatcher, sampling: Sampling, wanted: tuple[str, ...], wishes: Wishes, name: str, node_id: str | None
+) -> tuple[Calibration, Path]:
+    """A new calibration, saved. Sections of an older one of the same checkpoint that were not asked for are kept."""
+    asked = replace(wishes, forecast="forecast" in wanted, method=wishes.method if "icc" in wanted else "")
+    calibration = calibrate(model, sampling, asked, name, node_id)
+    found = sidecars.find(model)
+    if found is not None:
+        calibration = calibration.with_rest_of(calibrations.load(found.path))
+    return calibration, sidecars.save(calibration.to_sidecar())
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The model to calibrate, as loaded. A LoRA on it is learned from as well; better without."),
+        io.Conditioning.Input("positive", tooltip="One prompt, or several as a list (Prompt List → CLIP Text Encode). Four to eight."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt, one for all or as many as positive ones."),
+        io.Latent.Input("latent", tooltip="An empty latent of the size you work at. Only the first of a batch is used."),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler you work with."),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="The scheduler you work with."),
+        io.Int.Input("steps", default=28, min=4, max=200, tooltip="The number of steps you work with; others are interpolated."),
+        io.Float.Input("cfg", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The guidance you work with."),
+        io.Combo.Input(
+            "what",
+            options=list(_WHAT),
+            default="forecast",
+            tooltip="forecast: for DuCa Cache in mode auto. ICC: low-rank factors of all layers for mode icc. both: either.",
+        ),
+        *map(advanced, _advanced_inputs()),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "icc_method",
+            options=list(METHODS),
+            default="cd_svd",
+            tooltip="How layers are made low-rank. svd: as they are. ca_svd: by activations (the paper's). cd_svd: by their changes.",
+        ),
+        io.Int.Input("rank", default=64, min=1, max=1024, tooltip="Rank of the factors. More is closer and slower; FLUX takes 128."),
+        io.Int.Input(
+            "tries",
+            default=12,
+            min=0,
+            max=200,
+            tooltip="Moves of a full evaluation that are tried per speed, each a sampling of all prompts. More fits better.",
+        ),
+        io.Int.Input("first_seed", default=100, min=0, max=2**32 - 1, tooltip="Seed of the first prompt; each further one gets the next."),
+        io.String.Input("name", default="", tooltip="Name of the file; empty takes the model family's."),
+        io.Boolean.Input("recalibrate", default=False, tooltip="Calibrate anew even where a matching calibration is found."),
+    ]
