@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 
 from common import machine, publish, start, table
 
@@ -32,16 +31,6 @@ SPEEDS = {1.4: 20, 2.0: 14, 2.8: 10, 3.5: 8, 4.7: 6, 5.6: 5}  # full evaluations
 EVEN_INTERVAL = {20: 1, 14: 3, 10: 4, 8: 6, 6: 9, 5: 14}  # interval after 3 warm-up steps that comes to about as many
 
 
-@dataclass(frozen=True)
-class Fixed(Settings):
-    """Settings that stand for one strategy."""
-
-    chosen: Strategy = field(default_factory=Strategy)
-
-    def strategy(self, steps: int) -> Strategy:
-        return self.chosen
-
-
 def conditioning(prompts) -> list:
     """All prompts as one cond whose batch rows are the prompts."""
     parts = [encode_prompt(prompt)[0] for prompt in prompts]
@@ -49,6 +38,8 @@ def conditioning(prompts) -> list:
 
 
 class Bench:
+    kinds: tuple[Kind, ...] = (Kind.FULL, Kind.CONSERVATIVE, Kind.AGGRESSIVE)  # those that a row counts
+
     def __init__(self, prompts) -> None:
         self.model, self.prompts = load_demo_model(), prompts
         self.latent = torch.zeros(len(prompts), 3, 48, 48)
@@ -80,12 +71,12 @@ class Bench:
         if settings is None:
             assert steps is not None
             distances = self.distances(self.pictures(self.model, steps))
-            values = [f"{steps} / 0 / 0", f"{self.steps / steps:.2f}", *distances]
+            values = [" / ".join([str(steps), *["0"] * (len(self.kinds) - 1)]), f"{self.steps / steps:.2f}", *distances]
         else:
             cached = host.attach(self.model, settings)
             distances = self.distances(self.pictures(cached, self.steps))
             report = host.book_of(cached).last
-            counts = " / ".join(str(report.count(kind)) for kind in Kind)
+            counts = " / ".join(str(report.count(kind)) for kind in self.kinds)
             values = [counts, f"{report.compute_speedup:.2f}", *distances]
         print(name, *values, flush=True)
         return [name, *values]
@@ -97,20 +88,20 @@ def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
     rows: dict[str, Settings | None] = {
         "no cache, fewer steps": None,
         "**auto**": Settings(speedup=STEPS / full),
-        "Taylor 1, same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Taylor(1))),
-        "Chebyshev (Spectrum), same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Chebyshev(history=100))),
-        "Chebyshev, gaps n(k/K)^1.35": Fixed(chosen=Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100))),
-        "reuse of the hidden, same plan as auto": Fixed(chosen=Strategy(GrowingGaps(STEPS / full), Reuse())),
+        "Taylor 1, same plan as auto": Settings(chosen=Strategy(GrowingGaps(STEPS / full), Taylor(1))),
+        "Chebyshev (Spectrum), same plan as auto": Settings(chosen=Strategy(GrowingGaps(STEPS / full), Chebyshev(history=100))),
+        "Chebyshev, gaps n(k/K)^1.35": Settings(chosen=Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100))),
+        "reuse of the hidden, same plan as auto": Settings(chosen=Strategy(GrowingGaps(STEPS / full), Reuse())),
     }
     if interval > 1:
         even, cycle = FixedInterval(interval, 3, 1), DucaCycle(interval, "c", 3, 1)
         rows |= {
-            f"Taylor 1, even gaps N={interval}": Fixed(chosen=Strategy(even, Taylor(1))),
-            f"Taylor 2, even gaps N={interval}": Fixed(chosen=Strategy(even, Taylor(2))),
-            f"Chebyshev, even gaps N={interval}": Fixed(chosen=Strategy(even, Chebyshev(history=100))),
-            f"FORA (per sublayer) N={interval}": Fixed(chosen=Strategy(cycle, Reuse(), token_share=0.0)),
-            f"ToCa-like (all conservative, share 0.1) N={interval}": Fixed(chosen=Strategy(cycle, Reuse(), token_share=0.1)),
-            f"DuCa (share 0.1) N={interval}": Fixed(chosen=Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1)),
+            f"Taylor 1, even gaps N={interval}": Settings(chosen=Strategy(even, Taylor(1))),
+            f"Taylor 2, even gaps N={interval}": Settings(chosen=Strategy(even, Taylor(2))),
+            f"Chebyshev, even gaps N={interval}": Settings(chosen=Strategy(even, Chebyshev(history=100))),
+            f"FORA (per sublayer) N={interval}": Settings(chosen=Strategy(cycle, Reuse(), token_share=0.0)),
+            f"ToCa-like (all conservative, share 0.1) N={interval}": Settings(chosen=Strategy(cycle, Reuse(), token_share=0.1)),
+            f"DuCa (share 0.1) N={interval}": Settings(chosen=Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1)),
         }
     return rows
 
@@ -136,7 +127,7 @@ def main() -> None:
     paper = {
         "FORA N=5": DucaCycle(5, "c", 3), "ToCa-like N=5": DucaCycle(5, "c", 3), "**DuCa N=5**": DucaCycle(5, "ca", 3),
     }  # fmt: skip
-    rows = [bench.row(name, Fixed(chosen=Strategy(p, Reuse(), token_share=0.0 if "FORA" in name else 0.1))) for name, p in paper.items()]
+    rows = [bench.row(name, Settings(chosen=Strategy(p, Reuse(), token_share=0.0 if "FORA" in name else 0.1))) for name, p in paper.items()]
     sections.append(f"\n**the paper's setting: N = 5, share 0.1, 3 full steps first**\n\n{table(header, rows)}")
     sections.append(f"\n**other step counts, auto against fewer steps**\n\n{table(header, other_step_counts(bench))}")
     about = f"{len(bench.prompts)} prompts, {STEPS} euler steps, guidance {GUIDANCE}; {machine()}.\n"

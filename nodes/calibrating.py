@@ -67,6 +67,7 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
         raise ValueError(f"{family.name} models have no calibrated forecast: calibrate low-rank factors only")
     if wishes.method and not family.linears:
         raise ValueError(f"{family.name} models have no calibrated evaluation: calibrate the forecast only")
+    fingerprint = sidecars.fingerprint_of(model)  # first, as there may be none
     sigmas: list[list[float]] = []
 
     def sample(prompt: int, make: Callable[[Opening], CacheRun]) -> torch.Tensor:
@@ -82,7 +83,7 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
     progress = _Progress(wishes, node_id)
     learned = Calibrator(family, network, sample, len(sampling.positives), wishes, progress).run()
     about = _about(family.name, name, sampling, wishes, learned, sigmas[0])
-    return Calibration(about, sidecars.fingerprint_of(model), learned.forecast, learned.factors)
+    return Calibration(about, fingerprint, learned.forecast, learned.factors)
 
 
 def _about(family: str, name: str, sampling: Sampling, wishes: Wishes, learned: Learned, sigmas: list[float]) -> About:

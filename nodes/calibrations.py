@@ -42,19 +42,27 @@ def check(calibration: Calibration, model: ModelPatcher) -> None:
         )
 
 
-def find(model: ModelPatcher, section: str, refused: Callable[[str], None]) -> tuple[Path, Calibration] | None:
-    """The model's own sidecar with only `section` of it read; None where there is none, or it lacks that section.
+def find(model: ModelPatcher, section: str | None, refused: Callable[[str], None]) -> tuple[Path, Calibration] | None:
+    """The model's own sidecar with only `section` of it read (None: all); None where there is none, or it lacks that section.
 
-    refused: told, in words for the user, of files that cannot be used.
+    refused: told, in words for the user, of files that cannot be used. Raises nothing: a sampling goes on without.
     """
-    found = sidecars.find(model, lambda path, reason: refused(f"the calibration {path.name} cannot be used: {reason}"))
+    try:
+        found = sidecars.find(model, lambda path, reason: refused(f"the calibration {path.name} cannot be used: {reason}"))
+    except ValueError as error:
+        refused(f"no calibration is looked for: {error}")
+        return None
     if found is None:
         return None
     try:
+        if section is None:
+            return found.path, load(found.path)
         return (found.path, load(found.path, (section,))) if section in sections_of(found.path) else None
-    except (SidecarError, ValueError) as error:
+    except SidecarError as error:
+        refused(f"the calibration {found.path.name} cannot be used: {error.reason}; {error.remedy}")
+    except (OSError, ValueError) as error:
         refused(f"the calibration {found.path.name} cannot be used: {error}")
-        return None
+    return None
 
 
 class Finder:

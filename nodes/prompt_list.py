@@ -12,6 +12,7 @@ _DEFAULT = "\n".join(
         "a city street at night with neon signs that say OPEN",
     )
 )
+_NONE = "write at least one prompt"
 
 
 class PromptList(io.ComfyNode):
@@ -35,11 +36,14 @@ class PromptList(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts: str | None = None) -> bool | str:
-        return True if prompts is None or _lines(prompts) else "write at least one prompt"
+        return True if prompts is None or _lines(prompts) else _NONE
 
     @classmethod
     def execute(cls, prompts: str) -> io.NodeOutput:
-        return io.NodeOutput(_lines(prompts))
+        lines = _lines(prompts)
+        if not lines:  # by link, where nobody has checked
+            raise ValueError(_NONE)
+        return io.NodeOutput(lines)
 
 
 def _lines(text: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
+from types import MappingProxyType
 from typing import Any
 
 import comfy.samplers
@@ -19,8 +21,9 @@ from .calibrating import Sampling, calibrate
 from .calibration_plot import calibration_plot
 from .calibration_text import calibration_text
 from .duca_cache import advanced
+from .notices import say
 
-_WHAT = ("forecast", "ICC", "both")
+_WANTED = MappingProxyType({"forecast": ("forecast",), "ICC": ("icc",), "both": ("forecast", "icc")})
 
 
 class SvdCalibrator(io.ComfyNode):
@@ -46,41 +49,47 @@ class SvdCalibrator(io.ComfyNode):
     @classmethod
     def execute(cls, model: list, positive: list, negative: list, latent: list, **given: list) -> io.NodeOutput:
         options: dict[str, Any] = {name: values[0] for name, values in given.items()}
-        wanted = {"forecast": ("forecast",), "ICC": ("icc",), "both": ("forecast", "icc")}[options["what"]]
+        for name, known in (("what", _WANTED), ("icc_method", METHODS)):  # which the host does not check
+            if options[name] not in known:
+                raise ValueError(f"unknown {name} {options[name]!r}: use one of {', '.join(known)}")
+        wanted, node_id = _WANTED[options["what"]], cls.hidden.unique_id
         wishes = Wishes(method=options["icc_method"], rank=options["rank"], tries=options["tries"])
         negatives = [negative[min(i, len(negative) - 1)] for i in range(len(positive))]
         sampling = Sampling(
             positive, negatives, latent[0]["samples"][:1], options["sampler_name"], options["scheduler"], options["steps"], options["cfg"],
             options["first_seed"],
         )  # fmt: skip
-        node_id = cls.hidden.unique_id
-        kept = None if options["recalibrate"] else _kept(model[0], wanted, wishes)
-        calibration, path = kept if kept is not None else _made(model[0], sampling, wanted, wishes, options["name"], node_id)
+        own = calibrations.find(model[0], None, lambda text: say(f"SVD Calibrator: {text}.", node_id))
+        kept = own if own is not None and not options["recalibrate"] and _has(own[1], wanted, wishes) else None
+        path, calibration = kept or _made(model[0], sampling, wanted, wishes, options["name"], node_id, own and own[1])
         text, plot = calibration_text(calibration, path, is_new=kept is None), calibration_plot(calibration)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,)}
         return io.NodeOutput(calibration, indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines
 
 
-def _kept(model: ModelPatcher, wanted: tuple[str, ...], wishes: Wishes) -> tuple[Calibration, Path] | None:
-    """The model's own sidecar, if it has all that is wanted."""
-    found = sidecars.find(model)
-    if found is None or not set(wanted) <= set(calibrations.sections_of(found.path)):
-        return None
-    if "icc" in wanted and (found.about.method, found.about.rank) != (wishes.method, wishes.rank):
-        return None
-    return calibrations.load(found.path), found.path
+def _has(calibration: Calibration, wanted: Collection[str], wishes: Wishes) -> bool:
+    """Whether all that is wanted was learned already."""
+    if "forecast" in wanted and calibration.forecast is None:
+        return False
+    about = calibration.about
+    return "icc" not in wanted or (calibration.factors is not None and (about.method, about.rank) == (wishes.method, wishes.rank))
 
 
 def _made(
-    model: ModelPatcher, sampling: Sampling, wanted: tuple[str, ...], wishes: Wishes, name: str, node_id: str | None
-) -> tuple[Calibration, Path]:
-    """A new calibration, saved. Sections of an older one of the same checkpoint that were not asked for are kept."""
+    model: ModelPatcher,
+    sampling: Sampling,
+    wanted: Collection[str],
+    wishes: Wishes,
+    name: str,
+    node_id: str | None,
+    older: Calibration | None,
+) -> tuple[Path, Calibration]:
+    """A new calibration, saved, with what only `older`, of the same checkpoint, has."""
     asked = replace(wishes, forecast="forecast" in wanted, method=wishes.method if "icc" in wanted else "")
     calibration = calibrate(model, sampling, asked, name, node_id)
-    found = sidecars.find(model)
-    if found is not None:
-        calibration = calibration.with_rest_of(calibrations.load(found.path))
-    return calibration, sidecars.save(calibration.to_sidecar())
+    if older is not None:
+        calibration = calibration.with_rest_of(older)
+    return sidecars.save(calibration.to_sidecar()), calibration
 
 
 def _inputs() -> list[io.Input]:
@@ -95,7 +104,7 @@ def _inputs() -> list[io.Input]:
         io.Float.Input("cfg", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The guidance you work with."),
         io.Combo.Input(
             "what",
-            options=list(_WHAT),
+            options=list(_WANTED),
             default="forecast",
             tooltip="forecast: for DuCa Cache in mode auto. ICC: low-rank factors of all layers for mode icc. both: either.",
         ),
@@ -114,7 +123,7 @@ def _advanced_inputs() -> list[io.Input]:
         io.Int.Input("rank", default=64, min=1, max=1024, tooltip="Rank of the factors. More is closer and slower; FLUX takes 128."),
         io.Int.Input(
             "tries",
-            default=12,
+            default=4,
             min=0,
             max=200,
             tooltip="Moves of a full evaluation that are tried per speed, each a sampling of all prompts. More fits better.",

@@ -112,7 +112,8 @@ def test_harm_in_float64():
         expected = np.interp(times, TIMES[::-1], density[::-1]) * stretches**2
         assert near(model.harm(times.tolist()), expected)
     assert model_of(None).harm([0.8, 0.3]) == [1.0, 1.0]
-    assert min(model.harm([1.1, 0.05, 0.01])) >= 0.0  # the line goes on beyond the recorded times, but no harm is negative
+    rising = model_of((1.0, 9.0, 2.0, 5.0, 0.5, 1.5, 4.0))  # from 100 to 400 a square of time: -50 at 1.05, and no harm is negative
+    assert near(rising.harm([1.05, 1.02]), [0.0, (100 - 0.2 * 300) * 1.02**2])
 
 
 # -- files --------------------------------------------------------------------------------------------------------------------

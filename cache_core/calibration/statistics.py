@@ -34,16 +34,15 @@ class Moments:
         n, tokens, d = u.shape
         u, z = u.float(), z.float()
         flat = z.flatten(1).double()
-        gram = flat @ flat.T
         stacked = u.transpose(1, 2).reshape(n * d, tokens)  # (n·d, T)
-        uu = (stacked.double() @ stacked.double().T).view(n, d, n, d).transpose(1, 2)
-        uz = torch.stack([(stacked @ z[b]).view(n, d, -1) for b in range(n)], dim=1)  # (n, n, d, C)
         if self.gram is None or self.uu is None or self.uz is None:
-            self.gram, self.uu, self.uz = gram, uu, uz
-        else:
-            self.gram += gram
-            self.uu += uu
-            self.uz += uz
+            self.gram = torch.zeros(n, n, dtype=torch.float64)
+            self.uu = torch.zeros(n, n, d, d, dtype=torch.float64)
+            self.uz = torch.zeros(n, n, d, z.shape[-1])
+        self.gram += flat @ flat.T
+        self.uu += (stacked.double() @ stacked.double().T).view(n, d, n, d).transpose(1, 2)
+        for b in range(n):  # one at a time: all together would take as much memory again
+            self.uz[:, b] += (stacked @ z[b]).view(n, d, -1)
         self.tokens += tokens
 
     def compress(self, times: Sequence[float], rank: int) -> ForecastModel:
@@ -53,12 +52,12 @@ class Moments:
         """
         if self.gram is None or self.uu is None or self.uz is None:
             raise ValueError("no trajectory was recorded")
-        basis = _shared_directions(self.uz / self.tokens, rank)
+        basis = _shared_directions(self.uz, rank)
         return ForecastModel(
             times=tuple(times),
             gram=self.gram / self.tokens,
             uu=(self.uu / self.tokens).float(),
-            uz=(self.uz / self.tokens) @ basis,
+            uz=(self.uz @ basis) / self.tokens,
             basis=basis,
         )
 
@@ -68,8 +67,11 @@ def _shared_directions(uz: Tensor, rank: int) -> Tensor:
     channels = uz.shape[-1]
     if rank >= channels:
         return torch.eye(channels)
-    moves = (uz[:, 1:] - uz[:, :-1]).reshape(-1, channels).double()
-    _, vectors = torch.linalg.eigh(moves.T @ moves)
+    products = torch.zeros(channels, channels, dtype=torch.float64)
+    for own in uz:  # in parts, for the sake of memory
+        moves = (own[1:] - own[:-1]).reshape(-1, channels)
+        products += moves.T @ moves
+    _, vectors = torch.linalg.eigh(products)
     return vectors[:, -rank:].flip(1).float()
 
 
@@ -114,10 +116,10 @@ class ForecastModel:
         """
         if self.sensitivity is None:
             return [1.0] * len(times)
-        values, recorded = self.sensitivity.tolist(), _stretches(self.times)
+        values, recorded = self.sensitivity.tolist(), stretches(self.times)
         return [
             max(sum(share * values[node] / recorded[node] ** 2 for node, share in self._nodes(time)), 0.0) * stretch**2
-            for time, stretch in zip(times, _stretches(times))
+            for time, stretch in zip(times, stretches(times))
         ]
 
     def power(self, time: float) -> float:
@@ -170,6 +172,6 @@ class ForecastModel:
         return [(lower - 1, share), (lower, 1.0 - share)] if share else [(lower, 1.0)]
 
 
-def _stretches(times: Sequence[float]) -> list[float]:
+def stretches(times: Sequence[float]) -> list[float]:
     """How much time each evaluation stands for: up to the next one, the last one down to zero."""
     return [max(a - b, 1e-6) for a, b in zip(times, [*times[1:], 0.0])]

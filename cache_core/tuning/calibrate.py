@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..calibration.calibration import Factors, Forecast
 from ..calibration.low_rank import Magnitudes, factorise_sites, measuring
-from ..calibration.statistics import ForecastModel, Moments
+from ..calibration.statistics import ForecastModel, Moments, stretches
 from ..engine.linear_sites import find_linears
 from ..families import ModelFamily
 from ..kinds import Kind, Plan
 from ..opening import Opening
 from ..policies import AlwaysCompute, Given
-from ..predictors import AUTO, Calibrated, Predictor
+from ..predictors import AUTO, Calibrated, Predictor, Reuse
 from ..run import ModelCall
 from ..strategy import Strategy
 from .tape import Sample, Tape, TapedRun
@@ -28,7 +28,7 @@ from .trials import Trials
 
 _NODES = 32  # evaluations whose statistics are kept at most: they enter squared, and vary slowly
 _TOKENS = 1024  # of every cond, chosen at random
-_HARM_PROMPTS = 2  # whose pictures tell what an error does to them
+_HARM_PROMPTS = 4  # whose pictures tell what an error does to them
 _HARM_STRIDE = 3  # steps from one that is measured to the next
 _SEED = 0
 
@@ -44,7 +44,7 @@ class Wishes:
     forecast: bool = True
     method: str = ""
     rank: int = 64
-    tries: int = 12
+    tries: int = 4
     speedups: tuple[float, ...] = (1.4, 2.0, 2.8, 3.5, 4.7, 5.6)
     directions: int = 128
 
@@ -70,8 +70,8 @@ class Calibrator:
     """sample: samples one of `prompts` prompts. told: is told the stage, and of its samplings (or layers) those done and all.
 
     Memory beyond the model's: on its device one hidden state and input of each cond; in system memory n²·d·C floats of statistics
-    (0.6 GiB for FLUX at 28 evaluations) and what is computed in a run of `prompts` prompts (hidden states of all its conds:
-    24 MiB each for FLUX at 1024²), for recording of two prompts at a time.
+    (0.6 GiB for FLUX at 28 evaluations) and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024²: 1.3 GiB with
+    28 evaluations of two conds).
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Calibrator:
         self._moments = Moments()
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
         self._references: list[Tensor] = []
-        self._tapes: list[Tape] = []
         self._times: tuple[float, ...] = ()
         self._opening: Opening | None = None
         self._dtype = torch.float32  # what the blocks compute in
@@ -98,7 +97,6 @@ class Calibrator:
         self._record()
         assert self._opening is not None, "recording has opened runs"
         forecast = self._forecast(self._opening) if self._wishes.forecast else None
-        self._tapes.clear()
         factors = self._factors(self._opening) if self._wishes.method else None
         return Learned(self._times, self._opening.timeline.steps, forecast, factors)
 
@@ -109,19 +107,20 @@ class Calibrator:
         sites = find_linears(self._family, self._network) if self._magnitudes is not None else []
 
         def listen(call: ModelCall) -> AbstractContextManager[None]:
-            assert self._magnitudes is not None
-            return measuring(call.conds, sites, self._magnitudes)
+            return measuring(call.conds, sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
 
         for prompt in range(self._prompts):
             self._told("recording", prompt, self._prompts)
             if self._magnitudes is not None:
                 self._magnitudes.begin_run()
-            strategy = Strategy(AlwaysCompute(), _Listening(), name="recording")
-            latent, tape = self._taped(prompt, strategy, listen=listen if self._magnitudes is not None else None)
+            latent, tape = self._taped(prompt, self._full(), listen=listen)
             self._references.append(latent)
-            self._add(tape)
-            if prompt < _HARM_PROMPTS:
-                self._tapes.append(tape)
+            self._dtype = tape.dtype or self._dtype
+            if self._wishes.forecast:
+                self._add(tape)
+
+    def _full(self) -> Strategy:
+        return Strategy(AlwaysCompute(), _Listening() if self._wishes.forecast else Reuse(), name="recording")
 
     def _add(self, tape: Tape) -> None:
         trajectories = tape.trajectories()
@@ -135,7 +134,7 @@ class Calibrator:
         times = tuple(tape.times[node] for node in nodes)
         if self._times and times != self._times:
             raise ValueError("the prompts were sampled at different noise levels: calibrate them with one schedule")
-        self._times, self._dtype = times, trajectories[0][1].dtype
+        self._times = times
         generator = torch.Generator().manual_seed(_SEED)
         for u, z in trajectories:
             chosen = torch.randperm(u.shape[1], generator=generator)[:_TOKENS]
@@ -153,7 +152,7 @@ class Calibrator:
             done += 1
             self._told("trying plans", min(done, total), total)
 
-        total = len(budgets) * self._prompts * (5 + self._wishes.tries)
+        total = len(budgets) * self._prompts * Trials.count(self._wishes.tries)
         trials = Trials(model, step_times, opening.window, self._sample, self._references, told)
         choices = tuple(trials.choose(full, self._wishes.tries) for full in budgets)
         if not choices:
@@ -161,25 +160,29 @@ class Calibrator:
         return Forecast(model, step_times, choices)
 
     def _sensitivity(self, model: ForecastModel, opening: Opening) -> Tensor:
-        """s_i = mean ‖x_final − x_final,full‖² / e_i with only step i forecast, at every third step; between those on a log scale."""
+        """s_i = mean ‖x_final − x_final,full‖² / e_i with only step i forecast, at every third step.
+
+        Between those it is interpolated on a log scale, per square of the time that a step stands for: recorded nodes may be further
+        apart than steps.
+        """
         times, steps = opening.timeline.times[:-1], opening.timeline.steps
-        predictor = Calibrated(model)
         measured = sorted({*range(1, steps, _HARM_STRIDE), steps - 1} & set(opening.window) - {0})
-        harms = []
-        for number, step in enumerate(measured):
-            plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(steps)))
-            strategy, squares = Strategy(Given(plan), predictor, name="sensitivity"), []
-            for prompt, tape in enumerate(self._tapes):
-                self._told("measuring sensitivity", number * len(self._tapes) + prompt, len(measured) * len(self._tapes))
-                latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
-                squares.append(float((latent.float() - self._references[prompt].float()).square().mean()))
-            known = times[:step][-AUTO.history :]
-            harms.append(sum(squares) / len(squares) / max(predictor.fit(known, times[step]).error, 1e-30))
-        if not harms:
+        if not measured:
             return torch.ones(len(model.times), dtype=torch.float64)
-        at = [times[step] for step in measured]
-        logs = np.interp(model.times, at[::-1], np.log(np.maximum(harms, 1e-30))[::-1])
-        return torch.from_numpy(np.exp(logs))
+        predictor, prompts = Calibrated(model), min(self._prompts, _HARM_PROMPTS)
+        squares = np.zeros(len(measured))
+        for prompt in range(prompts):
+            _, tape = self._taped(prompt, self._full())  # again, so that one tape at a time is kept
+            for number, step in enumerate(measured):
+                self._told("measuring sensitivity", prompt * len(measured) + number, prompts * len(measured))
+                plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(steps)))
+                strategy = Strategy(Given(plan), predictor, name="sensitivity")
+                latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
+                squares[number] += float((latent.float() - self._references[prompt].float()).square().mean()) / prompts
+        errors = [predictor.fit(times[:step][-AUTO.history :], times[step]).error for step in measured]
+        density = np.maximum(squares, 1e-30) / np.maximum(errors, 1e-30) / np.square(stretches(times))[measured]
+        logs = np.interp(model.times, [times[step] for step in reversed(measured)], np.log(density)[::-1])
+        return torch.from_numpy(np.exp(logs) * np.square(stretches(model.times)))
 
     def _factors(self, opening: Opening) -> Factors:
         sites = find_linears(self._family, self._network)

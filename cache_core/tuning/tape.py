@@ -31,8 +31,9 @@ class _Kept(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """One model call. kept: one per cond, none where nothing was computed."""
+    """One model call, for `conds` conds. kept: one per cond, none where nothing was computed."""
 
+    conds: int
     output: Tensor
     kept: list[_Kept]
 
@@ -46,6 +47,11 @@ class Tape:
 
     times: list[float] = field(default_factory=list)
     entries: list[list[_Entry]] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the blocks compute in; None before anything was computed."""
+        return next((kept.hidden.dtype for evaluation in self.entries for entry in evaluation for kept in entry.kept), None)
 
     def before(self, time: float) -> int:
         """How many evaluations come before the first one at `time` or later in the run."""
@@ -88,7 +94,7 @@ class TapedRun(CacheRun):
         while len(self.tape.entries) <= evaluation:
             self.tape.entries.append([])
             self.tape.times.append(self._time)
-        entry = self._recorded(evaluation)
+        entry = self._recorded(evaluation, len(slots))
         if entry is not None:
             for slot, kept in zip(slots, entry.kept):
                 slot.remember_hidden(self._time, kept.hidden.to(self._device), None if kept.input is None else kept.input.to(self._device))
@@ -98,15 +104,16 @@ class TapedRun(CacheRun):
             result = super()._carry_out(kind, call, slots, compute)
         if result is not None:
             is_computed = kind is not Kind.AGGRESSIVE and all(slot.anchors and slot.anchors[-1].time == self._time for slot in slots)
-            self.tape.entries[evaluation].append(_Entry(_copy(result), [_kept(slot) for slot in slots] if is_computed else []))
+            self.tape.entries[evaluation].append(_Entry(len(slots), _copy(result), [_kept(slot) for slot in slots] if is_computed else []))
         return result
 
-    def _recorded(self, evaluation: int) -> _Entry | None:
+    def _recorded(self, evaluation: int, conds: int) -> _Entry | None:
+        """What to play back; nothing where the host, short of memory, now calls for other numbers of conds at a time."""
         number = len(self.tape.entries[evaluation])
         if self._before is None or evaluation >= min(self._until, len(self._before.entries)):
             return None
         entries = self._before.entries[evaluation]
-        return entries[number] if number < len(entries) else None
+        return entries[number] if number < len(entries) and entries[number].conds == conds else None
 
 
 def _kept(slot: Slot) -> _Kept:

@@ -1,0 +1,247 @@
+"""Picture quality with a calibration: the increment-calibrated forecast and ICC beside everything that needs none, all in one run.
+
+Calibrates the demo model on 16 prompts, measures on the 16 others of bench/quality.py; euler, simple, 28 steps, guidance 2.5.
+`--quick` takes 4 of each; `--keep=FOLDER` keeps the calibrations there and takes those it finds. Writes its tables to docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import machine, publish, start, table
+
+start()
+import comfy.sample
+import numpy as np
+import torch
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfyui_duca.cache_core import Kind, Settings
+from comfyui_duca.cache_core.calibration.calibration import Calibration, Factors
+from comfyui_duca.cache_core.calibration.sidecar import read, write
+from comfyui_duca.cache_core.calibration.use import search_for
+from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, Given, GrowingGaps
+from comfyui_duca.cache_core.predictors import AUTO, Calibrated, Chebyshev, Predictor, Reuse, Taylor
+from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.cache_core.tuning import Wishes
+from comfyui_duca.nodes.calibrating import Sampling, calibrate
+from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from quality import EVEN_INTERVAL, GUIDANCE, PROMPTS, STEPS, Bench, conditioning
+
+LEARNED_FROM = (
+    "green apple", "dog face", "airplane", "hot dog", "crying face", "sunflower", "mount fuji", "trophy",
+    "french fries", "bus", "thinking face", "grapes", "chicken", "house", "fish", "umbrella",
+)  # fmt: skip
+SPEEDS = {2.0: 14, 2.8: 10, 3.5: 8, 4.7: 6, 5.6: 5}  # full evaluations of 28
+METHODS = {"svd": "SVD", "ca_svd": "CA-SVD", "cd_svd": "CD-SVD"}
+RANKS = (8, 16, 32, 64, 128)
+THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.5)
+HEADER = ["setting", "full / calibrated / conservative / aggressive", "compute ×", "PSNR dB", "median", "SSIM"]
+
+
+@dataclass(frozen=True)
+class WeightsOnly(Predictor):
+    """The calibrated weights without the correction."""
+
+    calibrated: Calibrated
+    history: int = AUTO.history
+
+    def weights(self, anchors: Sequence[float], time: float) -> list[float]:
+        return self.calibrated.weights(anchors, time)
+
+
+def learn(prompts: Sequence[str], method: str = "", tries: int = 8) -> Calibration:
+    """method: of ICC factors of the highest rank, and no forecast; "" for a forecast alone."""
+    sampling = Sampling(
+        [encode_prompt(prompt) for prompt in prompts], [encode_prompt("")] * len(prompts), torch.zeros(1, 3, 48, 48),
+        "euler", "simple", STEPS, GUIDANCE, 100,
+    )  # fmt: skip
+    kept = next((Path(a.removeprefix("--keep=")) for a in sys.argv if a.startswith("--keep=")), None)
+    path = kept / f"{method or 'forecast'}-{len(prompts)}.duca.safetensors" if kept is not None else None
+    if path is not None and path.exists():
+        return Calibration.from_sidecar(read(path))
+    began = time.time()
+    calibration = calibrate(load_demo_model(), sampling, Wishes(not method, method, RANKS[-1], tries), "demo flux")
+    print(f"calibrated {method or 'forecast'} in {time.time() - began:.0f} s", flush=True)
+    if calibration.forecast is not None:
+        print(*(f"{c.plan} {c.share} {c.uncalibrated:.2f} -> {c.psnr:.2f}" for c in calibration.forecast.choices), sep="\n", flush=True)
+    if path is not None:
+        write(path, calibration.to_sidecar())
+    return calibration
+
+
+def at_rank(calibration: Calibration, rank: int) -> Calibration:
+    """The leading directions of the factors: those of the lower rank."""
+    assert calibration.factors is not None
+    cut = {n: t[:, :rank] if n.endswith(".A") else t[:rank] for n, t in calibration.factors.tensors.items()}
+    return replace(calibration, about=replace(calibration.about, rank=rank), factors=Factors(cut, calibration.factors.energy))
+
+
+class HostCaches:
+    """ComfyUI's own EasyCache and LazyCache, at the thresholds that come nearest to a number of computed evaluations."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        few = Bench(bench.prompts[:4])
+        self._counts = {
+            (node, threshold): self._sampled(few, node, threshold)[1] for node in (EasyCacheNode, LazyCacheNode) for threshold in THRESHOLDS
+        }
+
+    def row(self, node: type, full: int) -> list[str]:
+        threshold = min(THRESHOLDS, key=lambda t: (abs(self._counts[node, t] - full), t))
+        pictures, count = self._sampled(self._bench, node, threshold)
+        name = f"ComfyUI's {node.__name__.removesuffix('Node')}, threshold {threshold:g}"
+        values = [name, f"{count:.0f} / 0 / 0 / {STEPS - count:.0f}", f"{STEPS / count:.2f}", *self._bench.distances(pictures)]
+        print(*values, flush=True)
+        return values
+
+    @staticmethod
+    def _sampled(bench: Bench, node: type, threshold: float) -> tuple[np.ndarray, float]:
+        rows = 0
+
+        def counted(_module, args) -> None:
+            nonlocal rows
+            rows += args[0].shape[0]
+
+        model = node.execute(bench.model, threshold, 0.0, 1.0, False).result[0]
+        hook = bench.model.model.diffusion_model.double_blocks[0].img_attn.qkv.register_forward_pre_hook(counted)
+        try:
+            return bench.pictures(model, STEPS), rows / (2 * len(bench.prompts))
+        finally:
+            hook.remove()
+
+
+def uncalibrated(full: int) -> dict[str, Settings | None]:
+    interval, auto = EVEN_INTERVAL[full], GrowingGaps(STEPS / full)
+    even = FixedInterval(interval, 3, 1)
+    return {
+        "no cache, fewer steps": None,
+        "FORA, even gaps": Settings(chosen=Strategy(DucaCycle(interval, "c", 3, 1), Reuse(), token_share=0.0)),
+        "DuCa (share 0.1), even gaps": Settings(chosen=Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1)),
+        "Taylor 1, even gaps": Settings(chosen=Strategy(even, Taylor(1))),
+        "Chebyshev, even gaps": Settings(chosen=Strategy(even, Chebyshev(history=100))),
+        "Taylor 1, auto's plan": Settings(chosen=Strategy(auto, Taylor(1))),
+        "Chebyshev, auto's plan": Settings(chosen=Strategy(auto, Chebyshev(history=100))),
+        "**auto, uncalibrated**": Settings(speedup=STEPS / full),
+    }
+
+
+def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
+    forecast = learned.forecast
+    assert forecast is not None
+    model, auto = forecast.model, GrowingGaps(STEPS / full)
+    searched = search_for(model, 1.0, forecast.step_times, range(STEPS)).plan(full)
+    return {
+        "w, auto's plan": Settings(chosen=Strategy(auto, WeightsOnly(Calibrated(model)))),
+        "w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model))),
+        "half w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model, 0.5))),
+        "w and A, searched plan": Settings(chosen=Strategy(Given(searched), Calibrated(model))),
+        "half w and A, searched plan": Settings(chosen=Strategy(Given(searched), Calibrated(model, 0.5))),
+        "**auto, calibrated** (tried out)": Settings(speedup=STEPS / full, calibration=learned),
+    }
+
+
+def icc(speed: float, factors: dict[str, Calibration]) -> dict[str, Settings | None]:
+    return {
+        f"ICC {METHODS[method]} rank {rank}": Settings(mode="icc", speedup=speed, calibration=at_rank(factors[method], rank))
+        for rank in (16, 32)
+        for method in METHODS
+    }
+
+
+def ranks(bench: Bench, factors: dict[str, Calibration]) -> str:
+    """SVD, CA-SVD and CD-SVD over ranks, full every 4th evaluation."""
+    rows = []
+    for rank in RANKS:
+        values = [bench.row(f"{m} {rank}", Settings(mode="icc", cycle_length=4, calibration=at_rank(factors[m], rank))) for m in METHODS]
+        rows.append([str(rank), values[0][2], *(value[3] for value in values)])
+    return table(["rank", "compute ×", *METHODS.values()], rows)
+
+
+def elsewhere(learned: Calibration, prompts: Sequence[str]) -> str:
+    """A calibration away from the setting that it was made on, at 3.5x: against auto without it."""
+    rows = []
+    cases: list[tuple[str, dict]] = [
+        ("as calibrated", {}),
+        ("20 steps", {"steps": 20}),
+        ("40 steps", {"steps": 40}),
+        ("scheduler beta", {"scheduler": "beta"}),
+        ("sampler dpmpp_2m", {"sampler": "dpmpp_2m"}),
+        ("guidance 1.5", {"guidance": 1.5}),
+        ("guidance 5", {"guidance": 5.0}),
+        ("64×64", {"size": (64, 64)}),
+        ("48×72", {"size": (48, 72)}),
+        ("denoise 0.6", {"denoise": 0.6}),
+        ("a LoRA of modest strength", {"lora": 0.1}),
+    ]
+    for name, setting in cases:
+        other = Elsewhere(prompts, **setting)
+        without = other.row("auto", Settings(speedup=3.5))
+        having = other.row("calibrated", Settings(speedup=3.5, calibration=learned))
+        rows.append([name, without[3], having[3], f"{float(having[3]) - float(without[3]):+.2f}", without[5], having[5]])
+    return table(["setting", "auto, PSNR dB", "calibrated", "gain", "auto, SSIM", "calibrated"], rows)
+
+
+def with_lora(model, strength: float):
+    """Every linear weight of the blocks changed by a random matrix of rank 4, of `strength` times its norm."""
+    generator, patches = torch.Generator().manual_seed(0), {}
+    for name, weight in model.model.diffusion_model.named_parameters():
+        if weight.ndim == 2 and "_blocks." in name:
+            low = torch.randn(weight.shape[0], 4, generator=generator) @ torch.randn(4, weight.shape[1], generator=generator)
+            patches[f"diffusion_model.{name}"] = (low * (strength * weight.norm() / low.norm()),)
+    clone = model.clone()
+    clone.add_patches(patches)
+    return clone
+
+
+class Elsewhere(Bench):
+    """The same measurements with another sampling."""
+
+    def __init__(
+        self, prompts, steps=STEPS, sampler="euler", scheduler="simple", guidance=GUIDANCE, size=(48, 48), denoise=1.0, lora=0.0
+    ) -> None:  # fmt: skip
+        self._how = (guidance, sampler, scheduler)
+        self._denoise = denoise
+        super().__init__(prompts)
+        self.latent = torch.zeros(len(prompts), 3, *size)
+        if lora:
+            self.model = with_lora(self.model, lora)
+        if denoise < 1:  # from finished pictures
+            self.latent = torch.from_numpy(self.reference).movedim(-1, 1) * 2 - 1
+        self.noise = comfy.sample.prepare_noise(self.latent, 0)
+        self.refer_to(steps)
+
+    def pictures(self, model, steps: int) -> np.ndarray:
+        positive, negative = conditioning(self.prompts), conditioning([""] * len(self.prompts))
+        denoise = self._denoise if self.latent.count_nonzero() else 1.0
+        latents = comfy.sample.sample(
+            model, self.noise, steps, *self._how, positive, negative, self.latent, denoise=denoise, seed=0, disable_pbar=True
+        )
+        return ((latents.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
+
+
+def main() -> None:
+    quick = "--quick" in sys.argv
+    learned_from, measured = (LEARNED_FROM[:4], PROMPTS[:4]) if quick else (LEARNED_FROM, PROMPTS)
+    learned = learn(learned_from, tries=0 if quick else 2)
+    factors = {method: learn(learned_from[:8], method) for method in METHODS}
+    bench = Bench(measured)
+    bench.kinds = tuple(Kind)
+    host_caches = HostCaches(bench)
+    sections = []
+    for speed, full in SPEEDS.items():
+        rows = [bench.row(name, settings, full) for name, settings in uncalibrated(full).items()]
+        rows[1:1] = [host_caches.row(node, full) for node in (EasyCacheNode, LazyCacheNode)]
+        rows += [bench.row(name, settings) for name, settings in (icc(speed, factors) | calibrated(full, learned)).items()]
+        sections.append(f"\n**about {speed}× ({full} full evaluations of {STEPS})**\n\n{table(HEADER, rows)}")
+    sections.append(f"\n**ICC by rank, full every 4th evaluation: PSNR dB**\n\n{ranks(bench, factors)}")
+    sections.append(f"\n**away from the calibrated setting, at 3.5×**\n\n{elsewhere(learned, measured)}")
+    about = f"{len(measured)} prompts, calibrated on {len(learned_from)} others, {STEPS} euler steps, guidance {GUIDANCE}; {machine()}.\n"
+    publish("calibrated", about + "\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
