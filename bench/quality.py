@@ -73,7 +73,7 @@ class Bench:
             distances = self.distances(self.pictures(self.model, steps))
             values = [" / ".join([str(steps), *["0"] * (len(self.kinds) - 1)]), f"{self.steps / steps:.2f}", *distances]
         else:
-            cached = host.attach(self.model, settings)
+            cached = host.attach(self.model, settings, host.HostOptions(finds_calibration=False))
             distances = self.distances(self.pictures(cached, self.steps))
             report = host.book_of(cached).last
             counts = " / ".join(str(report.count(kind)) for kind in self.kinds)
