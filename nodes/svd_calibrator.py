@@ -21,7 +21,7 @@ from .calibrating import Sampling, calibrate
 from .calibration_plot import calibration_plot
 from .calibration_text import calibration_text
 from .duca_cache import advanced
-from .notices import say
+from .notices import say, show
 
 _WANTED = MappingProxyType({"forecast": ("forecast",), "ICC": ("icc",), "both": ("forecast", "icc")})
 
@@ -62,6 +62,7 @@ class SvdCalibrator(io.ComfyNode):
         own = calibrations.find(model[0], None, lambda text: say(f"SVD Calibrator: {text}.", node_id))
         kept = own if own is not None and not options["recalibrate"] and _has(own[1], wanted, wishes) else None
         path, calibration = kept or _made(model[0], sampling, wanted, wishes, options["name"], node_id, own and own[1])
+        show(f"{'saved as' if kept is None else 'uses the calibration'} {path.name}", node_id)  # in place of the last stage
         text, plot = calibration_text(calibration, path, is_new=kept is None), calibration_plot(calibration)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,)}
         return io.NodeOutput(calibration, indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines

@@ -728,6 +728,7 @@ def test_the_shipped_graph_on_the_server(served, empty):
     told = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == key("DuCaSVDCalibrator")]
     assert told and [m["value"] for m in told] == sorted(m["value"] for m in told)
     (path,) = empty.iterdir()
+    assert texts[-1] == f"saved as {path.name}"
     (loader,) = client.get("/object_info/DuCaLoadCalibration").values()
     assert path.name in loader["input"]["required"]["calibration_name"][1]["options"]
     written = path.stat().st_mtime_ns
