@@ -106,8 +106,10 @@ class Settings:
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The calibrated forecast where the calibration covers the run, else the best uncalibrated setting."""
         uncalibrated = Strategy(GrowingGaps(self.speedup, tail=self.tail), AUTO, name=f"auto {self.speedup:g}x", **common)
-        if self.calibration is None or self.calibration.forecast is None:
+        if self.calibration is None:
             return uncalibrated
+        if self.calibration.forecast is None:
+            return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
         times = opening.timeline.times[:-1]
         window = range(opening.window.start, min(opening.window.stop, len(times) - self.tail))
         try:

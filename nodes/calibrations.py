@@ -19,6 +19,7 @@ from . import sidecars
 from .notices import say, show
 
 _USED_SECTION = MappingProxyType({"auto": "forecast", "icc": "icc"})  # of a calibration, by mode
+SEARCHING_MODES = tuple(_USED_SECTION)
 Type = io.Custom("DUCA_CALIBRATION")
 
 
@@ -89,6 +90,6 @@ class Finder:
             say(f"DuCa Cache: {text}.", self._node_id)
 
 
-@lru_cache(maxsize=2)  # samplings follow each other with the same one
+@lru_cache(maxsize=1)  # samplings follow each other with the same one, and it may be large
 def _read(path: Path, sections: tuple[str, ...] | None, _state: tuple[int, int] | None) -> Calibration:
     return Calibration.from_sidecar(read(path, sections))

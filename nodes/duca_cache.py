@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
@@ -9,7 +11,7 @@ from ..cache_core import Settings, StoreFormat
 from ..cache_core.calibration.calibration import Calibration
 from ..cache_core.predictors import PREDICTORS
 from ..cache_core.strategy import MODES
-from . import calibrations, host
+from . import calibrations, host, sidecars
 
 _STORE_DTYPES = {"model dtype": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _STORE_DEVICES = ("auto", "GPU", "CPU")
@@ -67,6 +69,11 @@ class DucaCache(io.ComfyNode):
         if not (0 <= start <= 1 and 0 <= end <= 1):
             return f"start_percent and end_percent are parts of the sampling, 0 to 1 (they are {start:g} and {end:g})"
         return True if start <= end else f"start_percent ({start:g}) lies after end_percent ({end:g})"
+
+    @classmethod
+    def fingerprint_inputs(cls, mode: str | None = None, **_inputs: Any) -> tuple:
+        """Modes that look for a calibration sample anew when there is another file."""
+        return sidecars.state() if mode in calibrations.SEARCHING_MODES else ()
 
     @classmethod
     def execute(

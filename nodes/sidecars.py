@@ -7,6 +7,7 @@ the checkpoint it was made on, whatever the dtype and whatever LoRA is on it, so
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -73,11 +74,31 @@ def default_path(model_name: str, fingerprint: Fingerprint) -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{safe or 'model'}-{fingerprint.short}{ENDING}"
 
 
+def state() -> tuple:
+    """Changes when a file in the folders for sidecars comes, goes or is written anew."""
+    found = []
+    for path in _candidates():
+        with suppress(OSError):
+            stat = path.stat()
+            found.append((str(path), stat.st_mtime_ns, stat.st_size))
+    return tuple(sorted(found))
+
+
+def make_folder() -> Path:
+    """The folder that `save` writes to. Raises SidecarError where it cannot be made or written to: better before minutes of work."""
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SidecarError(folder, f"the folder cannot be made: {error.strerror or error}", "allow it, or configure another") from error
+    if not os.access(folder, os.W_OK):
+        raise SidecarError(folder, "the folder cannot be written to", "allow writing to it, or configure another")
+    return folder
+
+
 def save(sidecar: Sidecar) -> Path:
     """Writes to the model's `default_path`, replacing what is there, and returns it. Raises SidecarError when it cannot."""
-    path = default_path(sidecar.about.model_name, sidecar.fingerprint)
-    with suppress(OSError):  # `write` tells the user of a folder that is not there
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_folder() / default_path(sidecar.about.model_name, sidecar.fingerprint).name
     write(path, sidecar)
     return path
 

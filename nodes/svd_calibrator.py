@@ -86,6 +86,7 @@ def _made(
     older: Calibration | None,
 ) -> tuple[Path, Calibration]:
     """A new calibration, saved, with what only `older`, of the same checkpoint, has."""
+    sidecars.make_folder()
     asked = replace(wishes, forecast="forecast" in wanted, method=wishes.method if "icc" in wanted else "")
     calibration = calibrate(model, sampling, asked, name, node_id)
     if older is not None:
