@@ -71,9 +71,10 @@ class DucaCache(io.ComfyNode):
         return True if start <= end else f"start_percent ({start:g}) lies after end_percent ({end:g})"
 
     @classmethod
-    def fingerprint_inputs(cls, mode: str | None = None, **_inputs: Any) -> tuple:
-        """Modes that look for a calibration sample anew when there is another file."""
-        return sidecars.state() if mode in calibrations.SEARCHING_MODES else ()
+    def fingerprint_inputs(cls, mode: str | None = None, **inputs: Any) -> tuple:
+        """What looks for a calibration samples anew when there is another file. Inputs from other nodes are None here."""
+        is_searching = "calibration" not in inputs and mode in (None, *calibrations.SEARCHING_MODES)
+        return sidecars.state() if is_searching else ()
 
     @classmethod
     def execute(

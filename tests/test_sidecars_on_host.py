@@ -579,6 +579,7 @@ def test_a_folder_that_cannot_be_made_or_written_to(folders, of_demo):
     with pytest.raises(SidecarError) as caught:
         sidecars.save(replace(sidecar(), fingerprint=of_demo))
     assert caught.value.remedy and sidecars.names() == []
+    assert caught.value.path == str(folders[sidecars.FOLDER]) and "the folder cannot be made" in caught.value.reason
     if hasattr(os, "geteuid") and os.geteuid():
         folders[sidecars.FOLDER].unlink()
         folders[sidecars.FOLDER].mkdir(mode=0o500)
