@@ -125,7 +125,7 @@ def _advanced_inputs() -> list[io.Input]:
         io.Int.Input("rank", default=64, min=1, max=1024, tooltip="Rank of the factors. More is closer and slower; FLUX takes 128."),
         io.Int.Input(
             "tries",
-            default=4,
+            default=0,
             min=0,
             max=200,
             tooltip="Moves of a full evaluation that are tried per speed, each a sampling of all prompts. More fits better.",

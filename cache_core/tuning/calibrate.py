@@ -44,7 +44,7 @@ class Wishes:
     forecast: bool = True
     method: str = ""
     rank: int = 64
-    tries: int = 4
+    tries: int = 0
     speedups: tuple[float, ...] = (1.4, 2.0, 2.8, 3.5, 4.7, 5.6)
     directions: int = 128
 
