@@ -28,7 +28,7 @@ class PromptList(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default=_DEFAULT,
-                    tooltip="One prompt per line, empty lines do not count. Four to eight different ones, like those you will use.",
+                    tooltip="One prompt per line, empty lines do not count. Eight or more different ones, like those you will use.",
                 )
             ],
             outputs=[io.String.Output(display_name="prompts", is_output_list=True, tooltip="The prompts, one at a time.")],

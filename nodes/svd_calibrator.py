@@ -97,7 +97,7 @@ def _made(
 def _inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The model to calibrate, as loaded. A LoRA on it is learned from as well; better without."),
-        io.Conditioning.Input("positive", tooltip="One prompt, or several as a list (Prompt List → CLIP Text Encode). Four to eight."),
+        io.Conditioning.Input("positive", tooltip="One prompt, or several as a list (Prompt List → CLIP Text Encode). Eight or more."),
         io.Conditioning.Input("negative", tooltip="The negative prompt, one for all or as many as positive ones."),
         io.Latent.Input("latent", tooltip="An empty latent of the size you work at. Only the first of a batch is used."),
         io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler you work with."),
