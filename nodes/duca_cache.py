@@ -37,7 +37,7 @@ class DucaCache(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="auto",
-                    tooltip="auto: the best setting we measured, better still once SVD Calibrator has seen the checkpoint. "
+                    tooltip="auto: the best setting we measured, calibrated where SVD Calibrator has seen the checkpoint. "
                     "paper: DuCa's cycle of full, conservative and aggressive evaluations. "
                     "forecast: your own choice of predictor and gaps. off: no cache, image identical to no node. "
                     "icc: blocks run over low-rank increments of their layers; needs a calibration.",
