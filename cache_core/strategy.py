@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,9 +128,7 @@ class Settings:
         warmup, steps, length = 1 if self.warmup is None else self.warmup, opening.timeline.steps, self.cycle_length
         if not length:
             cost = linears.weight_share + _ATTENTION_COST
-            costs = {n: sum(1 if kind is Kind.FULL else cost for kind in IccCycle(n, warmup, self.tail).plan(steps, range(steps)).kinds)
-                     for n in range(1, steps + 1)}  # fmt: skip
-            length = next((n for n, total in costs.items() if total * self.speedup <= steps * 1.02), steps)
+            length = self._shortest(lambda n: IccCycle(n, warmup, self.tail), steps, {Kind.FULL: 1.0, Kind.CALIBRATED: cost})
         name = f"ICC {self.calibration.about.method} rank {self.calibration.about.rank} every {length}"
         return Strategy(IccCycle(length, warmup, self.tail), Reuse(), name=name, linears=linears, **common)
 
@@ -143,13 +142,18 @@ class Settings:
         warmup = 3 if self.warmup is None else self.warmup
         if self.cycle_length:
             return DucaCycle(self.cycle_length, warmup=warmup, tail=self.tail)
+        costs = {Kind.FULL: 1.0, Kind.CONSERVATIVE: _CONSERVATIVE_COST * self.token_share}
+        length = self._shortest(lambda n: DucaCycle(n, warmup=warmup, tail=self.tail), steps, costs)
+        return DucaCycle(length, warmup=warmup, tail=self.tail)
+
+    def _shortest(self, cycle: Callable[[int], Policy], steps: int, costs: Mapping[Kind, float]) -> int:
+        """The shortest cycle whose evaluations cost little enough for the speedup; costs: in full ones, 0 where not named."""
         for length in range(1, steps + 1):
-            policy = DucaCycle(length, warmup=warmup, tail=self.tail)
-            plan = policy.plan(steps, range(steps))
-            cost = plan.count(Kind.FULL) + _CONSERVATIVE_COST * self.token_share * plan.count(Kind.CONSERVATIVE)
-            if cost * self.speedup <= steps * 1.02:
-                return policy
-        return DucaCycle(max(steps, 1), warmup=warmup, tail=self.tail)
+            plan = cycle(length).plan(steps, range(steps))
+            total = sum(cost * plan.count(kind) for kind, cost in costs.items())
+            if total * self.speedup <= steps * 1.02:
+                return length
+        return max(steps, 1)
 
 
 def predicted_bytes(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cache_core import Kind
 from ..cache_core.calibration.calibration import Calibration, Factors, Forecast
-from ..cache_core.calibration.use import predictor_of
+from ..cache_core.calibration.use import error_of
+from ..cache_core.predictors import AUTO
+from .figures import image_of
 
 _ERROR, _HARM, _FULL = "#D55E00", "#0072B2", "#999999"  # Okabe and Ito's palette
 
@@ -19,31 +20,26 @@ def calibration_plot(calibration: Calibration) -> torch.Tensor:
     forecast, factors = calibration.forecast, calibration.factors
     panels = (forecast is not None) + (factors is not None)
     figure = Figure(figsize=(9, 3.4 * panels), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = iter(figure.subplots(panels, 1, squeeze=False)[:, 0])
     if forecast is not None:
         _draw_forecast(next(axes), forecast)
     if factors is not None:
         _draw_factors(next(axes), factors, f"{calibration.about.method}, rank {calibration.about.rank}")
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255
-    return torch.from_numpy(pixels.copy())[None]
+    return image_of(figure)
 
 
 def expected_errors(forecast: Forecast, number: int) -> list[float | None]:
     """Relative root mean square error of every step's forecast in the plan `number`, None where it is full."""
     choice = forecast.choices[number]
-    predictor = predictor_of(forecast.model, choice.share)
+    error = error_of(forecast.model, choice.share)
     errors: list[float | None] = []
     anchors: list[float] = []
     for time, kind in zip(forecast.step_times, choice.plan.kinds):
         if kind is Kind.FULL:
-            anchors = [*anchors, time][-predictor.history :]
+            anchors = [*anchors, time][-AUTO.history :]
             errors.append(None)
             continue
-        fit = forecast.model.fit(anchors, time, predictor.weights(anchors, time))
-        square = fit.plain_error if choice.share is None else fit.error
-        errors.append((square / forecast.model.power(time)) ** 0.5)
+        errors.append((error(anchors, time) / forecast.model.power(time)) ** 0.5)
     return errors
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..cache_core import Kind, RunReport
+from .figures import image_of
 
 # Okabe and Ito's colour-blind safe palette; hatches and the letters below the bars say the same without colour.
 _STYLE = {
@@ -23,7 +22,6 @@ _LETTERS = 60  # more of them would run into each other
 def report_plot(report: RunReport) -> torch.Tensor:
     """An image (1, H, W, 3) in 0..1."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     evaluations = report.evaluations
     for kind, (colour, hatch) in _STYLE.items():
@@ -44,9 +42,7 @@ def report_plot(report: RunReport) -> torch.Tensor:
     entries = [_legend_entry(kind, report.count(kind)) for kind in present]
     axes.legend(handles=entries, frameon=False, ncols=len(Kind), loc="upper right", bbox_to_anchor=(1, -0.15))
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255
-    return torch.from_numpy(pixels.copy())[None]
+    return image_of(figure)
 
 
 def _legend_entry(kind: Kind, count: int) -> Patch:

@@ -84,8 +84,8 @@ def state() -> tuple:
     return tuple(sorted(found))
 
 
-def make_folder() -> Path:
-    """The folder that `save` writes to. Raises SidecarError where it cannot be made or written to: better before minutes of work."""
+def make_folder() -> None:
+    """Makes the folder that `save` writes to. Raises SidecarError where it cannot be made or written to: better before minutes of work."""
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,12 +93,12 @@ def make_folder() -> Path:
         raise SidecarError(folder, f"the folder cannot be made: {error.strerror or error}", "allow it, or configure another") from error
     if not os.access(folder, os.W_OK):
         raise SidecarError(folder, "the folder cannot be written to", "allow writing to it, or configure another")
-    return folder
 
 
 def save(sidecar: Sidecar) -> Path:
     """Writes to the model's `default_path`, replacing what is there, and returns it. Raises SidecarError when it cannot."""
-    path = make_folder() / default_path(sidecar.about.model_name, sidecar.fingerprint).name
+    make_folder()
+    path = default_path(sidecar.about.model_name, sidecar.fingerprint)
     write(path, sidecar)
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..kinds import Kind, Plan
@@ -59,8 +59,8 @@ def predictor_of(model: ForecastModel, share: float | None) -> Predictor:
     return AUTO if share is None else Calibrated(model, share)
 
 
-def search_for(model: ForecastModel, share: float | None, times: Sequence[float], window: range) -> PlanSearch:
-    """A search by what that predictor is expected to miss."""
+def error_of(model: ForecastModel, share: float | None) -> Callable[[Sequence[float], float], float]:
+    """What that predictor is expected to miss, from (anchor times, time): square per token, over channels."""
     calibrated = Calibrated(model, share or 0.0)
 
     def error(anchors: Sequence[float], time: float) -> float:
@@ -68,4 +68,9 @@ def search_for(model: ForecastModel, share: float | None, times: Sequence[float]
             return model.fit(anchors, time, AUTO.weights(anchors, time)).plain_error
         return calibrated.fit(anchors, time).error
 
-    return PlanSearch(error, model.harm(times), times, window, AUTO.history)
+    return error
+
+
+def search_for(model: ForecastModel, share: float | None, times: Sequence[float], window: range) -> PlanSearch:
+    """A search by what that predictor is expected to miss."""
+    return PlanSearch(error_of(model, share), model.harm(times), times, window, AUTO.history)

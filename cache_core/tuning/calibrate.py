@@ -83,9 +83,10 @@ class Calibrator:
         wishes: Wishes,
         told: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> None:
-        self._family, self._network, self._sample, self._prompts = family, network, sample, prompts
+        self._sample, self._prompts = sample, prompts
         self._wishes, self._told = wishes, told
         self._moments = Moments()
+        self._sites = find_linears(family, network) if wishes.method else []
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
         self._references: list[Tensor] = []
         self._times: tuple[float, ...] = ()
@@ -104,10 +105,9 @@ class Calibrator:
 
     def _record(self) -> None:
         """Uncached runs of all prompts."""
-        sites = find_linears(self._family, self._network) if self._magnitudes is not None else []
 
         def listen(call: ModelCall) -> AbstractContextManager[None]:
-            return measuring(call.conds, sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
+            return measuring(call.conds, self._sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
 
         for prompt in range(self._prompts):
             self._told("recording", prompt, self._prompts)
@@ -185,9 +185,8 @@ class Calibrator:
         return torch.from_numpy(np.exp(logs) * np.square(stretches(model.times)))
 
     def _factors(self, opening: Opening) -> Factors:
-        sites = find_linears(self._family, self._network)
         tensors, energy = factorise_sites(
-            sites,
+            self._sites,
             self._wishes.rank,
             self._wishes.method,
             self._magnitudes,
