@@ -90,7 +90,7 @@ class ComfyServer:
     def _command(self, port: int) -> list[str]:
         network = ["--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
         # Without a database of its own it would write one into the source folder, which may not be ours.
-        files = ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        files = ["--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'comfyui.db'}"]
         compute = ["--cpu", "--use-pytorch-cross-attention"]
         return [str(self.python), str(self.comfyui / "main.py"), *compute, *network, *files, *self._arguments]
 

@@ -53,7 +53,7 @@ class SvdCalibrator(io.ComfyNode):
             if options[name] not in known:
                 raise ValueError(f"unknown {name} {options[name]!r}: use one of {', '.join(known)}")
         wanted, node_id = _WANTED[options["what"]], cls.hidden.unique_id
-        wishes = Wishes(method=options["icc_method"], rank=options["rank"], tries=options["tries"])
+        wishes = Wishes(method=options["icc_method"], rank=options["rank"])
         negatives = [negative[min(i, len(negative) - 1)] for i in range(len(positive))]
         sampling = Sampling(
             positive, negatives, latent[0]["samples"][:1], options["sampler_name"], options["scheduler"], options["steps"], options["cfg"],
@@ -123,13 +123,6 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="How layers are made low-rank. svd: as they are. ca_svd: by activations (the paper's). cd_svd: by their changes.",
         ),
         io.Int.Input("rank", default=64, min=1, max=1024, tooltip="Rank of the factors. More is closer and slower; FLUX takes 128."),
-        io.Int.Input(
-            "tries",
-            default=0,
-            min=0,
-            max=200,
-            tooltip="Moves of a full evaluation that are tried per speed, each a sampling of all prompts. More fits better.",
-        ),
         io.Int.Input("first_seed", default=100, min=0, max=2**32 - 1, tooltip="Seed of the first prompt; each further one gets the next."),
         io.String.Input("name", default="", tooltip="Name of the file; empty takes the model family's."),
         io.Boolean.Input("recalibrate", default=False, tooltip="Calibrate anew even where a matching calibration is found."),

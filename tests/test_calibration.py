@@ -346,7 +346,7 @@ def icc(sites) -> Calibration:
     for site in sites:
         for part in site.parts:
             key = site.key(part)
-            tensors |= {f"{key}.A": torch.zeros(site.outputs(part), 32), f"{key}.B": torch.zeros(32, site.inputs(part))}
+            tensors |= {f"{key}.A": torch.zeros(site.outputs(part), 32), f"{key}.B": torch.zeros(32, site.in_features)}
             energy[key] = 1.0
     return calibration_of(None, Factors(tensors, energy))
 

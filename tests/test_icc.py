@@ -99,7 +99,7 @@ def test_all_linears_but_modulation_are_found(network, sites):
     fused = by_name["single_blocks.5.linear1"]
     assert [fused.key(part) for part in fused.parts] == [f"single_blocks.5.linear1.{name}" for name in ("q", "k", "v", "mlp")]
     assert [fused.outputs(part) for part in fused.parts] == [256, 256, 256, 1024]
-    assert [by_name["single_blocks.0.linear2"].inputs(part) for part in by_name["single_blocks.0.linear2"].parts] == [256, 1024]
+    assert by_name["single_blocks.0.linear2"].parts == (WHOLE,)
     assert [by_name[f"double_blocks.0.{s}_mlp.0"].stream for s in ("img", "txt")] == ["img", "txt"] and fused.stream == "txt+img"
     assert fused.ranks(300) == [256, 256, 256, 256]
     assert by_name["double_blocks.0.img_mlp.0"].parts == (WHOLE,)
@@ -167,10 +167,10 @@ class ReferenceICC(ReferenceFlux):
         return y_c + (x - x_c) @ self.low_rank(name).T
 
     def low_rank(self, name):
-        pieces = {"qkv": "qkv", "linear1": ("q", "k", "v", "mlp"), "linear2": ("attn", "mlp")}
+        pieces = {"qkv": "qkv", "linear1": ("q", "k", "v", "mlp")}
         parts = pieces.get(name.rsplit(".", 1)[1], ("all",))
         products = [self.factors[f"{name}.{part}.A"].double() @ self.factors[f"{name}.{part}.B"].double() for part in parts]
-        return torch.cat(products, dim=1 if name.endswith("linear2") else 0)
+        return torch.cat(products)
 
 
 def test_at_small_rank_every_linear_is_the_papers(network, sites, small_factors):
@@ -211,17 +211,15 @@ class Clamping(nn.Linear):
 
 def test_what_is_kept_of_a_layer_that_clamps_its_input(network):
     """z belongs to the input as the host gave it."""
-    site = LinearSite(
-        "blocks", 0, "toy", Clamping(40, 24), (LinearPart("p", cols=slice(0, 10)), LinearPart("q", cols=slice(10, 40))), "img", 40, 24
-    )
-    factors = {"blocks.0.toy.p.A": torch.zeros(24, 1), "blocks.0.toy.p.B": torch.ones(1, 10)}
-    factors |= {"blocks.0.toy.q.A": torch.zeros(24, 2), "blocks.0.toy.q.B": torch.ones(2, 30)}
+    site = LinearSite("blocks", 0, "toy", Clamping(40, 24), (LinearPart("p", slice(0, 10)), LinearPart("q", slice(10, 24))), "img", 40, 24)
+    factors = {"blocks.0.toy.p.A": torch.zeros(10, 1), "blocks.0.toy.p.B": torch.ones(1, 40)}
+    factors |= {"blocks.0.toy.q.A": torch.zeros(14, 2), "blocks.0.toy.q.B": torch.ones(2, 40)}
     driver = Driver(network, [site], factors, "a")
     call = driver.call("a", 1.0)
     call.lengths = {"img": 5, "txt": 0}
     with torch.inference_mode(), forward_overrides(linear_taps(call)):
         site.module(torch.full((1, 5, 40), 100.0))
-    assert driver.slots["a"].linears[site.projection_key].data[0, 0].tolist() == [1000.0, 3000.0, 3000.0]
+    assert driver.slots["a"].linears[site.projection_key].data[0, 0].tolist() == [4000.0, 4000.0, 4000.0]
 
 
 def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_factors):

@@ -215,7 +215,7 @@ def test_layers_replaced_after_binding_are_found(model, factors):
 def bytes_per_row(joint: int, image: int, itemsize: int = 4, anchors: int = 1) -> int:
     """The demo model's, of width 256, at rank 32: outputs and projections of 3 double and 6 single blocks, and hidden states."""
     double = (3 + 1 + 4 + 1) * 256 + 6 * RANK  # qkv, proj, mlp.0, mlp.2; z of q, k, v and the other three
-    single = (3 + 4 + 1) * 256 + 6 * RANK  # q, k, v and mlp of linear1, linear2; z of its six parts
+    single = (3 + 4 + 1) * 256 + 5 * RANK  # q, k, v and mlp of linear1, linear2; z of its five parts
     return itemsize * (joint * (3 * double + 6 * single) + anchors * image * 256)
 
 
@@ -227,7 +227,7 @@ def test_macs_are_those_added_up_by_hand(model, factors):
     outside = rows * FLUX.outside_macs(network, lengths)
     full = rows * FLUX.macs(network, lengths, Kind.FULL, 0.0) + outside
     dense = rows * 156 * 9 * 12 * 256**2
-    increments = rows * 156 * 9 * RANK * (3 * 512 + 512 + 2 * 1280)
+    increments = rows * 156 * RANK * (3 * (3 * 512 + 512 + 2 * 1280) + 6 * (3 * 512 + 1280 + 1536))  # double blocks, single ones
     projections = rows * 156 * 9 * RANK * (3 * 256 + 256 + 256 + 1024)
     cost = {"F": full + projections, "i": full - dense + increments, "a": outside}
     report = last_report(patched)

@@ -1,34 +1,28 @@
-"""Calibration on the real host: what is recorded and played back, what is chosen, and what a cancel leaves behind."""
+"""Calibration on the real host: what is learned and chosen, and what a cancel leaves behind."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
 
-import comfy.model_management
 import numpy as np
 import pytest
 import torch
-from comfyui_duca.cache_core import Kind, Plan, find_family
+from comfyui_duca.cache_core import Kind, Plan
 from comfyui_duca.cache_core.calibration.calibration import Calibration
 from comfyui_duca.cache_core.calibration.sidecar import About
-from comfyui_duca.cache_core.calibration.use import predictor_of
+from comfyui_duca.cache_core.calibration.use import predictor_of, search_for
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import AlwaysCompute, Given
-from comfyui_duca.cache_core.predictors import AUTO
+from comfyui_duca.cache_core.policies import AlwaysCompute, Given, GrowingGaps
 from comfyui_duca.cache_core.strategy import Strategy
-from comfyui_duca.cache_core.tuning import Calibrator, Wishes, calibrate
+from comfyui_duca.cache_core.tuning import Calibrator, Wishes, calibrate, trials
 from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.cache_core.tuning.trials import psnr
-from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import cached, kinds, last_report, sample
-
-STEPS = 6
-PROMPTS = ("red apple", "castle")
-QUICK = Wishes(tries=2, speedups=(1.5, 2.5), directions=32)
+from host import cached, kinds, last_report
+from tuner import QUICK, STEPS, calibrator, drawn, sampler_of, taped
 
 
 @pytest.fixture(scope="module")
@@ -45,131 +39,12 @@ def small():
     return model
 
 
-def drawn(model, prompt: int, **more) -> torch.Tensor:
-    """What every run of a prompt begins with, so that all end alike."""
-    return sample(model, **{"prompt": PROMPTS[prompt], "seed": 100 + prompt, "steps": STEPS, "size": (24, 24), **more})
-
-
-def sampler_of(model, **more):
-    """What a Calibrator is given. more: of `sample`; a list has one for each prompt."""
-
-    def sampled(prompt, make):
-        clone = model.clone()
-        host.listen(clone, lambda patcher, sigmas: make(host.opening(patcher, sigmas)), lambda run, result: run.close(result is not None))
-        return drawn(clone, prompt, **{name: value[prompt] if isinstance(value, list) else value for name, value in more.items()})
-
-    return sampled
-
-
-def calibrator(model, wishes=QUICK, told=lambda *_: None, **more) -> Calibrator:
-    network = model.model.diffusion_model
-    return Calibrator(find_family(network), network, sampler_of(model, **more), len(PROMPTS), wishes, told)
-
-
-# -- tapes --------------------------------------------------------------------------------------------------------------------
-
-
-def taped(model, strategy, before=None, until=0, **more):
-    """The latent of the first prompt and its run."""
-    runs = []
-
-    def make(opening):
-        runs.append(TapedRun(strategy, opening, before, until))
-        return runs[-1]
-
-    return sampler_of(model, **more)(0, make), runs[-1]
-
-
-@pytest.fixture
-def computed(model):
-    """Grows with every evaluation in which the model's blocks run."""
-    calls = []
-    hook = model.model.diffusion_model.double_blocks[0].img_attn.qkv.register_forward_hook(lambda *_: calls.append(1))
-    yield calls
-    hook.remove()
-
-
-def forecast_strategy(text: str, learned=None, share=None) -> Strategy:
-    return Strategy(Given(Plan.parse(text)), AUTO if learned is None else predictor_of(learned.forecast.model, share))
-
-
 @pytest.fixture(scope="module")
 def learned(model):
     """Of both prompts, with what a user would be told."""
     told = []
     result = calibrator(model, told=lambda *stage: told.append(stage)).run()
     return SimpleNamespace(**result._asdict(), told=told)
-
-
-def test_recording_changes_nothing(model):
-    plain = drawn(model, 0)
-    latent, run = taped(model, Strategy(AlwaysCompute(), AUTO))
-    assert torch.equal(latent, plain)
-    assert run.store.bytes == 0 and len(run.tape.entries) == STEPS and all(len(entry) == 1 for entry in run.tape.entries)
-
-
-@pytest.mark.parametrize("until", range(STEPS + 2))
-@pytest.mark.parametrize("share", [None, 0.5])
-def test_a_played_back_beginning_changes_nothing(model, learned, computed, share, until):
-    """From none to all, and more than there are: what is not played back is computed from what was."""
-    strategy = forecast_strategy("FFaFaa", learned, share)
-    latent, run = taped(model, strategy)
-    assert len(computed) == 3 and kinds(run.report) == "FFaFaa"
-    computed.clear()
-    again, replay = taped(model, strategy, run.tape, until)
-    assert torch.equal(again, latent) and len(computed) == "FFaFaa"[until:].count("F")
-    assert replay.tape.times == run.tape.times and len(replay.tape.entries) == STEPS
-    for entries, before in zip(replay.tape.entries, run.tape.entries):  # so it can be played back itself
-        assert torch.equal(entries[0].output, before[0].output) and len(entries[0].kept) == len(before[0].kept)
-    third, _ = taped(model, strategy, replay.tape, STEPS - 1)
-    assert torch.equal(third, latent)
-
-
-def test_a_played_back_beginning_serves_another_plan(model, learned):
-    """As a move of the fourth step is tried out: up to there nothing is computed again."""
-    _, run = taped(model, forecast_strategy("FaFFaa", learned, 1.0))
-    moved = forecast_strategy("FaFaFa", learned, 1.0)
-    assert torch.equal(taped(model, moved, run.tape, 3)[0], taped(model, moved)[0])
-
-
-def test_an_uncached_beginning_serves_a_forecast(model, learned):
-    """As sensitivity is measured; the recorded run forecast nothing, and kept the input all the same."""
-    _, run = taped(model, forecast_strategy("FFFFFF", learned, 1.0))
-    one = forecast_strategy("FFFFaF", learned, 1.0)
-    latent, replay = taped(model, one, run.tape, 4)
-    assert kinds(replay.report)[4:] == "aF" and torch.equal(latent, taped(model, one)[0])
-    assert not torch.equal(latent, drawn(model, 0))
-
-
-@pytest.mark.parametrize("until", [0, 4, 5, 11])
-def test_two_evaluations_a_step_are_played_back(model, learned, computed, until):
-    """Heun evaluates twice at every noise level but the first: eleven times in six steps."""
-    strategy = forecast_strategy("FFaFaa", learned, 1.0)
-    latent, run = taped(model, strategy, sampler="heun")
-    assert kinds(run.report) == "FFFaaFFaaaa" and len(run.tape.entries) == 11
-    computed.clear()
-    again, _ = taped(model, strategy, run.tape, until, sampler="heun")
-    assert torch.equal(again, latent) and len(computed) == "FFFaaFFaaaa"[until:].count("F")
-
-
-def test_conds_in_calls_of_their_own_are_played_back(model, learned, computed, monkeypatch):
-    """As where memory is short."""
-    monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
-    strategy = forecast_strategy("FaFFaa", learned, 1.0)
-    latent, run = taped(model, strategy)
-    assert [len(entry) for entry in run.tape.entries] == [2] * STEPS
-    computed.clear()
-    assert torch.equal(taped(model, strategy, run.tape, 3)[0], latent) and len(computed) == 2
-    monkeypatch.undo()
-    assert torch.allclose(taped(model, strategy, run.tape, 3)[0], latent, atol=1e-4), "memory is there again: both conds in one call"
-    assert len(computed) == 2 + 3
-
-
-def test_a_tape_holds_every_cond_computed_at_each_evaluation(model, learned):
-    _, run = taped(model, forecast_strategy("FFFFFF", learned, 1.0))
-    assert [(u.shape, z.shape) for u, z in run.tape.trajectories()] == [((6, 36, 48), (6, 36, 256))] * 2
-    assert taped(model, forecast_strategy("FFFFFF"))[1].tape.trajectories() == []  # nothing kept the input
-    assert taped(model, forecast_strategy("FFaFFF", learned, 1.0))[1].tape.trajectories() == []
 
 
 # -- what is learned ----------------------------------------------------------------------------------------------------------
@@ -217,15 +92,13 @@ def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, 
     per square of the time that a step lasts is interpolated, also where statistics are kept of fewer evaluations."""
     monkeypatch.setattr(calibrate, "_NODES", nodes)
     monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # to save time
-    forecast = calibrator(model).run().forecast
-    times, predictor = forecast.step_times, predictor_of(forecast.model, 1.0)
-    references = [drawn(model, prompt) for prompt in range(2)]
+    forecast = calibrator(model, prompts=[1]).run().forecast
+    times, predictor, reference = forecast.step_times, predictor_of(forecast.model, 1.0), drawn(model, 1)
     harms = []
     for step in (1, 4, 5):
         plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(STEPS)))
-        images = [drawn(cached(model, chosen=Strategy(Given(plan), predictor)), prompt) for prompt in range(2)]
-        change = sum(float((a - b).double().square().mean()) for a, b in zip(images, references)) / 2
-        harms.append(change / predictor.fit(times[max(0, step - 5) : step], times[step]).error)
+        change = drawn(cached(model, chosen=Strategy(Given(plan), predictor)), 1) - reference
+        harms.append(float(change.double().square().mean()) / predictor.fit(times[max(0, step - 5) : step], times[step]).error)
     at, per_time = [times[step] for step in (5, 4, 1)], np.log(np.divide(harms, spans(times)[[1, 4, 5]] ** 2))[::-1]
     kept = forecast.model.times
     assert kept == (times if nodes == 32 else tuple(times[step] for step in (0, 2, 3, 5)))
@@ -235,23 +108,51 @@ def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, 
         assert [forecast.model.harm(times)[step] for step in (1, 4, 5)] == pytest.approx(harms, rel=1e-3)
 
 
-def test_choices_are_what_they_say_and_never_worse_than_uncalibrated(model, learned):
-    """The distances found with tapes are met again by sampling with the chosen strategy, and with the plain setting."""
-    references = [drawn(model, prompt) for prompt in range(2)]
+def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
+    """Statistics add up, sensitivities are averaged."""
+    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)
+    halves = [calibrator(model, prompts=[prompt]).run().forecast.model for prompt in range(2)]
+    whole = learned.forecast.model
+    torch.testing.assert_close(whole.gram, (halves[0].gram + halves[1].gram) / 2)
+    torch.testing.assert_close(whole.sensitivity, (halves[0].sensitivity + halves[1].sensitivity) / 2)
 
-    def distance(patched) -> float:
-        return sum(psnr(drawn(patched, prompt), references[prompt]) for prompt in range(2)) / 2
+
+@pytest.mark.parametrize("sure", [0.0, 2.0])
+def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure):
+    """Every candidate is met again here: learned from one prompt by a calibration of its own, sampled on the other."""
+    monkeypatch.setattr(trials, "_SURE", sure)
+    learned = calibrator(model).run()
+    references = [drawn(model, prompt) for prompt in range(2)]
+    others = [calibrator(model, prompts=[1 - prompt]).run().forecast for prompt in range(2)]
+
+    def distances(full: int, share: float | None, is_searched: bool) -> np.ndarray:
+        found = []
+        for prompt, other in enumerate(others):
+            plan = GrowingGaps(STEPS / full).plan(STEPS, range(STEPS))
+            if is_searched:
+                plan = search_for(other.model, share, other.step_times, range(STEPS)).plan(full)
+            patched = cached(model, chosen=Strategy(Given(plan), predictor_of(other.model, share)))
+            found.append(psnr(drawn(patched, prompt), references[prompt]))
+        return np.array(found)
 
     better = 0
-    for choice, speedup in zip(learned.forecast.choices, QUICK.speedups):
-        strategy = Strategy(Given(choice.plan), predictor_of(learned.forecast.model, choice.share))
-        chosen, plain = cached(model, chosen=strategy), cached(model, speedup=speedup)
-        assert distance(chosen) == pytest.approx(choice.psnr, abs=1e-3)
-        assert distance(plain) == pytest.approx(choice.uncalibrated, abs=1e-3)
-        assert kinds(last_report(chosen)) == str(choice.plan) and last_report(plain).count(Kind.FULL) == choice.plan.count(Kind.FULL)
-        assert choice.psnr >= choice.uncalibrated
-        better += choice.psnr > choice.uncalibrated + 0.1
-    assert better, "trying plans out should have been worth it for one budget"
+    for choice in learned.forecast.choices:
+        full = choice.plan.count(Kind.FULL)
+        plain = distances(full, None, False)
+        assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
+        expected, share, is_searched = plain, None, False
+        for candidate in ((0.5, False), (1.0, False), (None, True), (0.5, True), (1.0, True)):
+            found = distances(full, *candidate)
+            surely = (found - plain).mean() > sure * (found - plain).std(ddof=1) / 2**0.5
+            if surely and found.mean() > expected.mean():
+                expected, (share, is_searched) = found, candidate
+        assert choice.psnr == pytest.approx(expected.mean(), abs=1e-3) and choice.share == share
+        plan = GrowingGaps(STEPS / full).plan(STEPS, range(STEPS))
+        if is_searched:
+            plan = search_for(learned.forecast.model, share, learned.forecast.step_times, range(STEPS)).plan(full)
+        assert choice.plan == plan
+        better += choice.psnr > choice.uncalibrated
+    assert better or sure, "one of the candidates should have been better for one budget"
 
 
 def test_a_calibration_brings_its_choices_to_a_run(model, learned):
@@ -265,7 +166,7 @@ def test_a_calibration_brings_its_choices_to_a_run(model, learned):
 
 def test_two_evaluations_a_step_are_calibrated_as_one(model):
     """Heun's second evaluation at a noise level is what history keeps; a time that stood there twice would last no time at all."""
-    result = calibrator(model, Wishes(tries=1, speedups=(2.0,), directions=16), sampler="heun", steps=4).run()
+    result = calibrator(model, Wishes(speedups=(2.0,), directions=16), sampler="heun", steps=4).run()
     model_, times = result.forecast.model, result.forecast.step_times
     assert result.times == times and len(times) == 4
     assert model_.harm(times) == pytest.approx(model_.sensitivity.tolist())
@@ -278,7 +179,7 @@ def test_nothing_is_skipped_outside_the_window(small):
     def windowed(prompt, make):
         return sampled(prompt, lambda opening: make(opening._replace(window=range(2, 5))))
 
-    result = Calibrator(FLUX, network, windowed, 2, Wishes(tries=2, speedups=(1.5,), directions=16)).run()
+    result = Calibrator(FLUX, network, windowed, 2, Wishes(speedups=(1.5,), directions=16)).run()
     (choice,) = result.forecast.choices
     plan = str(choice.plan)
     assert plan.count("F") == 4 and plan[:2] + plan[5:] == "FFF"
@@ -359,7 +260,7 @@ def state_of(model) -> tuple:
     return forwards, hooks, [id(weight) for weight in network.parameters()], repr(model.wrappers), repr(model.model_options)
 
 
-BRIEF = Wishes(method="cd_svd", rank=4, tries=1, speedups=(2.0,), directions=16)
+BRIEF = Wishes(method="cd_svd", rank=4, speedups=(2.0,), directions=16)
 
 
 @pytest.mark.parametrize(

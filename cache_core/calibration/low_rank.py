@@ -238,9 +238,9 @@ def _factorise_parts(
     weight = dense_weight(site.module, dtype, device)
     found = []
     for part in site.parts:
-        rows, cols = part.rows or slice(None), part.cols or slice(None)
-        in_magnitude, out_magnitude = (None if mean is None else mean[place] for mean, place in zip(means, (cols, rows)))
-        found.append((part, factorise(weight[rows, cols], rank, method, in_magnitude, out_magnitude, exact)))
+        rows = part.rows or slice(None)
+        in_magnitude, out_magnitude = means[0], None if means[1] is None else means[1][rows]
+        found.append((part, factorise(weight[rows], rank, method, in_magnitude, out_magnitude, exact)))
     return found
 
 

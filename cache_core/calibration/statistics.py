@@ -45,6 +45,15 @@ class Moments:
             self.uz[:, b] += (stacked @ z[b]).view(n, d, -1)
         self.tokens += tokens
 
+    def absorb(self, other: Moments) -> None:
+        """Adds all that `other` has seen, of the same evaluations."""
+        if self.gram is None or self.uu is None or self.uz is None or other.gram is None or other.uu is None or other.uz is None:
+            raise ValueError("no trajectory was recorded")
+        self.gram += other.gram
+        self.uu += other.uu
+        self.uz += other.uz
+        self.tokens += other.tokens
+
     def compress(self, times: Sequence[float], rank: int) -> ForecastModel:
         """What is kept: the mean statistics with the hidden channels of `uz` projected on `rank` directions.
 

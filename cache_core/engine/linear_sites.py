@@ -53,10 +53,6 @@ class LinearSite:
         """Name of a part; its factors add .A and .B to it."""
         return f"{self.name}.{part.name}"
 
-    def inputs(self, part: LinearPart) -> int:
-        """Input channels of a part."""
-        return _size(part.cols, self.in_features)
-
     def outputs(self, part: LinearPart) -> int:
         """Output channels of a part."""
         return _size(part.rows, self.out_features)
@@ -64,7 +60,7 @@ class LinearSite:
     def ranks(self, ranks: Ranks) -> list[int]:
         """The rank of every part, in order."""
         if isinstance(ranks, int):
-            return [min(ranks, self.inputs(part), self.outputs(part)) for part in self.parts]
+            return [min(ranks, self.in_features, self.outputs(part)) for part in self.parts]
         return [ranks[f"{self.key(part)}.B"].shape[0] for part in self.parts]
 
 
@@ -139,7 +135,7 @@ def check_factors(sites: Iterable[LinearSite], factors: Factors) -> None:
             a, b = factors.get(f"{key}.A"), factors.get(f"{key}.B")
             if a is None or b is None:
                 raise ValueError(f"there are no factors for {key}: they were made for another model")
-            if (a.shape[0], b.shape[1]) != (site.outputs(part), site.inputs(part)) or a.shape[1] != b.shape[0]:
+            if (a.shape[0], b.shape[1]) != (site.outputs(part), site.in_features) or a.shape[1] != b.shape[0]:
                 raise ValueError(f"the factors of {key} are {tuple(a.shape)} and {tuple(b.shape)}: they were made for another model")
 
 
@@ -160,7 +156,7 @@ def anchor_macs(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks) -> 
     """Multiply-adds that a full evaluation costs more per batch row for z_c: tokens · rank · inputs over all parts."""
     total = 0
     for site in sites:
-        per_token = sum(rank * site.inputs(part) for part, rank in zip(site.parts, site.ranks(ranks)))
+        per_token = sum(rank * site.in_features for part, rank in zip(site.parts, site.ranks(ranks)))
         total += stream_length(site.stream, lengths) * per_token
     return float(total)
 
@@ -179,7 +175,7 @@ def _size(place: slice | None, whole: int) -> int:
 
 
 def _part_weights(site: LinearSite, ranks: Ranks) -> list[int]:
-    return [rank * (site.inputs(part) + site.outputs(part)) for part, rank in zip(site.parts, site.ranks(ranks))]
+    return [rank * (site.in_features + site.outputs(part)) for part, rank in zip(site.parts, site.ranks(ranks))]
 
 
 def _sites_of_block(rule: StackLinears, index: int, block: nn.Module) -> list[LinearSite]:

@@ -110,7 +110,7 @@ def _add_increment(site: LinearSite, x: Tensor, factors: Factors, y: Tensor, z: 
 
 def _project(site: LinearSite, x: Tensor, factors: Factors) -> Tensor:
     """B·x of all parts side by side (B, L, sum of ranks)."""
-    projected = [F.linear(x if part.cols is None else x[..., part.cols], _factor(factors, f"{site.key(part)}.B", x)) for part in site.parts]
+    projected = [F.linear(x, _factor(factors, f"{site.key(part)}.B", x)) for part in site.parts]
     return projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
 
 

@@ -16,11 +16,6 @@ def _qkv_and_mlp(block: Any) -> tuple[LinearPart, ...]:
     return (*_qkv(block), LinearPart("mlp", rows=slice(3 * block.hidden_size, None)))
 
 
-def _attn_and_mlp(block: Any) -> tuple[LinearPart, ...]:
-    width = block.hidden_size
-    return LinearPart("attn", cols=slice(0, width)), LinearPart("mlp", cols=slice(width, None))
-
-
 FLUX_LINEARS = (
     StackLinears(
         path="double_blocks",
@@ -32,6 +27,6 @@ FLUX_LINEARS = (
         path="single_blocks",
         streams={"": "txt+img"},
         skip=("modulation.",),
-        parts={"linear1": _qkv_and_mlp, "linear2": _attn_and_mlp},
+        parts={"linear1": _qkv_and_mlp},
     ),
 )

@@ -12,11 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LinearPart:
-    """One matrix inside a fused layer: `rows` of its outputs from `cols` of its inputs; None is all of them."""
+    """One matrix inside a fused layer: `rows` of its outputs; None is all of them."""
 
     name: str
     rows: slice | None = None
-    cols: slice | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class StackLinears:
     streams: prefix of a layer's name -> the stream whose tokens it works on, first match; "" matches all.
     skip: prefixes of layers whose input is not per token (the conditioning vector: modulation).
     parts: layer -> its parts, given the block, for layers that are several matrices; others are one part, `WHOLE`.
-        Parts with `rows` share an input, parts with `cols` are summed; together they cover the layer once.
+        Together they cover the layer's outputs once.
     """
 
     path: str

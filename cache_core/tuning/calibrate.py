@@ -37,14 +37,12 @@ _SEED = 0
 class Wishes:
     """forecast: record, measure and try out. method: of the low-rank factors (low_rank.METHODS), "" for none; rank: theirs.
 
-    tries: moves of a full evaluation tried per budget, each a sampling of all prompts. speedups: the budgets.
-    directions: hidden channels' directions kept for the correction.
+    speedups: the budgets. directions: hidden channels' directions kept for the correction.
     """
 
     forecast: bool = True
     method: str = ""
     rank: int = 64
-    tries: int = 0
     speedups: tuple[float, ...] = (1.4, 2.0, 2.8, 3.5, 4.7, 5.6)
     directions: int = 128
 
@@ -69,9 +67,12 @@ class _Listening(Predictor):
 class Calibrator:
     """sample: samples one of `prompts` prompts. told: is told the stage, and of its samplings (or layers) those done and all.
 
-    Memory beyond the model's: on its device one hidden state and input of each cond; in system memory n²·d·C floats of statistics
-    (0.6 GiB for FLUX at 28 evaluations) and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024²: 1.3 GiB with
-    28 evaluations of two conds).
+    Prompts are taken in two halves, each with statistics of its own: what one half teaches is tried out on the other. What is kept
+    is made of both.
+
+    Memory beyond the model's: on its device one hidden state and input of each cond; in system memory twice n²·d·C floats of
+    statistics (0.6 GiB for FLUX at 28 evaluations) and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024²:
+    1.3 GiB with 28 evaluations of two conds).
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Calibrator:
     ) -> None:
         self._sample, self._prompts = sample, prompts
         self._wishes, self._told = wishes, told
-        self._moments = Moments()
+        self._halves = [Moments() for _ in range(min(2, prompts))]  # of the even prompts and of the odd ones
         self._sites = find_linears(family, network) if wishes.method else []
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
         self._references: list[Tensor] = []
@@ -117,12 +118,12 @@ class Calibrator:
             self._references.append(latent)
             self._dtype = tape.dtype or self._dtype
             if self._wishes.forecast:
-                self._add(tape)
+                self._add(tape, self._halves[prompt % len(self._halves)])
 
     def _full(self) -> Strategy:
         return Strategy(AlwaysCompute(), _Listening() if self._wishes.forecast else Reuse(), name="recording")
 
-    def _add(self, tape: Tape) -> None:
+    def _add(self, tape: Tape, moments: Moments) -> None:
         trajectories = tape.trajectories()
         if not trajectories:
             raise ValueError("the model's evaluations could not be recorded: another node answers for it, or its conds come and go")
@@ -138,11 +139,15 @@ class Calibrator:
         generator = torch.Generator().manual_seed(_SEED)
         for u, z in trajectories:
             chosen = torch.randperm(u.shape[1], generator=generator)[:_TOKENS]
-            self._moments.add(u[nodes][:, chosen], z[nodes][:, chosen])
+            moments.add(u[nodes][:, chosen], z[nodes][:, chosen])
 
     def _forecast(self, opening: Opening) -> Forecast:
-        model = self._moments.compress(self._times, self._wishes.directions)
-        model = replace(model, sensitivity=self._sensitivity(model, opening))
+        halves = [self._measured(half, opening) for half in range(len(self._halves))]
+        harms = torch.stack([half.sensitivity for half in halves if half.sensitivity is not None])
+        moments = self._halves[0]
+        for other in self._halves[1:]:
+            moments.absorb(other)
+        model = replace(moments.compress(self._times, self._wishes.directions), sensitivity=harms.mean(0))
         step_times = opening.timeline.times[:-1]
         budgets = _budgets(len(step_times), self._wishes.speedups)
         done = 0
@@ -150,39 +155,43 @@ class Calibrator:
         def told() -> None:
             nonlocal done
             done += 1
-            self._told("trying plans", min(done, total), total)
+            self._told("trying plans", done, total)
 
-        total = len(budgets) * self._prompts * Trials.count(self._wishes.tries)
-        trials = Trials(model, step_times, opening.window, self._sample, self._references, told)
-        choices = tuple(trials.choose(full, self._wishes.tries) for full in budgets)
+        total = len(budgets) * self._prompts * Trials.COUNT
+        trials = Trials(model, halves, step_times, opening.window, self._sample, self._references, told)
+        choices = tuple(trials.choose(full) for full in budgets)
         if not choices:
             raise ValueError(f"with {len(step_times)} steps there is nothing to skip: calibrate with more")
         return Forecast(model, step_times, choices)
 
-    def _sensitivity(self, model: ForecastModel, opening: Opening) -> Tensor:
-        """s_i = mean ‖x_final − x_final,full‖² / e_i with only step i forecast, at every third step.
+    def _measured(self, half: int, opening: Opening) -> ForecastModel:
+        """Of one half of the prompts, with its sensitivity.
 
-        Between those it is interpolated on a log scale, per square of the time that a step stands for: recorded nodes may be further
-        apart than steps.
+        s_i = mean ‖x_final − x_final,full‖² / e_i with only step i forecast, at every third step. Between those it is interpolated on
+        a log scale, per square of the time that a step stands for: recorded nodes may be further apart than steps.
         """
+        model = self._halves[half].compress(self._times, self._wishes.directions)
         times, steps = opening.timeline.times[:-1], opening.timeline.steps
         measured = sorted({*range(1, steps, _HARM_STRIDE), steps - 1} & set(opening.window) - {0})
         if not measured:
-            return torch.ones(len(model.times), dtype=torch.float64)
-        predictor, prompts = Calibrated(model), min(self._prompts, _HARM_PROMPTS)
+            return replace(model, sensitivity=torch.ones(len(model.times), dtype=torch.float64))
+        predictor, halves = Calibrated(model), len(self._halves)
+        prompts = range(half, self._prompts, halves)[: _HARM_PROMPTS // halves]
+        total = halves * len(prompts) * len(measured)
         squares = np.zeros(len(measured))
-        for prompt in range(prompts):
+        for number, prompt in enumerate(prompts):
             _, tape = self._taped(prompt, self._full())  # again, so that one tape at a time is kept
-            for number, step in enumerate(measured):
-                self._told("measuring sensitivity", prompt * len(measured) + number, prompts * len(measured))
+            for place, step in enumerate(measured):
+                done = (half * len(prompts) + number) * len(measured) + place
+                self._told("measuring sensitivity", min(done, total), total)
                 plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(steps)))
                 strategy = Strategy(Given(plan), predictor, name="sensitivity")
                 latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
-                squares[number] += float((latent.float() - self._references[prompt].float()).square().mean()) / prompts
+                squares[place] += float((latent.float() - self._references[prompt].float()).square().mean()) / len(prompts)
         errors = [predictor.fit(times[:step][-AUTO.history :], times[step]).error for step in measured]
         density = np.maximum(squares, 1e-30) / np.maximum(errors, 1e-30) / np.square(stretches(times))[measured]
         logs = np.interp(model.times, [times[step] for step in reversed(measured)], np.log(density)[::-1])
-        return torch.from_numpy(np.exp(logs) * np.square(stretches(model.times)))
+        return replace(model, sensitivity=torch.from_numpy(np.exp(logs) * np.square(stretches(model.times))))
 
     def _factors(self, opening: Opening) -> Factors:
         tensors, energy = factorise_sites(

@@ -1,10 +1,10 @@
-"""Tries plans and predictors out on the calibration prompts and keeps, for every budget, what came closest to the uncached latents."""
+"""Tries predictors and plans out on prompts that they were not learned from, and keeps what came closest to the uncached latents."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,123 +12,102 @@ from torch import Tensor
 from ..calibration.calibration import Choice
 from ..calibration.statistics import ForecastModel
 from ..calibration.use import predictor_of, search_for
-from ..kinds import Kind, Plan
+from ..kinds import Plan
 from ..opening import Opening
 from ..policies import Given, GrowingGaps
 from ..run import CacheRun
 from ..strategy import Strategy
 from .tape import Sample
 
-# Predictor and plan, by share of calibrated weights (None: the uncalibrated predictor). The plan is searched for the second share,
-# or the uncalibrated one where there is none. Of all nine pairs these came first somewhere, on 24 prompts at four speeds.
-_CANDIDATES: tuple[tuple[float | None, tuple[float | None] | None], ...] = (
-    (0.5, None),
-    (None, (None,)),
-    (0.5, (0.5,)),
-    (0.5, (1.0,)),
-    (1.0, (1.0,)),
-)
-# How many standard errors (over the prompts) a trial must stand above another. Two plans differ by about 4 dB on a single prompt,
-# either way, and the best of some trials on few prompts is no better on others: without this, eight prompts gave +2.4 dB on
-# themselves and -1.9 on sixteen others; with one standard error, sixteen gave +1.6 and -1.2 (3.5x).
+# How many standard errors (over the prompts) a trial must stand above the uncalibrated setting. Two plans differ by about 4 dB on a
+# single prompt, either way, and the best of some trials on few prompts is no better on others.
 _SURE = 2.0
+
+
+class _Candidate(NamedTuple):
+    """share: of calibrated weights in the predictor, None for the uncalibrated one. is_searched: the plan, for that predictor."""
+
+    share: float | None
+    is_searched: bool
+
+
+_UNCALIBRATED = _Candidate(None, False)
 
 
 class _Trial(NamedTuple):
     """distances: PSNR of every prompt, in dB."""
 
-    plan: Plan
-    share: float | None
+    candidate: _Candidate
     distances: list[float]
 
     @property
     def psnr(self) -> float:
         return statistics.fmean(self.distances)
 
-    def is_above(self, other: _Trial, sure: float) -> bool:
-        """Whether the mean gain over `other` is more than `sure` standard errors."""
+    def is_surely_above(self, other: _Trial) -> bool:
         gains = [mine - theirs for mine, theirs in zip(self.distances, other.distances)]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        return statistics.fmean(gains) > sure * error
+        return statistics.fmean(gains) > _SURE * error
 
 
 class Trials:
-    """model: statistics with sensitivities. times: of the run's steps. window: steps that may be skipped.
+    """model: statistics with sensitivities, of all prompts. halves: the same of a part each, prompt p belonging to part p mod their
+    number; every prompt is sampled with what another part taught. times: of the run's steps. window: steps that may be skipped.
 
     references: the uncached latent of every prompt. told: called after every sampling.
     """
 
+    _CANDIDATES: ClassVar[tuple[_Candidate, ...]] = (
+        _Candidate(0.5, False),
+        _Candidate(1.0, False),
+        _Candidate(None, True),
+        _Candidate(0.5, True),
+        _Candidate(1.0, True),
+    )
+    COUNT: ClassVar[int] = 1 + len(_CANDIDATES)  # trials of one budget, each a sampling of all prompts
+
     def __init__(
         self,
         model: ForecastModel,
+        halves: Sequence[ForecastModel],
         times: Sequence[float],
         window: range,
         sample: Sample,
         references: Sequence[Tensor],
         told: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model, self._times, self._window = model, times, window
+        self._model, self._halves, self._times, self._window = model, halves, times, window
         self._sample, self._references, self._told = sample, references, told
-        self._searches = {share: search_for(model, share, times, window) for share in (None, 0.5, 1.0)}
 
-    @staticmethod
-    def count(tries: int) -> int:
-        """Trials of one budget at most, each a sampling of all prompts."""
-        return 1 + len(_CANDIDATES) + tries
-
-    def choose(self, full: int, tries: int) -> Choice:
-        """The best of `full` full evaluations: first of a few candidates, then by moving its full evaluations while that helps.
-
-        tries: at most this many moves are tried. The uncalibrated setting stays where nothing is surely better.
-        """
-        uncalibrated = best = self._try(GrowingGaps(len(self._times) / full).plan(len(self._times), self._window), None)
-        tried: set[tuple[str, float | None]] = {(str(best.plan), None)}
-        for share, searched in _CANDIDATES:
-            plan = uncalibrated.plan if searched is None else self._searches[searched[0]].plan(full)
-            if (str(plan), share) in tried:
-                continue
-            tried.add((str(plan), share))
-            trial = self._try(plan, share)
-            if trial.psnr > best.psnr and trial.is_above(uncalibrated, _SURE):
+    def choose(self, full: int) -> Choice:
+        """The best candidate for `full` full evaluations; the uncalibrated setting where none is surely better."""
+        uncalibrated = best = self._try(_UNCALIBRATED, full)
+        for candidate in self._CANDIDATES:
+            trial = self._try(candidate, full)
+            if trial.psnr > best.psnr and trial.is_surely_above(uncalibrated):
                 best = trial
-        best = self._climbed(best, tries)
-        return Choice(best.plan, best.share, best.psnr, uncalibrated.psnr)
+        plan = self._plan(self._model, best.candidate, full)
+        return Choice(plan, best.candidate.share, best.psnr, uncalibrated.psnr)
 
-    def _climbed(self, best: _Trial, tries: int) -> _Trial:
-        tried = {str(best.plan)}
-        while True:
-            for plan in [plan for plan in self._moves(best) if str(plan) not in tried]:
-                if tries <= 0:
-                    return best
-                tries -= 1
-                tried.add(str(plan))
-                trial = self._try(plan, best.share)
-                if trial.is_above(best, _SURE):
-                    best = trial
-                    break
-            else:
-                return best
+    def _plan(self, model: ForecastModel, candidate: _Candidate, full: int) -> Plan:
+        if candidate.is_searched:
+            return search_for(model, candidate.share, self._times, self._window).plan(full)
+        return GrowingGaps(len(self._times) / full).plan(len(self._times), self._window)
 
-    def _moves(self, trial: _Trial) -> list[Plan]:
-        """Plans with one full evaluation a step earlier or later, the most promising first."""
-        full = {step for step in range(len(trial.plan)) if trial.plan[step] is Kind.FULL}
-        free = [step for step in self._window if step > 0]
-        moved = [full - {step} | {step + by} for step in free for by in (-1, 1) if step in full and step + by in set(free) - full]
-        search = self._searches[trial.share]
-        return [search.plan(len(full), start=chosen) for chosen in sorted(moved, key=search.cost)]
-
-    def _try(self, plan: Plan, share: float | None) -> _Trial:
+    def _try(self, candidate: _Candidate, full: int) -> _Trial:
         """Samples all prompts."""
-        strategy = Strategy(Given(plan), predictor_of(self._model, share))
-
-        def make(opening: Opening) -> CacheRun:
-            return CacheRun(strategy, opening.timeline, opening.window, opening.family, opening.device)
-
+        others = [*self._halves[1:], self._halves[0]]
+        strategies = [Strategy(Given(self._plan(m, candidate, full)), predictor_of(m, candidate.share)) for m in others]
         distances = []
         for prompt, reference in enumerate(self._references):
+            strategy = strategies[prompt % len(strategies)]
+
+            def make(opening: Opening, strategy: Strategy = strategy) -> CacheRun:
+                return CacheRun(strategy, opening.timeline, opening.window, opening.family, opening.device)
+
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()
-        return _Trial(plan, share, distances)
+        return _Trial(candidate, distances)
 
 
 def psnr(latent: Tensor, reference: Tensor) -> float:

@@ -27,7 +27,7 @@ def calibrator(model: ModelPatcher, *, prompts=PROMPTS, negatives=("",), latent=
     """The node as the host calls it: every input is a list."""
     values = {
         "sampler_name": "euler", "scheduler": "simple", "steps": 6, "cfg": 2.5, "what": "forecast", "icc_method": "cd_svd", "rank": 8,
-        "tries": 0, "first_seed": 100, "name": "", "recalibrate": False, **given,
+        "first_seed": 100, "name": "", "recalibrate": False, **given,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         if not is_plotted:  # which takes a second

@@ -53,7 +53,7 @@ def test_the_nodes_ids_are_frozen_and_everything_is_explained():
         ),
         (
             "DuCaSVDCalibrator",
-            ["model", "positive", "negative", "latent", "sampler_name", "scheduler", "steps", "cfg", "what", "icc_method", "rank", "tries",
+            ["model", "positive", "negative", "latent", "sampler_name", "scheduler", "steps", "cfg", "what", "icc_method", "rank",
              "first_seed", "name", "recalibrate"],
             [],
         ),

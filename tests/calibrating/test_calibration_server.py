@@ -52,7 +52,7 @@ def graph(cache: dict | None = None, **calibrate) -> dict:
     by_class = {value["class_type"]: value["inputs"] for value in prompt.values()}
     by_class["DuCaPromptList"]["prompts"] = "\n".join(PROMPTS)
     by_class["EmptyChromaRadianceLatentImage"].update(width=16, height=16)
-    by_class["DuCaSVDCalibrator"].update({"steps": 6, "tries": 0, "rank": 8, **calibrate})
+    by_class["DuCaSVDCalibrator"].update({"steps": 6, "rank": 8, **calibrate})
     by_class["KSampler"].update(steps=6)
     by_class["DuCaCache"].update({"speedup": 2.0, **(cache or {})})
     return prompt
