@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,12 +41,21 @@ class Evaluation:
         self.full_macs += full_macs
 
 
+class CallShape(NamedTuple):
+    """What a run's calls were like. lengths: tokens by stream. rows: batch rows of all conds together. dtype: of activations."""
+
+    lengths: Mapping[str, int]
+    rows: int
+    dtype: torch.dtype
+
+
 @dataclass
 class RunReport:
     """A finished run in plain numbers; it holds no tensors.
 
     setting: the strategy in words. plan: its text. predicted_bytes, peak_bytes: of the cache.
     notices: what the user was told during the run. is_complete: False after a cancel or an error.
+    shape: None where no call reached the model's blocks.
     """
 
     setting: str
@@ -56,6 +66,7 @@ class RunReport:
     peak_bytes: int = 0
     notices: list[str] = field(default_factory=list)
     is_complete: bool = False
+    shape: CallShape | None = None
 
     def count(self, kind: Kind) -> int:
         return sum(e.kind is kind for e in self.evaluations)

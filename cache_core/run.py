@@ -24,7 +24,7 @@ from .engine import (
 )
 from .families import ModelFamily, UnsupportedCallError
 from .kinds import Kind, Plan
-from .meter import Evaluation, RunReport, Stopwatch
+from .meter import CallShape, Evaluation, RunReport, Stopwatch
 from .store import FeatureStore, StoreFullError
 from .strategy import Strategy, predicted_bytes
 from .timeline import Timeline
@@ -53,6 +53,7 @@ class CacheRun:
     strategy: what to do. timeline: the sampler's noise levels. window: steps in which skipping is allowed.
     family: of the model. device: where the model runs. say: told every notice once, in words for the user.
     choose_device: for storage left to us: given the bytes needed, the device to keep them on (None: the model's).
+    told: hears of every evaluation when it is over; its time is known only at the end of the run.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class CacheRun:
         device: torch.device,
         say: Callable[[str], None] = lambda _text: None,
         choose_device: Callable[[int], torch.device | None] | None = None,
+        told: Callable[[Evaluation], None] = lambda _evaluation: None,
     ) -> None:
         self.plan = strategy.policy.plan(timeline.steps, window)
         _check(strategy, self.plan, family)
@@ -72,7 +74,7 @@ class CacheRun:
         self._strategy, self._timeline, self._family = strategy, timeline, family
         self._choice = TokenChoice(strategy.token_share, strategy.seed)
         self._stopwatch = Stopwatch(device)
-        self._say, self._choose_device = say, choose_device
+        self._say, self._choose_device, self._told = say, choose_device, told
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._linears: CalibratedLinears | None = None  # of the model that is called, from the first call that needs them
         self._macs: dict[tuple, float] = {}
@@ -91,6 +93,8 @@ class CacheRun:
         """Around one evaluation of the sampler, at noise level `sigma`."""
         step = self._timeline.step_of(sigma)
         self._kind = self.plan[step]
+        if self._strategy.first_only and self.report.evaluations and self._evaluation.step == step:
+            self._kind = Kind.AGGRESSIVE
         if sigma > self._sigma * (1 + 1e-6):
             self.notify("the noise level rose between evaluations: those are computed in full and the cache starts anew")
             self._slots.clear()
@@ -106,6 +110,7 @@ class CacheRun:
         finally:
             self._marks.append((start, self._stopwatch.mark()))
             self._evaluation.cache_bytes = self.store.bytes
+            self._told(self._evaluation)
 
     def cond_batch(self) -> None:
         """Before each pass over the conds; the first of an evaluation is the sampler's own, others are guidance (SLG, PAG …)."""
@@ -235,6 +240,7 @@ class CacheRun:
                 self._strategy, self.plan, self._family, engine.model, engine.lengths, rows, tokens.dtype, self._evaluation.step
             )
         self.report.predicted_bytes = max(self.report.predicted_bytes, self._slots.predicted_bytes)
+        self.report.shape = CallShape(dict(engine.lengths), rows * len(self._slots), tokens.dtype)
         if self._choose_device is not None and not self.store.bytes:
             expected = max(2, len(engine.slots))  # the other cond may follow in a call of its own
             device = self._choose_device(expected * new[0].predicted_bytes)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .calibration.calibration import Calibration
-from .calibration.use import NotCoveredError, advise
+from .calibration.use import NotCoveredError, advise, predictor_at
 from .engine import CalibratedLinears
 from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
 from .opening import Opening
-from .policies import AlwaysCompute, DucaCycle, FixedInterval, Given, GrowingGaps, IccCycle, Policy
+from .policies import AlwaysCompute, FixedInterval, Given, GrowingGaps, IccCycle, Policy
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse
+from .schedule import Schedule, duca_cycle, shortest
 from .store import StoreFormat
 
 MODES = ("auto", "paper", "forecast", "off", "icc")
-
-# A conservative evaluation's cost as a share of a full one per share of tokens, for choosing a cycle before shapes
-# are known: 0.071 at share 0.1 for FLUX at 1024². The meter counts the real one.
-_CONSERVATIVE_COST = 0.7
 
 _ATTENTION_COST = 0.1  # a calibrated evaluation's cost beyond its layers', for the same purpose; FLUX at 1024²: 0.15
 
@@ -33,6 +29,7 @@ class Strategy:
     """policy: when. predictor: with what. token_share: recomputed by conservative evaluations, 0..1. seed: of their choice.
 
     storage: where features live. name: what a report calls it. linears: what plans with calibrated evaluations need.
+    first_only: of several evaluations of one step, only the first is of the plan's kind; the others are aggressive.
     notices: what the user is to be told when a run with it begins.
     """
 
@@ -43,6 +40,7 @@ class Strategy:
     storage: StoreFormat = StoreFormat()
     name: str = "all full"
     linears: CalibratedLinears | None = None
+    first_only: bool = False
     notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -56,7 +54,8 @@ class Settings:
 
     speedup: wanted number of evaluations per full one, at least 1. token_share, start, end: 0..1.
     warmup, tail: full steps at both ends; None takes the mode's own. predictor: a key of PREDICTORS, for mode "forecast".
-    calibration: of the model, used by modes "auto" (its forecast) and "icc" (its factors). chosen: a strategy instead of all this.
+    calibration: of the model, used by modes "auto" (its forecast) and "icc" (its factors). schedule: says when in place of speedup,
+    cycle_length, warmup, tail, start and end; the mode still says with what. chosen: a strategy instead of all this.
     """
 
     mode: str = "auto"
@@ -71,6 +70,7 @@ class Settings:
     seed: int = 0
     storage: StoreFormat = field(default_factory=StoreFormat)
     calibration: Calibration | None = None
+    schedule: Schedule | None = None
     chosen: Strategy | None = None
 
     def __post_init__(self) -> None:
@@ -87,11 +87,18 @@ class Settings:
         if self.cycle_length < 0 or self.tail < 0 or (self.warmup or 0) < 0:
             raise ValueError("cycle length, warm-up and tail are counts of steps and cannot be negative")
 
+    @property
+    def part(self) -> tuple[float, float]:
+        """The part 0..1 of the sampling in which evaluations may be skipped."""
+        return (self.start, self.end) if self.schedule is None else self.schedule.part
+
     def strategy(self, opening: Opening) -> Strategy:
         """What the settings mean for a run. Raises ValueError where the mode needs a calibration that is not there."""
         if self.chosen is not None:
             return self.chosen
         common: dict[str, Any] = {"token_share": self.token_share, "seed": self.seed, "storage": self.storage}
+        if self.mode != "off" and self.schedule is not None:
+            return self._scheduled(self.schedule, opening, common)
         if self.mode == "off" or (self.mode in ("auto", "forecast") and self.speedup == 1 and not self.cycle_length):
             return Strategy(**common)
         if self.mode == "auto":
@@ -99,10 +106,29 @@ class Settings:
         if self.mode == "icc":
             return self._icc(opening, common)
         if self.mode == "paper":
-            cycle = self._duca_cycle(opening.timeline.steps)
+            warmup = 3 if self.warmup is None else self.warmup
+            cycle = duca_cycle(opening.timeline.steps, self.speedup, self.cycle_length, self.token_share, warmup, self.tail)
             return Strategy(cycle, Reuse(), name=f"DuCa N={cycle.cycle_length} share {self.token_share:g}", **common)
         name = f"{self.predictor} forecast {f'every {self.cycle_length}' if self.cycle_length else f'{self.speedup:g}x'}"
         return Strategy(self._forecast_policy(), PREDICTORS[self.predictor](), name=name, **common)
+
+    def _scheduled(self, schedule: Schedule, opening: Opening, common: dict[str, Any]) -> Strategy:
+        """What the mode fills with, at the schedule's times."""
+        policy, notices = schedule.policy(opening, self.token_share, self.calibration)
+        predictor: Predictor = PREDICTORS[self.predictor]() if self.mode == "forecast" else Reuse()
+        calibration = self.calibration or schedule.calibration
+        if self.mode == "auto":
+            plan = policy.plan(opening.timeline.steps, opening.window)
+            forecast = calibration.forecast if calibration is not None else None
+            predictor = predictor_at(forecast, opening.timeline.times[:-1], plan.count(Kind.FULL)) if forecast is not None else AUTO
+        linears = None
+        if (
+            calibration is not None
+            and calibration.factors is not None
+            and policy.plan(opening.timeline.steps, opening.window).has(Kind.CALIBRATED)
+        ):
+            linears = CalibratedLinears.bind(opening.family, opening.network, calibration.factors.tensors)
+        return Strategy(policy, predictor, name=schedule.name, linears=linears, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The calibrated forecast where the calibration covers the run, else the best uncalibrated setting."""
@@ -128,7 +154,8 @@ class Settings:
         warmup, steps, length = 1 if self.warmup is None else self.warmup, opening.timeline.steps, self.cycle_length
         if not length:
             cost = linears.weight_share + _ATTENTION_COST
-            length = self._shortest(lambda n: IccCycle(n, warmup, self.tail), steps, {Kind.FULL: 1.0, Kind.CALIBRATED: cost})
+            costs = {Kind.FULL: 1.0, Kind.CALIBRATED: cost}
+            length = shortest(lambda n: IccCycle(n, warmup, self.tail), steps, self.speedup, costs)
         name = f"ICC {self.calibration.about.method} rank {self.calibration.about.rank} every {length}"
         return Strategy(IccCycle(length, warmup, self.tail), Reuse(), name=name, linears=linears, **common)
 
@@ -136,24 +163,6 @@ class Settings:
         if self.cycle_length:
             return FixedInterval(self.cycle_length, 3 if self.warmup is None else self.warmup, self.tail)
         return GrowingGaps(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
-
-    def _duca_cycle(self, steps: int) -> DucaCycle:
-        """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
-        warmup = 3 if self.warmup is None else self.warmup
-        if self.cycle_length:
-            return DucaCycle(self.cycle_length, warmup=warmup, tail=self.tail)
-        costs = {Kind.FULL: 1.0, Kind.CONSERVATIVE: _CONSERVATIVE_COST * self.token_share}
-        length = self._shortest(lambda n: DucaCycle(n, warmup=warmup, tail=self.tail), steps, costs)
-        return DucaCycle(length, warmup=warmup, tail=self.tail)
-
-    def _shortest(self, cycle: Callable[[int], Policy], steps: int, costs: Mapping[Kind, float]) -> int:
-        """The shortest cycle whose evaluations cost little enough for the speedup; costs: in full ones, 0 where not named."""
-        for length in range(1, steps + 1):
-            plan = cycle(length).plan(steps, range(steps))
-            total = sum(cost * plan.count(kind) for kind, cost in costs.items())
-            if total * self.speedup <= steps * 1.02:
-                return length
-        return max(steps, 1)
 
 
 def predicted_bytes(

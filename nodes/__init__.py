@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
+from .cache_compare import CacheCompare
 from .cache_report import CacheReport
+from .cache_schedule import CacheSchedule
+from .cache_sweep import CacheSweep
 from .demo_flux import DemoFlux
 from .duca_cache import DucaCache
 from .load_calibration import LoadCalibration
@@ -14,8 +18,19 @@ from .svd_calibrator import SvdCalibrator
 
 class DucaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DucaCache, CacheReport, SvdCalibrator, LoadCalibration, PromptList, DemoFlux]
+        return [
+            DucaCache,
+            CacheSchedule,
+            CacheReport,
+            CacheCompare,
+            CacheSweep,
+            SvdCalibrator,
+            LoadCalibration,
+            PromptList,
+            DemoFlux,
+        ]
 
 
 async def comfy_entrypoint() -> DucaExtension:
+    routes.register()
     return DucaExtension()

@@ -23,6 +23,14 @@ SEARCHING_MODES = tuple(_USED_SECTION)
 Type = io.Custom("DUCA_CALIBRATION")
 
 
+def used_sections(settings: Settings) -> tuple[str, ...]:
+    """The sections of a calibration that a run with these settings could use."""
+    used = {_USED_SECTION.get(settings.mode)} - {None}
+    if settings.schedule is not None and settings.mode != "off":
+        used |= {section for section, needs in zip(("forecast", "icc"), settings.schedule.needs) if needs}
+    return tuple(sorted(section for section in used if section is not None))
+
+
 def load(path: Path, sections: tuple[str, ...] | None = None) -> Calibration:
     """What the sidecar at `path` holds, or only some of its sections. Raises SidecarError."""
     stat = path.stat() if path.is_file() else None  # the reader says what is wrong with a file that is not there
@@ -71,12 +79,15 @@ class Finder:
 
     def __init__(self, settings: Settings, is_on: bool = True, node_id: str | None = None) -> None:
         self._settings, self._node_id = settings, node_id
-        self._section = _USED_SECTION.get(settings.mode)
-        self._is_on = is_on and settings.calibration is None and settings.chosen is None
+        self._sections = used_sections(settings)
+        self._is_on = is_on and settings.calibration is None and settings.chosen is None and bool(self._sections)
         self._said: set[str] = set()
+        self.found: Path | None = None  # by the last search
 
     def settings_for(self, patcher: ModelPatcher) -> Settings:
-        found = find(patcher, self._section, self._refused) if self._is_on and self._section is not None else None
+        section = self._sections[0] if len(self._sections) == 1 else None
+        found = find(patcher, section, self._refused) if self._is_on else None
+        self.found = found[0] if found is not None else None
         if found is None:
             return self._settings
         path, calibration = found

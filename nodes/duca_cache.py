@@ -8,10 +8,9 @@ import torch
 from comfy_api.latest import io
 
 from ..cache_core import Settings, StoreFormat
-from ..cache_core.calibration.calibration import Calibration
 from ..cache_core.predictors import PREDICTORS
 from ..cache_core.strategy import MODES
-from . import calibrations, host, sidecars
+from . import cache_schedule, calibrations, host, sidecars
 
 _STORE_DTYPES = {"model dtype": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _STORE_DEVICES = ("auto", "GPU", "CPU")
@@ -57,6 +56,11 @@ class DucaCache(io.ComfyNode):
                     optional=True,
                     tooltip="From SVD Calibrator or Load Calibration. Without it the checkpoint's own is looked for in modes auto and icc.",
                 ),
+                cache_schedule.Type.Input(
+                    "schedule",
+                    optional=True,
+                    tooltip="From Cache Schedule: says which evaluations are full, in place of the slider and the numbers of steps here.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache on it.")],
             hidden=[io.Hidden.unique_id],
@@ -73,44 +77,34 @@ class DucaCache(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, mode: str | None = None, **inputs: Any) -> tuple:
         """What looks for a calibration samples anew when there is another file. Inputs from other nodes are None here."""
-        is_searching = "calibration" not in inputs and mode in (None, *calibrations.SEARCHING_MODES)
+        may_search = mode in (None, *calibrations.SEARCHING_MODES) or "schedule" in inputs
+        is_searching = "calibration" not in inputs and may_search
         return sidecars.state() if is_searching else ()
 
     @classmethod
-    def execute(
-        cls,
-        model: io.Model.Type,
-        mode: str,
-        speedup: float,
-        predictor: str,
-        cycle_length: int,
-        token_share: float,
-        warmup: int,
-        tail: int,
-        start_percent: float,
-        end_percent: float,
-        store_device: str,
-        store_dtype: str,
-        token_seed: int,
-        verbose: bool,
-        calibration: Calibration | None = None,
-    ) -> io.NodeOutput:
-        settings = Settings(
-            mode=mode,
-            speedup=speedup,
-            predictor=predictor,
-            cycle_length=cycle_length,
-            token_share=token_share,
-            warmup=None if warmup < 0 else warmup,
-            tail=tail,
-            start=start_percent,
-            end=end_percent,
-            seed=token_seed,
-            storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, _STORE_DTYPES[store_dtype]),
-            calibration=calibration,
-        )
-        options = host.HostOptions(store_device == "auto", verbose, cls.hidden.unique_id)
-        return io.NodeOutput(host.attach(model, settings, options))
+    def execute(cls, model: io.Model.Type, verbose: bool, **given: Any) -> io.NodeOutput:
+        options = host.HostOptions(given["store_device"] == "auto", verbose, cls.hidden.unique_id)
+        return io.NodeOutput(host.attach(model, settings_of(**given), options))
+
+
+def settings_of(
+    warmup: int,
+    start_percent: float,
+    end_percent: float,
+    store_device: str,
+    store_dtype: str,
+    token_seed: int,
+    **given: Any,
+) -> Settings:
+    """What the node's inputs mean: those of Settings, but for these. Raises ValueError."""
+    return Settings(
+        warmup=None if warmup < 0 else warmup,
+        start=start_percent,
+        end=end_percent,
+        seed=token_seed,
+        storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, _STORE_DTYPES[store_dtype]),
+        **given,
+    )
 
 
 def _advanced_inputs() -> list[io.Input]:

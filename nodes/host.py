@@ -18,7 +18,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..cache_core import CacheRun, Kind, ModelCall, Opening, Settings, Timeline, find_family
+from ..cache_core.meter import Evaluation
 from . import calibrations
+from .live_runs import LiveRun, live_runs
 from .notices import say
 from .report_text import report_text
 from .run_book import RunBook
@@ -57,13 +59,20 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
     book, finder = RunBook(), calibrations.Finder(settings, options.finds_calibration, options.node_id)
     clone.set_attachments(KEY, book)
 
+    live: dict[CacheRun, LiveRun] = {}
+
+    def open_run(patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
+        return _open_run(patcher, finder, options, sigmas, live)
+
     def finished(run: CacheRun, result: torch.Tensor | None) -> None:
         report = run.close(is_complete=result is not None)
         book.add(report, result)
+        if run in live:
+            live_runs.end(live.pop(run), report)
         if options.verbose:
             logging.info("[DuCa] %s", report_text(report, verbose=True))
 
-    listen(clone, lambda patcher, sigmas: _open_run(patcher, finder.settings_for(patcher), options, sigmas), finished)
+    listen(clone, open_run, finished)
     return clone
 
 
@@ -136,10 +145,17 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, start: float = 0.0, end
     return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device)
 
 
-def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, sigmas: torch.Tensor) -> CacheRun | None:
-    """A run for these noise levels, or None (said to the user) where the cache must stand aside."""
+def _open_run(
+    patcher: ModelPatcher,
+    finder: calibrations.Finder,
+    options: HostOptions,
+    sigmas: torch.Tensor,
+    live: dict[CacheRun, LiveRun],
+) -> CacheRun | None:
+    """A run for these noise levels, entered in `live` if a node asked for it; None (said to the user) where the cache must stand aside."""
+    settings = finder.settings_for(patcher)
     try:
-        begun = opening(patcher, sigmas, settings.start, settings.end)
+        begun = opening(patcher, sigmas, *settings.part)
     except ValueError as reason:
         say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", options.node_id)
         return None
@@ -149,15 +165,23 @@ def _open_run(patcher: ModelPatcher, settings: Settings, options: HostOptions, s
         """System memory where the cache would take more than half of what is free on the device."""
         return None if needed * 2 <= comfy.model_management.get_free_memory(device) else torch.device("cpu")
 
+    def told(evaluation: Evaluation) -> None:
+        if run in live:
+            live[run].evaluation(evaluation)
+
+    strategy = settings.strategy(begun)
     run = CacheRun(
-        settings.strategy(begun),
+        strategy,
         begun.timeline,
         begun.window,
         begun.family,
         device,
         say=lambda text: say(f"DuCa Cache: {text}.", options.node_id),
         choose_device=choose_device if options.choose_device else None,
+        told=told,
     )
+    if options.node_id is not None:
+        live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, finder.found)
     if begun.timeline.steps < _FEW_STEPS and run.plan.count(Kind.FULL) < begun.timeline.steps:
         run.notify(f"with {begun.timeline.steps} steps, fewer steps without a cache are likely to look better than skipped ones; compare")
     return run

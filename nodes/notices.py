@@ -8,7 +8,7 @@ import logging
 def say(text: str, node_id: str | None = None) -> None:
     """Once is the caller's business. Works without a running server, as in tests."""
     logging.warning("[DuCa] %s", text)
-    server = _server()
+    server = running_server()
     if server is not None:
         server.send_sync("duca_cache.notice", {"node": node_id, "text": text}, server.client_id)
     show(text, node_id)
@@ -16,12 +16,13 @@ def say(text: str, node_id: str | None = None) -> None:
 
 def show(text: str, node_id: str | None = None) -> None:
     """Only under the node."""
-    server = _server()
+    server = running_server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id, server.client_id)
 
 
-def _server():
+def running_server():
+    """The host's server; None in a process without one, as in tests."""
     try:
         from server import PromptServer
     except ImportError:

@@ -49,6 +49,15 @@ class PlanSearch:
             chosen = self._exchange(chosen)
         return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))
 
+    def order(self) -> list[int]:
+        """All steps, those first that are given up last: the first step and those outside the window, then by expected cost."""
+        fixed = set(range(len(self._times))).difference(self._free)
+        chosen, given_up = set(range(len(self._times))), []
+        while droppable := sorted(chosen - fixed):
+            given_up.append(min(droppable, key=lambda step: self.cost(chosen - {step})))
+            chosen.remove(given_up[-1])
+        return [*sorted(fixed), *reversed(given_up)]
+
     def cost(self, full: Collection[int]) -> float:
         """Expected squared deviation of the final latent."""
         total, run = 0.0, 0.0

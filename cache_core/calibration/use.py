@@ -11,6 +11,9 @@ from .calibration import Choice, Forecast
 from .search import PlanSearch
 from .statistics import ForecastModel
 
+_SEARCHED = 40  # steps whose order is searched at most
+_NESTED_SHARE = 0.5  # of calibrated weights, in the errors that nested plans are searched by: one for all, or they would not be nested
+
 
 class Advice(NamedTuple):
     """plan: for every step. predictor: for the skipped ones. is_exact: whether just this was tried out when calibrating."""
@@ -31,17 +34,51 @@ def advise(forecast: Forecast, times: Sequence[float], window: range, full: int)
     is dropped or added by expected cost. Raises NotCoveredError for times outside the calibrated ones.
     """
     model = forecast.model
-    outside = [time for time in times if not model.covers(time)]
-    if outside:
-        reach = f"{model.times[0]:.3g} to {model.times[-1]:.3g}"
-        raise NotCoveredError(f"it was made for the model's times {reach}, and this run also asks for {outside[0]:.3g}")
-    choice = min(forecast.choices, key=lambda c: abs(c.plan.count(Kind.FULL) - full))
+    _check_covered(model, times)
+    choice = _nearest(forecast, full / len(times))
     predictor = predictor_of(model, choice.share)
     is_like = len(times) == len(forecast.step_times) and max(abs(a - b) for a, b in zip(times, forecast.step_times)) < 1e-3
     if is_like and choice.plan.count(Kind.FULL) == full and len(window) == len(times):
         return Advice(choice.plan, predictor, True)
     plan = search_for(model, choice.share, times, window).plan(full, start=_taken_over(choice, forecast.step_times, times))
     return Advice(plan, predictor, False)
+
+
+def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full: int) -> Plan:
+    """The `full` steps whose loss is expected to harm most, in the order in which a search would give them up: a plan with fewer is
+    always a part of one with more. The first step and those outside `window` are full in any case.
+
+    Of more than 40 steps, every n-th is searched and those between come after, as finding an order takes time with the cube of the steps.
+    Raises NotCoveredError for times outside the calibrated ones.
+    """
+    _check_covered(forecast.model, times)
+    steps = len(times)
+    stride = -(-steps // _SEARCHED)
+    coarse = range(0, steps, stride)
+    inside = range(*(len([step for step in coarse if step < end]) for end in (window.start, window.stop)))
+    order = [coarse[step] for step in search_for(forecast.model, _NESTED_SHARE, [times[step] for step in coarse], inside).order()]
+    order += [step for step in window if step not in coarse]
+    chosen = {0, *(step for step in range(steps) if step not in window)}
+    chosen.update([step for step in order if step not in chosen][: max(0, full - len(chosen))])
+    return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))
+
+
+def predictor_at(forecast: Forecast, times: Sequence[float], full: int) -> Predictor:
+    """What fills best at about this many full evaluations; the uncalibrated predictor for times outside the calibrated ones."""
+    is_covered = all(forecast.model.covers(time) for time in times)
+    return predictor_of(forecast.model, _nearest(forecast, full / len(times)).share) if is_covered else AUTO
+
+
+def _check_covered(model: ForecastModel, times: Sequence[float]) -> None:
+    outside = [time for time in times if not model.covers(time)]
+    if outside:
+        reach = f"{model.times[0]:.3g} to {model.times[-1]:.3g}"
+        raise NotCoveredError(f"it was made for the model's times {reach}, and this run also asks for {outside[0]:.3g}")
+
+
+def _nearest(forecast: Forecast, share: float) -> Choice:
+    """The choice with about this share of full evaluations."""
+    return min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / len(choice.plan) - share))
 
 
 def _taken_over(choice: Choice, calibrated: Sequence[float], times: Sequence[float]) -> list[int]:

@@ -104,6 +104,9 @@ class SlotTable:
         self._evaluation = -1
         self._number = 1
 
+    def __len__(self) -> int:
+        return len(self._slots)
+
     def begin(self, evaluation: int) -> None:
         """A new evaluation, numbered from 0."""
         self._evaluation, self._number = evaluation, 0

@@ -1,0 +1,23 @@
+"""A policy held to a part of the run that is named in steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..kinds import Plan
+from .always_compute import AlwaysCompute
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class Within:
+    """`policy` from step `first` up to, not including, step `end` (from 0); None is the end of the run."""
+
+    policy: Policy = AlwaysCompute()
+    first: int = 0
+    end: int | None = None
+
+    def plan(self, steps: int, window: range) -> Plan:
+        end = window.stop if self.end is None else min(window.stop, self.end)
+        start = max(window.start, self.first)
+        return self.policy.plan(steps, range(start, max(start, end)))

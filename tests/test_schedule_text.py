@@ -1,0 +1,110 @@
+"""Schedules as text: hand-worked ones, the wrong character, and properties over runs of any length."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui_duca.cache_core import Kind, Plan
+from comfyui_duca.cache_core.policies import Patterned
+from comfyui_duca.cache_core.schedule_text import ScheduleTextError, parse, text_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "expected"),
+    [
+        ("F c a c a", 12, "FcacaFcacaFc"),
+        ("3F (Xa)*", 9, "FFFFaFaFa"),
+        ("3F (Faa)* F", 11, "FFFFaaFaaFF"),  # the loop is cut short, the tail is not
+        ("3F (Faa)* F", 4, "FFFF"),
+        ("3F (Faa)* F", 2, "FF"),  # too short for both: the head pays
+        ("2(F2a)", 8, "FaaFaaFa"),
+        ("F2(ca)", 5, "Fcaca"),
+        ("FaFaa", 5, "FaFaa"),
+        ("FaFaa", 3, "FaF"),
+        ("Fa*", 5, "Faaaa"),
+        ("F 2(F(ai))* 2F", 9, "FFaiFaiFF"),
+        ("F(F 2(ac))* ", 8, "FFacacFa"),
+        (" F\ta\n", 4, "FaFa"),
+        ("F * a", 4, "FFFa"),  # a star repeats what stands before it, also over a space
+        ("(Fa)*", 1, "F"),
+        ("F(aaF)*aa", 1, "F"),  # a run of one step is full, whatever the text's end says
+    ],
+)
+def test_hand_worked_texts(text, steps, expected):
+    assert str(parse(text).fit(steps)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "word"),
+    [
+        ("F c b a", 4, "letters"),
+        ("FaX!", 3, "letters"),
+        ("f a", 0, "letters"),
+        ("a F", 0, "first step"),
+        ("  2(aF)", 4, "first step"),
+        ("", 0, "at least one"),
+        ("   ", 3, "at least one"),
+        ("F 3", 3, "followed by"),
+        ("F (aa", 2, "never closed"),
+        ("F a)", 3, "would close"),
+        ("F ()", 2, "empty"),
+        ("(Fa)* (ca)*", 10, "only one"),
+        ("F (a*F)", 4, "after a whole group"),
+        ("0F", 0, "from 1"),
+        ("F 999999999a", 2, "from 1"),
+        ("9999(9999F)", 4, "more than"),
+        ("Fé", 1, "letters"),
+    ],
+)
+def test_the_wrong_character_is_named(text, position, word):
+    with pytest.raises(ScheduleTextError, match=word) as caught:
+        parse(text)
+    assert caught.value.position == position and caught.value.text == text
+    assert f"character {position + 1} of" in str(caught.value)
+
+
+plans = st.lists(st.sampled_from("Fica"), max_size=199).map(lambda rest: Plan.parse("F" + "".join(rest)))
+
+
+@given(plan=plans)
+def test_a_plan_round_trips(plan):
+    written = text_of(plan)
+    assert parse(written).fit(len(plan)) == plan and text_of(parse(written).fit(len(plan))) == written
+
+
+items = st.recursive(
+    st.tuples(st.integers(1, 3), st.sampled_from("FXica")).map(lambda item: f"{item[0]}{item[1]}"),
+    lambda inner: st.tuples(st.integers(1, 3), st.lists(inner, min_size=1, max_size=3)).map(lambda g: f"{g[0]}({' '.join(g[1])})"),
+    max_leaves=5,
+)
+
+
+@given(head=st.lists(items, max_size=3), loop=items, tail=st.lists(items, max_size=2), steps=st.integers(1, 200))
+def test_any_text_fits_any_run(head, loop, tail, steps):
+    text = f"F{''.join(head)}({loop})*{''.join(tail)}"
+    pattern = parse(text)
+    plan = pattern.fit(steps)
+    assert len(plan) == steps and plan[0] is Kind.FULL
+    if steps > len(pattern.head) + len(pattern.tail):
+        assert plan.kinds[: len(pattern.head)] == pattern.head and plan.kinds[steps - len(pattern.tail) :] == pattern.tail
+    assert str(steps) in pattern.mapping(steps)
+
+
+@given(text=st.text(alphabet="Fcai X0123()*", max_size=30))
+def test_nonsense_is_refused_in_words_or_read(text):
+    try:
+        pattern = parse(text)
+    except ScheduleTextError as error:
+        assert 0 <= error.position <= len(text)
+    else:
+        assert pattern.fit(7)[0] is Kind.FULL
+
+
+@given(plan=plans, warmup=st.integers(0, 20), tail=st.integers(0, 20), start=st.integers(0, 20))
+def test_warm_up_tail_and_window_are_full(plan, warmup, tail, start):
+    steps = len(plan)
+    fitted = Patterned(parse(text_of(plan)), warmup, tail).plan(steps, range(start, steps))
+    for step, kind in enumerate(fitted.kinds):
+        outside = step < warmup or step >= steps - tail or step < start
+        assert kind is (Kind.FULL if outside else plan[step])
