@@ -34,7 +34,7 @@ class ComfyClient:
     """Plain calls that wait. Each run is a WebSocket client of its own, so several can share one server."""
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
 
     def run(self, prompt: dict[str, Any], on_progress: Progress | None = None) -> Execution:
         """Runs an API-format prompt to its end. on_progress: told node id, steps done and steps in all. Raises PromptError."""
@@ -50,10 +50,10 @@ class ComfyClient:
 
     async def _run(self, prompt: dict[str, Any], on_progress: Progress) -> Execution:
         client_id = uuid.uuid4().hex
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self._url}/ws?clientId={client_id}", max_msg_size=0) as socket:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={client_id}", max_msg_size=0) as socket:
             execution = Execution(await self._submit(session, prompt, client_id))
             await _follow(socket, execution, on_progress)
-            async with session.get(f"{self._url}/history/{execution.prompt_id}", timeout=_ANSWER_SECONDS) as answer:
+            async with session.get(f"{self.url}/history/{execution.prompt_id}", timeout=_ANSWER_SECONDS) as answer:
                 entry = (await answer.json()).get(execution.prompt_id)
         if entry is None:
             raise PromptError("the server ended the prompt but its history does not have it")
@@ -62,7 +62,7 @@ class ComfyClient:
 
     async def _submit(self, session: aiohttp.ClientSession, prompt: dict[str, Any], client_id: str) -> str:
         body = {"prompt": prompt, "client_id": client_id}
-        async with session.post(f"{self._url}/prompt", json=body, timeout=_ANSWER_SECONDS) as answer:
+        async with session.post(f"{self.url}/prompt", json=body, timeout=_ANSWER_SECONDS) as answer:
             reply = await answer.json(content_type=None)
         # The server runs the valid part of a prompt that is partly invalid. Here that is an error too.
         if answer.status != 200 or reply.get("node_errors"):
@@ -70,7 +70,7 @@ class ComfyClient:
         return str(reply["prompt_id"])
 
     async def _get_bytes(self, path: str) -> bytes:
-        async with aiohttp.ClientSession() as session, session.get(self._url + path, timeout=_ANSWER_SECONDS) as answer:
+        async with aiohttp.ClientSession() as session, session.get(self.url + path, timeout=_ANSWER_SECONDS) as answer:
             if answer.status != 200:
                 raise PromptError(f"the server answered {answer.status} to {path}")
             return await answer.read()

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import os
-import struct
 import sys
-import time
-import uuid
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-import aiohttp
 import pytest
 from calibrator_calls import PROMPTS, ROOT, SHIPPED
 from comfyui_duca.cache_core.calibration.sidecar import peek
 from comfyui_duca.nodes import sidecars
 from PIL import Image
+from watching import watch
 
 from devtools.client import ComfyClient, PromptError
 from devtools.server import ComfyServer
@@ -62,30 +58,9 @@ def key(class_type: str) -> str:
     return next(key for key, value in SHIPPED.items() if value["class_type"] == class_type)
 
 
-async def _watched(url: str, prompt: dict, interrupt_at: str | None) -> tuple[list[str], list[dict], float]:
-    """Texts under the calibrator, messages, and the seconds from the interrupt to the end."""
-    client, texts, messages, asked = uuid.uuid4().hex, [], [], 0.0
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/ws?clientId={client}", max_msg_size=0) as socket:
-        async with session.post(f"{url}/prompt", json={"prompt": prompt, "client_id": client}) as answer:
-            assert answer.status == 200, await answer.text()
-        async for message in socket:
-            if message.type is aiohttp.WSMsgType.BINARY:
-                kind, length = struct.unpack(">II", message.data[:8])
-                if kind == 3 and message.data[8 : 8 + length].decode() == key("DuCaSVDCalibrator"):
-                    texts.append(message.data[8 + length :].decode())
-                if interrupt_at is not None and not asked and texts and texts[-1].startswith(interrupt_at):
-                    asked = time.monotonic()
-                    async with session.post(f"{url}/interrupt") as answer:
-                        assert answer.status == 200
-            elif message.type is aiohttp.WSMsgType.TEXT:
-                messages.append(message.json())
-                if messages[-1]["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-                    return texts, messages, time.monotonic() - asked
-    raise AssertionError("the server closed the connection")
-
-
 def watched(client: ComfyClient, prompt: dict, interrupt_at: str | None = None) -> tuple[list[str], list[dict], float]:
-    return asyncio.run(_watched(client._url, prompt, interrupt_at))
+    """Texts under the calibrator, all messages, and the seconds from the interrupt to the end."""
+    return watch(client.url, prompt, key("DuCaSVDCalibrator"), interrupt_at)
 
 
 def setting_of(outputs: dict) -> str:
