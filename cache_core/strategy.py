@@ -14,7 +14,7 @@ from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
 from .opening import Opening
-from .policies import AlwaysCompute, FixedInterval, Given, GrowingGaps, IccCycle, Policy
+from .policies import AlwaysCompute, FixedInterval, Given, GrowingGaps, IccCycle, Policy, usual_gaps
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse
 from .schedule import Schedule, duca_cycle, shortest
 from .store import StoreFormat
@@ -132,7 +132,8 @@ class Settings:
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The calibrated forecast where the calibration covers the run, else the best uncalibrated setting."""
-        uncalibrated = Strategy(GrowingGaps(self.speedup, tail=self.tail), AUTO, name=f"auto {self.speedup:g}x", **common)
+        usual = usual_gaps(opening.timeline.steps, self.speedup, self.tail)
+        uncalibrated = Strategy(usual, AUTO, name=f"auto {self.speedup:g}x", **common)
         if self.calibration is None:
             return uncalibrated
         if self.calibration.forecast is None:

@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.calibration.sidecar import About
 from comfyui_duca.cache_core.calibration.use import predictor_of, search_for
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import AlwaysCompute, Given, GrowingGaps
+from comfyui_duca.cache_core.policies import AlwaysCompute, Given, usual_gaps
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Calibrator, Wishes, calibrate, trials
 from comfyui_duca.cache_core.tuning.tape import TapedRun
@@ -128,7 +128,7 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
     def distances(full: int, share: float | None, is_searched: bool) -> np.ndarray:
         found = []
         for prompt, other in enumerate(others):
-            plan = GrowingGaps(STEPS / full).plan(STEPS, range(STEPS))
+            plan = usual_gaps(STEPS, STEPS / full).plan(STEPS, range(STEPS))
             if is_searched:
                 plan = search_for(other.model, share, other.step_times, range(STEPS)).plan(full)
             patched = cached(model, chosen=Strategy(Given(plan), predictor_of(other.model, share)))
@@ -147,7 +147,7 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
             if surely and found.mean() > expected.mean():
                 expected, (share, is_searched) = found, candidate
         assert choice.psnr == pytest.approx(expected.mean(), abs=1e-3) and choice.share == share
-        plan = GrowingGaps(STEPS / full).plan(STEPS, range(STEPS))
+        plan = usual_gaps(STEPS, STEPS / full).plan(STEPS, range(STEPS))
         if is_searched:
             plan = search_for(learned.forecast.model, share, learned.forecast.step_times, range(STEPS)).plan(full)
         assert choice.plan == plan

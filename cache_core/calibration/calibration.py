@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -35,12 +35,13 @@ class Choice:
 class Forecast:
     """model: statistics with sensitivities. step_times: the model's time at every step of the calibrated schedule.
 
-    choices: by number of full evaluations, most first.
+    choices: by number of full evaluations, most first. orders: what was found out about runs, by their times: a page asks often.
     """
 
     model: ForecastModel
     step_times: tuple[float, ...]
     choices: tuple[Choice, ...]
+    orders: dict[tuple, list[int]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,6 +141,18 @@ class ForecastModel:
         gram, _, _ = self._between([*anchors, time])
         known = gram[:-1, :-1]
         return torch.linalg.solve(known + _RIDGE_W * torch.diag(known.diagonal()), gram[:-1, -1]).tolist()
+
+    def plain_error(self, anchors: Sequence[float], time: float) -> float:
+        """Expected square per token, over channels, of a forecast with the best weights and no correction; much faster than `fit`."""
+        mix = np.zeros((len(anchors) + 1, len(self.times)))
+        for row, at in enumerate((*anchors, time)):
+            for node, share in self._nodes(at):
+                mix[row, node] += share
+        gram = mix @ self.gram.numpy() @ mix.T
+        known = gram[:-1, :-1]
+        weights = np.linalg.solve(known + _RIDGE_W * np.diag(known.diagonal()), gram[:-1, -1])
+        c = np.append(-weights, 1.0)
+        return max(float(c @ gram @ c), 0.0)
 
     def fit(self, anchors: Sequence[float], time: float, weights: Sequence[float] | None = None) -> Fit:
         """What is left to correct once the hidden states at `anchors` are combined with `weights`, by default the best ones."""

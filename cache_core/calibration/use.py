@@ -12,7 +12,6 @@ from .search import PlanSearch
 from .statistics import ForecastModel
 
 _SEARCHED = 40  # steps whose order is searched at most
-_NESTED_SHARE = 0.5  # of calibrated weights, in the errors that nested plans are searched by: one for all, or they would not be nested
 
 
 class Advice(NamedTuple):
@@ -40,7 +39,7 @@ def advise(forecast: Forecast, times: Sequence[float], window: range, full: int)
     is_like = len(times) == len(forecast.step_times) and max(abs(a - b) for a, b in zip(times, forecast.step_times)) < 1e-3
     if is_like and choice.plan.count(Kind.FULL) == full and len(window) == len(times):
         return Advice(choice.plan, predictor, True)
-    plan = search_for(model, choice.share, times, window).plan(full, start=_taken_over(choice, forecast.step_times, times))
+    plan = _quick_search(model, times, window).plan(full, start=_taken_over(choice, forecast.step_times, times))
     return Advice(plan, predictor, False)
 
 
@@ -48,19 +47,26 @@ def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full:
     """The `full` steps whose loss is expected to harm most, in the order in which a search would give them up: a plan with fewer is
     always a part of one with more. The first step and those outside `window` are full in any case.
 
-    Of more than 40 steps, every n-th is searched and those between come after, as finding an order takes time with the cube of the steps.
+    What is expected of a forecast is its error with the best weights and no correction: a search asks for thousands. Of more than
+    40 steps, every n-th is searched and those between come after, as finding an order takes time with the cube of the steps.
     Raises NotCoveredError for times outside the calibrated ones.
     """
     _check_covered(forecast.model, times)
-    steps = len(times)
-    stride = -(-steps // _SEARCHED)
-    coarse = range(0, steps, stride)
-    inside = range(*(len([step for step in coarse if step < end]) for end in (window.start, window.stop)))
-    order = [coarse[step] for step in search_for(forecast.model, _NESTED_SHARE, [times[step] for step in coarse], inside).order()]
-    order += [step for step in window if step not in coarse]
+    steps, asked = len(times), (tuple(times), window)
+    if asked not in forecast.orders:
+        forecast.orders[asked] = _order(forecast.model, times, window)
+    order = forecast.orders[asked]
     chosen = {0, *(step for step in range(steps) if step not in window)}
     chosen.update([step for step in order if step not in chosen][: max(0, full - len(chosen))])
     return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))
+
+
+def _order(model: ForecastModel, times: Sequence[float], window: range) -> list[int]:
+    """Steps by how late a search would give them up."""
+    coarse = range(0, len(times), -(-len(times) // _SEARCHED))
+    inside = range(*(len([step for step in coarse if step < end]) for end in (window.start, window.stop)))
+    taken = [times[step] for step in coarse]
+    return [coarse[step] for step in _quick_search(model, taken, inside).order()] + [step for step in window if step not in coarse]
 
 
 def predictor_at(forecast: Forecast, times: Sequence[float], full: int) -> Predictor:
@@ -106,6 +112,11 @@ def error_of(model: ForecastModel, share: float | None) -> Callable[[Sequence[fl
         return calibrated.fit(anchors, time).error
 
     return error
+
+
+def _quick_search(model: ForecastModel, times: Sequence[float], window: range) -> PlanSearch:
+    """A search by what the best weights miss: rough, but a sampling does not wait for it."""
+    return PlanSearch(model.plain_error, model.harm(times), times, window, AUTO.history)
 
 
 def search_for(model: ForecastModel, share: float | None, times: Sequence[float], window: range) -> PlanSearch:

@@ -14,7 +14,7 @@ from ..calibration.statistics import ForecastModel
 from ..calibration.use import predictor_of, search_for
 from ..kinds import Plan
 from ..opening import Opening
-from ..policies import Given, GrowingGaps
+from ..policies import Given, usual_gaps
 from ..run import CacheRun
 from ..strategy import Strategy
 from .tape import Sample
@@ -92,7 +92,8 @@ class Trials:
     def _plan(self, model: ForecastModel, candidate: _Candidate, full: int) -> Plan:
         if candidate.is_searched:
             return search_for(model, candidate.share, self._times, self._window).plan(full)
-        return GrowingGaps(len(self._times) / full).plan(len(self._times), self._window)
+        steps = len(self._times)
+        return usual_gaps(steps, steps / full).plan(steps, self._window)
 
     def _try(self, candidate: _Candidate, full: int) -> _Trial:
         """Samples all prompts."""

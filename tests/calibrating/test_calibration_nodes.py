@@ -22,7 +22,10 @@ from comfyui_duca.nodes.prompt_list import PromptList
 from host import sample
 from test_sidecars_on_host import with_lora
 
-IDS = ("DuCaCache", "DuCaCacheReport", "DuCaSVDCalibrator", "DuCaLoadCalibration", "DuCaPromptList", "DuCaDemoFlux")
+IDS = (
+    "DuCaCache", "DuCaCacheSchedule", "DuCaCacheReport", "DuCaCacheCompare", "DuCaCacheSweep", "DuCaSVDCalibrator", "DuCaLoadCalibration",
+    "DuCaPromptList", "DuCaDemoFlux",
+)  # fmt: skip
 
 
 # -- the nodes as the page sees them -------------------------------------------------------------------
