@@ -34,7 +34,7 @@ def advise(forecast: Forecast, times: Sequence[float], window: range, full: int)
     """
     model = forecast.model
     _check_covered(model, times)
-    choice = _nearest(forecast, full / len(times))
+    choice = min(forecast.choices, key=lambda c: abs(c.plan.count(Kind.FULL) - full))
     predictor = predictor_of(model, choice.share)
     is_like = len(times) == len(forecast.step_times) and max(abs(a - b) for a, b in zip(times, forecast.step_times)) < 1e-3
     if is_like and choice.plan.count(Kind.FULL) == full and len(window) == len(times):

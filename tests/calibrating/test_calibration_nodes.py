@@ -52,13 +52,18 @@ def test_the_nodes_ids_are_frozen_and_everything_is_explained():
             "DuCaCache",
             ["model", "mode", "speedup", "predictor", "cycle_length", "token_share", "warmup", "tail", "start_percent", "end_percent",
              "store_device", "store_dtype", "token_seed", "verbose"],
-            ["calibration"],
+            ["calibration", "schedule"],
         ),
         (
             "DuCaSVDCalibrator",
             ["model", "positive", "negative", "latent", "sampler_name", "scheduler", "steps", "cfg", "what", "icc_method", "rank",
              "first_seed", "name", "recalibrate"],
             [],
+        ),
+        (
+            "DuCaCacheSchedule",
+            ["kind", "speedup", "cycle_length", "text", "unit", "skip_from", "skip_to", "warmup", "tail", "several_evaluations"],
+            ["calibration"],
         ),
         ("DuCaLoadCalibration", ["calibration_name"], []),
         ("DuCaPromptList", ["prompts"], []),
@@ -68,7 +73,7 @@ def test_saved_workflows_depend_on_this_order_of_inputs(name, required, optional
     """Frozen: widget values in saved workflows are stored by position. What came later is optional, last and no widget."""
     fields = node_list()[name].GET_NODE_INFO_V1()["input"]
     assert list(fields["required"]) == required and list(fields.get("optional", {})) == optional
-    assert all(fields["optional"][field][0] == "DUCA_CALIBRATION" for field in optional)
+    assert all(fields["optional"][field][0] in ("DUCA_CALIBRATION", "DUCA_SCHEDULE") for field in optional)
 
 
 def test_the_page_folds_the_rare_inputs_of_these_nodes():
