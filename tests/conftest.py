@@ -14,6 +14,7 @@ load_pack()
 import pytest
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.families.flux import FLUX
+from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 
 
@@ -27,3 +28,16 @@ def network():
 def sites(network):
     """Its linear layers."""
     return find_linears(FLUX, network)
+
+
+@pytest.fixture(scope="module")
+def of_demo():
+    return sidecars.fingerprint_of(load_demo_model())
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list:
+    """Grows with every fingerprint that is computed and not remembered."""
+    compute, calls = sidecars._fingerprint, []
+    monkeypatch.setattr(sidecars, "_fingerprint", lambda weights: calls.append(1) or compute(weights))
+    return calls
