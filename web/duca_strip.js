@@ -1,0 +1,297 @@
+// The strip under DuCa Cache and Cache Schedule: the plan while the settings change, a run while it goes on, what it took after it.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { CACHE, SCHEDULE, cacheOf, executionIds, idleState, isLinked, planRequest } from "./duca_graph.js";
+import { StripView, passPointer } from "./duca_view.js";
+
+const MARGIN = 8;
+const HEIGHT = { [CACHE]: 155, [SCHEDULE]: 128 }; // fixed: heights from texts and fonts would differ between machines, and workflows save them
+const WIDTH = 300; // of a new node
+const DEBOUNCE_MS = 80;
+const PATIENCE_MS = 400; // an earlier request may still answer for so long, else a slow server would never show anything in a drag
+const SILENCE_MS = 20000; // a run without a word for so long is asked about
+
+const strips = new Set(); // of nodes that are in a graph
+const runs = new Map(); // those going on, by the node's id as the server knows it
+const askedAbout = new Set(); // nodes whose run is being asked for
+
+class Strip {
+  constructor(node) {
+    this.node = node;
+    const onPreset = node.comfyClass === CACHE ? (speedup) => this.setSpeedup(speedup) : undefined;
+    this.view = new StripView({ nodeId: node.id, minHeight: HEIGHT[node.comfyClass], onPreset });
+    this.asked = 0; // requests sent, to tell a late answer
+    this.presets = [];
+  }
+
+  /** Looks whether anything that the plan depends on has changed since; if so leaves a run's result and asks. */
+  check() {
+    if (!this.node.graph) return;
+    this.view.root.dataset.nodeId = this.node.id; // known only once the node is in a graph
+    this.#settle();
+    const request = planRequest(this.node);
+    const idle = idleState(this.node);
+    const wanted = JSON.stringify([request, idle]);
+    if (wanted === this.wanted) return;
+    Object.assign(this, { wanted, request, idle });
+    if (this.run) Object.assign(this, { run: null, left: this.run });
+    this.#showPresets();
+    this.askSoon();
+  }
+
+  /** Where undo or another workflow puts a node in the place of one of the same id, Vue nodes go on showing that one's element. */
+  #settle() {
+    if (this.view.root.isConnected) return;
+    const current = new Set([...strips].map((strip) => strip.view.root));
+    for (const old of document.querySelectorAll(`.duca-strip[data-node-id="${this.node.id}"]`)) {
+      if (!current.has(old) && !old.closest(".dom-widget")) return void old.replaceWith(this.view.root);
+    }
+  }
+
+  /** Not pushed back by further changes, so that the strip follows a slider that keeps moving. */
+  askSoon(delay = DEBOUNCE_MS) {
+    this.timer ??= setTimeout(() => {
+      this.timer = undefined;
+      const age = performance.now() - (this.sent ?? 0);
+      if (this.inFlight && age < PATIENCE_MS) this.isAskingAgain = true;
+      else this.#ask();
+    }, delay);
+  }
+
+  async #ask() {
+    this.inFlight?.abort();
+    const [abort, number] = [new AbortController(), ++this.asked];
+    Object.assign(this, { inFlight: abort, sent: performance.now(), isAskingAgain: false });
+    try {
+      const answer = await post("/duca_cache/plan", this.request, abort.signal);
+      if (number === this.asked) this.#take(answer);
+    } catch (error) {
+      if (number === this.asked && error.name !== "AbortError") this.#missing();
+    }
+    if (number !== this.asked) return;
+    this.inFlight = null;
+    if (this.isAskingAgain) this.#ask();
+  }
+
+  #take(answer) {
+    this.answer = answer;
+    if (answer.presets) this.presets = answer.presets;
+    if (!this.run) this.#showPlan();
+    this.#showPresets();
+  }
+
+  /** The server is away, or answers in no way we know: what is shown stays. */
+  #missing() {
+    if (!this.run) this.view.showNote("The server does not answer; the plan may be out of date.");
+  }
+
+  #showPlan() {
+    const { error, input, position } = this.answer ?? {};
+    if (error) this.view.showError({ error, position, text: this.request.schedule?.[input] });
+    else if (this.answer) this.view.showPlan(this.answer, this.idle);
+    else this.askSoon();
+  }
+
+  #showPresets() {
+    const speedup = this.node.widgets?.find((widget) => widget.name === "speedup")?.value;
+    this.view.showPresets(this.presets, speedup, isLinked(this.node, "speedup"));
+  }
+
+  follows(id) {
+    const cache = this.node.graph && cacheOf(this.node);
+    return Boolean(cache) && executionIds(cache).includes(id);
+  }
+
+  /** A run of this node began or went on. Not shown again once the user has turned to the next plan. */
+  showRun(run) {
+    if (run === this.left) return;
+    if (run !== this.run) this.check(); // what was changed before it began, and not yet seen, does not end it
+    this.run = run;
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = undefined;
+      if (this.run) this.view.showRun(this.run);
+    });
+  }
+
+  /** A run of which nothing more is known. */
+  dropRun(run) {
+    if (this.run !== run) return;
+    this.run = null;
+    this.#showPlan();
+  }
+
+  setSpeedup(value) {
+    const { node } = this;
+    const widget = node.widgets?.find((candidate) => candidate.name === "speedup");
+    if (!widget) return;
+    const before = widget.value;
+    app.canvas?.emitBeforeChange?.(); // the two events make one step for undo, and mark the workflow as changed
+    try {
+      widget.value = value;
+      widget.callback?.(value, app.canvas, node);
+      node.onWidgetChanged?.(widget.name, value, before, widget);
+    } finally {
+      app.canvas?.emitAfterChange?.();
+    }
+    node.setDirtyCanvas?.(true, true);
+    checkAll();
+  }
+
+  /** On entering a graph, also again after a move into a subgraph. */
+  enter() {
+    strips.add(this);
+    setTimeout(() => this.join());
+  }
+
+  /** Shows what is going on already. What was loaded meanwhile is no change by the user. */
+  join() {
+    this.check();
+    this.left = null;
+    for (const run of runs.values()) if (this.follows(run.node)) this.showRun(run);
+  }
+
+  leave() {
+    strips.delete(this);
+    clearTimeout(this.timer);
+    cancelAnimationFrame(this.frame);
+    this.inFlight?.abort();
+    this.view.dispose();
+    Object.assign(this, { timer: undefined, frame: undefined, wanted: undefined, asked: this.asked + 1, inFlight: null });
+  }
+}
+
+async function post(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const response = await api.fetchApi(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  const answer = await response.json();
+  if (!response.ok && !answer.error) throw new Error(`status ${response.status}`);
+  return answer;
+}
+
+function checkAll() {
+  for (const strip of strips) strip.check();
+}
+
+// --- runs
+
+function onRun({ detail }) {
+  const { event, node, run: number } = detail;
+  const known = runs.get(node);
+  if (event === "start") return update({ ...detail, evaluations: [], active: true });
+  if (known?.run !== number) return void resync(node); // the page came, or came back, in the middle of it
+  if (event === "evaluation") {
+    known.evaluations[detail.index] = { step: detail.step, kind: detail.kind };
+    known.bytes = detail.bytes ?? known.bytes;
+    update(known);
+  } else if (event === "end") {
+    finish(known, detail);
+  }
+}
+
+function update(run) {
+  run.heard = performance.now();
+  runs.set(run.node, run);
+  for (const strip of strips) if (strip.follows(run.node)) strip.showRun(run);
+}
+
+function finish(run, { complete, report }) {
+  Object.assign(run, { active: false, complete, report });
+  update(run);
+  runs.delete(run.node);
+  for (const strip of strips) strip.askSoon(); // the server may know the model only now
+}
+
+/** Asks what a node's run has come to. Another tab's run is that tab's; one nobody knows of is over. */
+async function resync(node) {
+  if (askedAbout.has(node) || ![...strips].some((strip) => strip.follows(node))) return;
+  const known = runs.get(node);
+  askedAbout.add(node);
+  const found = await runOf(node);
+  askedAbout.delete(node);
+  const isOurs = !found?.client_id || found.client_id === (api.clientId ?? found.client_id);
+  if (known && runs.get(node) !== known) return; // events told meanwhile
+  const isSame = known && found?.run === known.run;
+  if (found?.active && isOurs) update(Object.assign(isSame ? known : {}, found, { node, evaluations: found.evaluations ?? [] }));
+  else if (isSame) finish(known, { complete: found.report?.complete ?? false, report: found.report });
+  else if (known) {
+    runs.delete(node);
+    for (const strip of strips) strip.dropRun(known);
+  }
+}
+
+async function runOf(node) {
+  try {
+    const response = await api.fetchApi(`/duca_cache/run?node_id=${encodeURIComponent(node)}`);
+    return response.ok ? await response.json() : null;
+  } catch {
+    return null;
+  }
+}
+
+/** After a reload. Asks for runs only where something runs, as browsers write every 404 to their console. */
+async function findRuns() {
+  try {
+    const queue = await (await api.fetchApi("/prompt")).json();
+    if (!queue.exec_info?.queue_remaining) return;
+  } catch {
+    return;
+  }
+  const caches = [...strips].filter((strip) => strip.node.comfyClass === CACHE);
+  for (const id of new Set(caches.flatMap((strip) => executionIds(strip.node)))) if (!runs.has(id)) resync(id);
+}
+
+function onSilence() {
+  for (const run of runs.values()) if (performance.now() - run.heard > SILENCE_MS) resync(run.node);
+}
+
+// --- the node's side
+
+function attach(node) {
+  const strip = new Strip(node);
+  const widget = node.addDOMWidget("duca_strip", "duca_strip", strip.view.root, {
+    serialize: false, // not sent with a prompt
+    margin: MARGIN,
+    getMinHeight: () => HEIGHT[node.comfyClass] + 2 * MARGIN,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // nor saved in the workflow
+  for (const other of node.widgets) if (other !== widget) chain(other, "callback", checkAll);
+  chain(node, "onConnectionsChange", () => setTimeout(checkAll)); // the link itself changes after this
+  chain(node, "onAdded", () => strip.enter());
+  chain(node, "onRemoved", () => strip.leave());
+  passPointer(strip.view.root, app.canvas);
+  node.setSize([Math.max(WIDTH, node.size[0]), node.computeSize()[1]]); // a saved node gets its own size after this
+}
+
+function chain(target, name, also) {
+  const before = target[name];
+  target[name] = function (...given) {
+    const result = before?.apply(this, given);
+    also();
+    return result;
+  };
+}
+
+api.addEventListener("duca_cache.run", onRun); // not as late as in setup: after a reload a run's messages come before that
+
+app.registerExtension({
+  name: "DuCa.Strip",
+  setup() {
+    const style = { rel: "stylesheet", href: new URL("./duca_strip.css", import.meta.url).href };
+    document.head.append(Object.assign(document.createElement("link"), style));
+    api.addEventListener("graphChanged", checkAll); // what the host saves for undo: other nodes' settings, links, modes
+    api.addEventListener("reconnected", () => {
+      for (const strip of strips) strip.askSoon();
+      for (const node of runs.keys()) resync(node);
+    });
+    setInterval(onSilence, SILENCE_MS / 2);
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === CACHE || node.comfyClass === SCHEDULE) attach(node);
+  },
+  afterConfigureGraph() {
+    for (const strip of strips) strip.join();
+    findRuns();
+  },
+});
