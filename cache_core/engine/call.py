@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..families.base import ModelFamily, Stack, UnsupportedCallError, stream_lengths, stream_slice
+from ..families.base import ModelFamily, Stack, UnsupportedCallError, stream_slice
 from .linear_sites import CalibratedLinears
 from .overrides import Override, around
 from .slot import Slot
@@ -51,17 +51,18 @@ class EngineCall:
         """What every kind of evaluation listens to: the model's input where it is used, and the arrival at the first block."""
         overrides = [(self.placed[0][2], around(before=self.enter))]
         if self.keeps_input:
-            overrides.append((attrgetter(self.family.embed)(self.model), around(before=self._note_input)))
+            embed = attrgetter(self.family.embed)(self.model)
+            overrides.append((embed, around(before=lambda args, _kwargs: self._note_input(embed, args[0]))))
         return overrides
 
-    def _note_input(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.input = args[0].clone()  # some linears clamp what they are given in place
+    def _note_input(self, embed: nn.Module, given: Tensor) -> None:
+        self.input = self.family.tokens(embed, given).clone()  # some linears clamp what they are given in place
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """To be told the arguments of the first block: notes the stream lengths."""
         stack = self.placed[0][0]
         streams = stack.inputs(args, kwargs)
-        self.lengths = stream_lengths(stack, streams)
+        self.lengths = stack.lengths(args, kwargs)
         self.is_touched = True
         if self.keeps_input:
             index, place = _find(stack, self.family.hidden, self.lengths)
@@ -79,7 +80,7 @@ class EngineCall:
         self.is_touched = True
         if not self.lengths:
             return
-        tensors = result if isinstance(result, tuple) else (result,)
+        tensors = self.last_stack.returned(result)
         index, place = self.hidden_place()
         hidden = tensors[index][:, place]
         if self.embedded is None or self.input is None:

@@ -6,8 +6,12 @@ from torch import nn
 
 from .base import Lengths, ModelFamily, Site, Stack, UnsupportedCallError
 from .flux import FLUX
+from .qwen_image import QWEN_IMAGE
 
-FAMILIES: tuple[ModelFamily, ...] = (FLUX,)
+FAMILIES: tuple[ModelFamily, ...] = (
+    FLUX,
+    QWEN_IMAGE,
+)
 
 
 def find_family(model: nn.Module) -> ModelFamily | None:

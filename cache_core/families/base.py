@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -55,10 +55,12 @@ Replay = Callable[[nn.Module, Mapping[str, Any], Cached], tuple[Tensor, ...]]
 class Stack:
     """A list of like blocks.
 
-    path: dotted path of the ModuleList on the model.
+    path: dotted path of the ModuleList or ModuleDict on the model.
     parameters: names of the block's positional parameters, in order.
     streams: parameter that carries tokens -> stream name. "txt+img" is the two concatenated in that order.
-        The block returns them in this order too, a bare tensor where there is one.
+        The block returns them in this order too, or in that of `returns`; a bare tensor where there is one.
+    contexts: parameter that carries tokens which blocks only look at (cross-attention) -> their name, to count them.
+    returns: parameters of `streams` in the order in which the block returns them, where it is another.
     sites: sublayers a full evaluation keeps for conservative ones.
     replay: a block's conservative evaluation, from its own submodules and the kept features.
     """
@@ -68,9 +70,12 @@ class Stack:
     streams: Mapping[str, str]
     sites: tuple[Site, ...] = ()
     replay: Replay | None = None
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    returns: tuple[str, ...] = ()
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(attrgetter(self.path)(model))
+        found = attrgetter(self.path)(model)
+        return list(found.values() if isinstance(found, nn.ModuleDict) else found)
 
     def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A block call's arguments by name."""
@@ -81,9 +86,25 @@ class Stack:
         named = self.named(args, kwargs)
         return tuple(named[parameter] for parameter in self.streams)
 
+    def lengths(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """Token counts of streams and contexts of a block call; tokens (B, …, C) may lie in a grid."""
+        named = self.named(args, kwargs)
+        tensors = {stream: named[parameter] for parameter, stream in {**self.streams, **self.contexts}.items()}
+        return {stream: tensor[0, ..., 0].numel() for stream, tensor in tensors.items() if tensor is not None}
+
     def result(self, tensors: Sequence[Tensor]) -> Any:
-        """The tensors in the form the block returns them in."""
-        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+        """The streams, in order, in the form the block returns them in."""
+        if len(tensors) == 1:
+            return tensors[0]
+        named = dict(zip(self.streams, tensors))
+        return tuple(named[parameter] for parameter in self.returns or self.streams)
+
+    def returned(self, result: Any) -> tuple[Tensor, ...]:
+        """What a block returned, in the order of `streams`."""
+        if not isinstance(result, tuple):
+            return (result,)
+        named = dict(zip(self.returns or self.streams, result))
+        return tuple(named[parameter] for parameter in self.streams)
 
 
 @dataclass(frozen=True)
@@ -93,8 +114,8 @@ class ModelFamily:
     name: as in ComfyUI's model folder. matches: structural test on the diffusion model.
     stacks: in the order the model runs them. hidden: the stream whose last state the final layer reads.
     channels: width of a token in the blocks, which is that of every kept feature.
-    embed: dotted path of the module whose input is the hidden stream's tokens as they enter the model (B, L, d), "" if there
-        is none such; input_channels: d.
+    embed: dotted path of the module whose input is the hidden stream's tokens as they enter the model, "" if there is none such;
+        tokens: that input as (B, L, d), given the module; input_channels: d.
     macs: multiply-adds of one batch row by (model, lengths, kind, token share), kind not calibrated; outside(...) those of
         embedding and head, which every evaluation costs.
     linears: the linear layers of every stack's blocks, for calibrated evaluations; empty where the family has none.
@@ -110,6 +131,7 @@ class ModelFamily:
     macs: Callable[[nn.Module, Lengths, Kind, float], float]
     outside_macs: Callable[[nn.Module, Lengths], float]
     linears: tuple[StackLinears, ...] = ()
+    tokens: Callable[[nn.Module, Tensor], Tensor] = lambda _module, given: given
 
     def placed(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
         """Every block in running order with its stack and its index there."""
@@ -128,11 +150,6 @@ class ModelFamily:
 def stream_length(stream: str, lengths: Lengths) -> int:
     """Tokens of a stream or of a concatenation such as "txt+img"."""
     return sum(lengths[part] for part in stream.split("+"))
-
-
-def stream_lengths(stack: Stack, tensors: Sequence[Tensor]) -> dict[str, int]:
-    """Token counts of separate streams, from the tensors (B, L, C) entering the first block."""
-    return {name: tensor.shape[1] for name, tensor in zip(stack.streams.values(), tensors)}
 
 
 def stream_slice(wanted: str, stream: str, lengths: Lengths) -> slice:

@@ -1,0 +1,211 @@
+"""What holds for every family, on small random models of the host's own classes."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfyui_duca.cache_core import FAMILIES, Plan, Settings, find_family
+from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, find_linears
+from comfyui_duca.cache_core.policies import AlwaysCompute, Given
+from comfyui_duca.cache_core.predictors import Predictor, Reuse
+from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.nodes import host
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import CASES, Case
+
+STEPS = 8  # with fewer the user is told something, which a test would have to know
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return case.make()
+
+
+def network(model) -> torch.nn.Module:
+    return model.model.diffusion_model
+
+
+def sample(case: Case, model, steps: int = STEPS, **more) -> torch.Tensor:
+    latent = torch.zeros(1, *case.latent)
+    noise = comfy.sample.prepare_noise(latent, 5)
+    return comfy.sample.sample(
+        model, noise, steps, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, seed=5, disable_pbar=True, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(case, model) -> torch.Tensor:
+    result = sample(case, model)
+    assert torch.isfinite(result).all() and result.std() > 0.05, "a model that says nothing tests nothing"
+    return result
+
+
+def cached(model, plan: str, predictor: Predictor = Reuse(), linears: CalibratedLinears | None = None):
+    return host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), predictor, linears=linears)))
+
+
+def report_of(patched):
+    return host.book_of(patched).last
+
+
+def kinds(patched) -> str:
+    return "".join(evaluation.kind.value for evaluation in report_of(patched).evaluations)
+
+
+def state_of(model) -> tuple:
+    """What a run must leave as it is."""
+    modules = list(network(model).modules())
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
+    return [module.__dict__.get("forward") for module in modules], hooks, [id(weight) for weight in network(model).parameters()]
+
+
+def test_the_family_is_known_once(case, model):
+    assert [family.name for family in FAMILIES if family.matches(network(model))] == [case.name]
+    family = find_family(network(model))
+    assert all(stack.blocks(network(model)) for stack in family.stacks if stack.path)
+
+
+def test_listening_changes_nothing(case, model, plain):
+    patched = host.attach(model, Settings(chosen=Strategy(AlwaysCompute())))
+    assert torch.equal(sample(case, patched), plain)
+    assert kinds(patched) == "F" * STEPS and not report_of(patched).notices
+
+
+def repeated(case: Case, model, plan: str) -> torch.Tensor:
+    """The same by a hook on the last block: it gives out its last full hidden state again, while all blocks run."""
+    kept, calls = [], []
+
+    def hook(_module, _args, result):
+        step = len(calls)
+        calls.append(1)
+        hidden = result if case.hidden is None else result[case.hidden]
+        if plan[step] == "F":
+            kept[:] = [hidden.clone()]
+            return result
+        again = kept[0].clone()  # text beside the image in one stream does not matter: only the image is read behind the last block
+        return again if case.hidden is None else tuple(again if i == case.hidden else value for i, value in enumerate(result))
+
+    handle = case.last(network(model)).register_forward_hook(hook)
+    try:
+        return sample(case, model)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("plan", ["FaFaFaFa", "FFaaaaaa", "FaaaFaaa"])
+def test_skipping_repeats_the_hidden_state(case, model, plain, plan):
+    patched = cached(model, plan)
+    result = sample(case, patched)
+    assert kinds(patched) == plan and not report_of(patched).notices
+    assert torch.equal(result, repeated(case, model, plan)) and not torch.equal(result, plain)
+
+
+def test_conds_in_calls_of_their_own_give_the_same(case, model, monkeypatch):
+    together = sample(case, cached(model, "FaFaFaFa"))
+    monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
+    patched = cached(model, "FaFaFaFa")
+    apart = sample(case, patched)
+    assert kinds(patched) == "FaFaFaFa" and all(evaluation.calls == 2 for evaluation in report_of(patched).evaluations)
+    torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
+
+
+def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
+    family = find_family(network(model))
+    if not family.linears:
+        pytest.skip(f"{case.name} has no calibrated evaluation")
+    factors = {}
+    for site in find_linears(family, network(model)):
+        weight = site.module.weight.detach()
+        for part in site.parts:
+            own = weight[part.rows or slice(None)]
+            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
+    linears = CalibratedLinears.bind(family, network(model), factors)
+    patched = cached(model, "FiiFiiFi", linears=linears)
+    result = sample(case, patched)
+    assert kinds(patched) == "FiiFiiFi" and not report_of(patched).notices
+    torch.testing.assert_close(result, plain, atol=2e-4, rtol=2e-3)
+
+
+class Innovating(Predictor):
+    """Keeps the input beside every hidden state, as a calibrated forecast does: reuse, and what the input moved by."""
+
+    history = 2
+    uses_input = True
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+
+    def weights(self, anchors, time):
+        return Reuse().weights(anchors, time)
+
+    def correction(self, anchors, time):
+        return self.matrix
+
+
+def test_the_input_is_kept_for_calibrated_forecasts(case, model):
+    """Of width d and as many tokens as the hidden state; how the embedding sees it is no business of ours."""
+    family = find_family(network(model))
+    if not family.embed:
+        pytest.skip(f"{case.name} has no calibrated forecast")
+    d, c = family.input_channels(network(model)), family.channels(network(model))
+    nothing, something = (Innovating(scale * torch.ones(d, c)) for scale in (0.0, 0.01))
+    results = []
+    for predictor in (nothing, something):
+        patched = cached(model, "FaFaFaFa", predictor)
+        results.append(sample(case, patched))
+        assert kinds(patched) == "FaFaFaFa" and not report_of(patched).notices
+        assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes
+    assert not torch.equal(*results)
+
+
+def test_bytes_are_predicted(case, model):
+    patched = cached(model, "FaFaFaFa")
+    sample(case, patched)
+    report = report_of(patched)
+    assert report.peak_bytes == report.predicted_bytes > 0
+
+
+def test_multiply_adds_are_those_that_torch_counts(case, model):
+    """Within 3 %: attention masks, small products of norms and the like are left out."""
+    patched = cached(model, "FF")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused attention
+        sample(case, patched, steps=2)
+    counted = sum(evaluation.macs for evaluation in report_of(patched).evaluations)
+    assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("moment", ["finished", "cancelled", "inside a block"])
+def test_a_run_leaves_the_model_as_it_was(case, model, plain, moment):
+    before, patched, calls = state_of(model), cached(model, "FaFaFaFa"), []
+
+    def stop(*_args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    if moment == "finished":
+        sample(case, patched)
+    else:
+        inner = next(module for module in case.last(network(model)).modules() if hasattr(module, "in_features"))
+        hook = inner.register_forward_pre_hook(stop) if moment == "inside a block" else None
+        with pytest.raises(KeyboardInterrupt):
+            sample(case, patched, callback=stop if hook is None else None)
+        if hook is not None:
+            hook.remove()
+    assert state_of(model) == before and torch.equal(sample(case, model), plain)
+
+
+def test_a_mode_that_the_family_has_not_is_refused_before_sampling(case, model):
+    family = find_family(network(model))
+    if family.is_conservative:
+        pytest.skip("it has them all")
+    with pytest.raises(ValueError, match="conservative"):
+        sample(case, host.attach(model, Settings(mode="paper", speedup=2.0)))
