@@ -60,7 +60,7 @@ def demo(host: Host, rest: list[str]) -> int:
 
 
 def bench(host: Host, rest: list[str]) -> int:
-    names = [a for a in rest if not a.startswith("-")] or ["overhead", "quality", "calibrated", "transfer", "sidecar_size"]
+    names = [a for a in rest if not a.startswith("-")] or ["overhead", "quality", "calibrated", "transfer", "sidecar_size", "families"]
     options = [a for a in rest if a.startswith("-")]
     return max(run(host, str(ROOT / "bench" / f"{name}.py"), *options) for name in names)
 

@@ -34,10 +34,10 @@ def machine() -> str:
     return f"torch {torch.__version__} on {os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
 
 
-def publish(name: str, text: str) -> None:
-    """Puts a result between the document's markers for `name`, and prints it."""
+def publish(name: str, text: str, path: Path = DOCUMENT) -> None:
+    """Puts a result between the markers for `name` of the document at `path`, and prints it."""
     print(text)
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    document = DOCUMENT.read_text(encoding="utf-8")
+    document = path.read_text(encoding="utf-8")
     head, tail = document.split(begin)[0], document.split(end)[1]
-    DOCUMENT.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core import FAMILIES, Plan, Settings, find_family
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, find_linears
+from comfyui_duca.cache_core.families import ModelFamily
 from comfyui_duca.cache_core.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
@@ -117,17 +118,22 @@ def test_conds_in_calls_of_their_own_give_the_same(case, model, monkeypatch):
     torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
 
 
-def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
-    family = find_family(network(model))
-    if not family.linears:
-        pytest.skip(f"{case.name} has no calibrated evaluation")
+def full_rank(family: ModelFamily, model: torch.nn.Module) -> CalibratedLinears:
+    """Factors that lose nothing: each matrix itself, and the identity."""
     factors = {}
-    for site in find_linears(family, network(model)):
+    for site in find_linears(family, model):
         weight = site.module.weight.detach()
         for part in site.parts:
             own = weight[part.rows or slice(None)]
             factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
-    linears = CalibratedLinears.bind(family, network(model), factors)
+    return CalibratedLinears.bind(family, model, factors)
+
+
+def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
+    family = find_family(network(model))
+    if not family.linears:
+        pytest.skip(f"{case.name} has no calibrated evaluation")
+    linears = full_rank(family, network(model))
     patched = cached(model, "FiiFiiFi", linears=linears)
     result = sample(case, patched)
     assert kinds(patched) == "FiiFiiFi" and not report_of(patched).notices
