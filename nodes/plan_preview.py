@@ -121,7 +121,7 @@ def _quality(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
     calibration, path = settings.calibration, asked.calibration
     if calibration is None or path is None:
         is_looked_for = asked.known is None and bool(calibrations.used_sections(settings))
-        text = "not calibrated" + (" (its own file is looked for when sampling starts)" if is_looked_for else "")
+        text = "not calibrated" + (" yet: a file of its own is looked for at sampling" if is_looked_for else "")
         state = "unused" if path is not None else "none"
         return {
             "calibration": {"state": state, "name": path.name if path else None, "text": text},

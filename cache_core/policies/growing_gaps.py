@@ -65,7 +65,7 @@ def usual_gaps(steps: int, speedup: float, tail: int = 0) -> GrowingGaps:
     """The gaps that did best where nothing is known of the model.
 
     At low speeds and with ten full evaluations or more, a third of them at the beginning and one at the end are worth 1.8 to 3 dB at
-    2x and 0.5 to 2.9 at 1.7x (20 to 40 steps); with fewer, or above 2.5x, they cost up to 3 dB (docs/benchmarks.md).
+    2x and 0.3 to 2.9 at 1.7x (20 to 40 steps); with fewer, or above 2.5x, they cost up to 3 dB (docs/benchmarks.md).
     """
     full = round(steps / speedup)
     is_dense = full >= 10 and speedup <= 2.5
