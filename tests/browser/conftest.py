@@ -1,0 +1,92 @@
+"""One browser and one server a version of ComfyUI's page, for the whole directory; a new page for every test.
+
+A test asks for `comfy` and says with `everywhere` or `on_page` (comfy_page.py) in which pages it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
+
+from devtools import browser, host_setup
+from devtools.server import ComfyServer
+
+from .comfy_page import ComfyPage, Variant
+
+DEV = host_setup.DEV
+# Empty files of the names that the FLUX.1-dev workflow asks for: without them the page would say that models are missing.
+_MODELS = ("diffusion_models/flux1-dev", "text_encoders/clip_l", "text_encoders/t5xxl_fp8_e4m3fn", "vae/ae")
+_OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # what the page asks of the internet fails at once
+
+
+def unavailable(reason: str) -> None:
+    """Skips, but not where somebody relies on these tests."""
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="package")
+def chromium() -> Iterator[Browser]:
+    path = browser.chromium()
+    if path is None:
+        unavailable("no Chromium here (on Debian: apt-get install chromium)")
+    arguments = ["--disable-gpu", _OFFLINE]
+    if getattr(os, "geteuid", lambda: 1)() == 0:
+        arguments.append("--no-sandbox")  # Chromium refuses to be root with it
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="package")
+def contexts(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BrowserContext]]:
+    """By version of the page: a browser profile, whose cache makes later pages quick, on a server that starts when first asked for."""
+    with ExitStack() as stack:
+        made: dict[str, BrowserContext] = {}
+
+        def context(version: str) -> BrowserContext:
+            if version not in made:
+                server = stack.enter_context(_server(version, tmp_path_factory.mktemp(version)))
+                made[version] = chromium.new_context(base_url=server.url, viewport={"width": 1600, "height": 1000}, color_scheme="dark")
+                stack.callback(made[version].close)
+            return made[version]
+
+        yield context
+
+
+def _server(version: str, folder: Path) -> ComfyServer:
+    base = folder / "base"
+    host_setup._link_pack(base)
+    for name in _MODELS:
+        file = base / "models" / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    arguments: tuple[str, ...] = ()
+    if version == "newest":
+        try:
+            arguments = ("--front-end-root", str(browser.newest_page(sys.executable, DEV / "newest-page")))
+        except OSError as problem:
+            unavailable(str(problem))
+    return ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], base, arguments=arguments)
+
+
+@pytest.fixture
+def comfy(request: pytest.FixtureRequest, contexts: Callable[[str], BrowserContext]) -> Iterator[ComfyPage]:
+    """The page, ready and with ComfyUI's first workflow. Keeps a picture of how the test left it; console errors fail the test."""
+    variant: Variant = getattr(request, "param", Variant())
+    context = contexts(variant.version)
+    page = ComfyPage.opened(context, variant)
+    yield page
+    page.picture(re.sub(r"[^\w.-]+", "_", request.node.name).strip("_"))
+    for opened in context.pages:
+        opened.close()
+    assert not page.problems, "\n".join(page.problems)
