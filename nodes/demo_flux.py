@@ -56,7 +56,7 @@ class DemoFlux(io.ComfyNode):
             node_id="DuCaDemoFlux",
             display_name="Demo FLUX (tiny)",
             category="model_patches/duca",
-            description="A tiny FLUX that draws 48x48 emoji, to try DuCa Cache without a download. Use Empty Chroma Radiance Latent "
+            description="A tiny FLUX that draws 48x48 emoji, to try DuCa Cache without a download. Use EmptyChromaRadianceLatentImage "
             "(48x48), cfg 2.5 and Load VAE with pixel_space.",
             inputs=[
                 io.String.Input("prompt", default="red apple", tooltip="The name of an emoji, such as: tiger face, hamburger, castle."),

@@ -136,7 +136,8 @@ def _advanced_inputs() -> list[io.Input]:
                 default=-1,
                 min=-1,
                 max=100,
-                tooltip="Full steps at the beginning. -1 takes the mode's own: 3 in mode paper and with a cycle length, else 1.",
+                tooltip="Full steps at the beginning. -1 takes the mode's own: 3 in mode paper, and in mode forecast with a cycle length; "
+                "else 1. Not in mode auto.",
             ),
             io.Int.Input("tail", default=0, min=0, max=100, tooltip="Full steps at the end."),
             io.Float.Input("start_percent", default=0.0, tooltip="Nothing is skipped before this part of the sampling.", **percent),
