@@ -250,6 +250,8 @@ class CacheRun:
         if engine.lengths:
             done = self._cost(engine, kind, engine.linears)
             self._evaluation.add_call(kind, rows * done, rows * self._cost(engine, Kind.FULL))
+        elif engine.is_touched:  # another node's patch: it ran, and nobody knows what it cost
+            self._evaluation.add_call(kind, 0.0, 0.0)
 
     def _cost(self, engine: EngineCall, kind: Kind, linears: CalibratedLinears | None = None) -> float:
         """Multiply-adds of one batch row. linears: those that the call keeps something of or replaces."""

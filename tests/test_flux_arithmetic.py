@@ -196,7 +196,7 @@ def test_unknown_modulation_is_computed_in_full(network, monkeypatch):
     evaluate(run, network, 1.0, x, context, y, conds=("a",))
     block_type = type(network.single_blocks[0])
     original = block_type.__call__
-    monkeypatch.setattr(block_type, "__call__", lambda *args, **kwargs: original(*args, **kwargs, modulation_dims=[(0, None, 0)]))
+    monkeypatch.setattr(block_type, "__call__", lambda *args, **kwargs: original(*args, **kwargs, modulation_dims=[(0, 8, 0)]))
     with torch.inference_mode():
         expected = network(x, torch.tensor([0.75]), context, y)
     assert torch.equal(evaluate(run, network, 0.75, x, context, y, conds=("a",)), expected)

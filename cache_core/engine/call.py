@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..families.base import ModelFamily, Stack, UnsupportedCallError, stream_slice
+from ..families.base import ModelFamily, Stack, UnsupportedCallError, split_lengths, stream_slice
 from .linear_sites import CalibratedLinears
-from .overrides import Override, around
+from .overrides import Forward, Override, around
 from .slot import Slot
 from .tokens import TokenChoice
 
@@ -24,6 +24,7 @@ class EngineCall:
     keeps_input: whether hidden states are kept without the embedded input, and the input tokens beside them.
     linears: of a calibrated evaluation, or of a full one that keeps what those need; None for all others.
     on_enter: told this call and the first stream (B, L, C) when the first block is reached.
+    measured: tokens of the streams that the family measures before the blocks.
     lengths, is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
     """
@@ -37,6 +38,7 @@ class EngineCall:
     keeps_input: bool
     on_enter: Callable[[EngineCall, Tensor], None]
     linears: CalibratedLinears | None = None
+    measured: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     is_touched: bool = False
     is_finished: bool = False
@@ -50,10 +52,17 @@ class EngineCall:
     def entry(self) -> list[Override]:
         """What every kind of evaluation listens to: the model's input where it is used, and the arrival at the first block."""
         overrides = [(self.placed[0][2], around(before=self.enter))]
+        overrides += [(attrgetter(path)(self.model), self._measuring(stream)) for path, stream in self.family.measures.items()]
         if self.keeps_input:
             embed = attrgetter(self.family.embed)(self.model)
             overrides.append((embed, around(before=lambda args, _kwargs: self._note_input(embed, args[0]))))
         return overrides
+
+    def _measuring(self, stream: str) -> Callable[[Forward], Forward]:
+        def measure(args: tuple, _kwargs: dict[str, Any]) -> None:
+            self.measured[stream] = args[0].shape[1]
+
+        return around(before=measure)
 
     def _note_input(self, embed: nn.Module, given: Tensor) -> None:
         self.input = self.family.tokens(embed, given).clone()  # some linears clamp what they are given in place
@@ -62,14 +71,16 @@ class EngineCall:
         """To be told the arguments of the first block: notes the stream lengths."""
         stack = self.placed[0][0]
         streams = stack.inputs(args, kwargs)
-        self.lengths = stack.lengths(args, kwargs)
+        self.lengths = split_lengths(stack.lengths(args, kwargs), self.measured)
         self.is_touched = True
+        if not self.lengths:
+            return  # someone else answered for what is measured: as if the last block had been replaced
         if self.keeps_input:
             index, place = _find(stack, self.family.hidden, self.lengths)
-            self.embedded = streams[index][:, place].clone()  # blocks write into it
+            self.embedded = stack.flat(streams[index])[:, place].clone()  # blocks write into it
             if self.input is None or self.input.shape[1] != self.embedded.shape[1]:
                 raise UnsupportedCallError("tokens are added between the model's input and its blocks")
-        self.on_enter(self, streams[0])
+        self.on_enter(self, stack.flat(streams[0]))
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
         """The rows of each slot, as views."""
@@ -82,7 +93,7 @@ class EngineCall:
             return
         tensors = self.last_stack.returned(result)
         index, place = self.hidden_place()
-        hidden = tensors[index][:, place]
+        hidden = self.last_stack.flat(tensors[index])[:, place]
         if self.embedded is None or self.input is None:
             for slot, rows in zip(self.slots, self.rows(hidden)):
                 slot.remember_hidden(self.time, rows)

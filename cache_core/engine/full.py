@@ -34,7 +34,7 @@ def listening(call: EngineCall) -> Iterator[None]:
 
 def noting(call: EngineCall) -> AbstractContextManager[None]:
     """A full evaluation past the cache: only the stream lengths are noted."""
-    return forward_overrides([(call.placed[0][2], around(before=call.enter))])
+    return forward_overrides(call.entry())
 
 
 def _tap(call: EngineCall, site: Site, key: SiteKey, block: nn.Module) -> Override:

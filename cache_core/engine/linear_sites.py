@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class CalibratedLinears:
 
 
 def find_linears(family: ModelFamily, model: nn.Module) -> list[LinearSite]:
-    """All linear layers inside the family's blocks whose input is per token, in the order of the blocks.
+    """All linear layers inside the family's blocks whose input is per token, in the order of the blocks, then those beside them.
 
     A linear layer is what has `in_features` and `out_features`: quantised and wrapped ones need not be `nn.Linear`.
     Raises ValueError for a stack or a layer that the family's `linears` do not describe.
@@ -124,6 +125,10 @@ def find_linears(family: ModelFamily, model: nn.Module) -> list[LinearSite]:
         if stack.path not in rules:
             raise ValueError(f"{family.name}: the linear layers of {stack.path} are not described")
         sites += _sites_of_block(rules[stack.path], index, getattr(block, "_orig_mod", block))  # a compiled block wraps the real one
+    beside = [rule for rule in family.linears if rule.path not in {stack.path for stack in family.stacks}]
+    for rule in beside:
+        for index, module in enumerate(attrgetter(rule.path)(model)):
+            sites += _sites_of_block(rule, index, module)
     return sites
 
 

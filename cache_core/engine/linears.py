@@ -70,7 +70,7 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
                 return forward(*args, **kwargs)
             projection = _project(site, tokens, _factors(call))  # before the call: fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
-            for slot, y, z in zip(call.slots, call.rows(result), call.rows(projection)):
+            for slot, y, z in zip(call.slots, call.rows(result.flatten(1, -2)), call.rows(projection)):
                 slot.remember_linear(site.output_key, y)
                 slot.remember_linear(site.projection_key, z)
             return result
@@ -93,7 +93,7 @@ def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Cal
             y = torch.cat(_features(call, site, site.output_key, store, tokens))  # a copy even of one: it is added to below
             z = torch.cat(_features(call, site, site.projection_key, store, tokens))
             _add_increment(site, tokens, _factors(call), y.flatten(0, 1), z.flatten(0, 1))
-            return y
+            return y.reshape(*args[0].shape[:-1], -1)
 
         return substituted
 
@@ -119,10 +119,10 @@ def _factor(factors: Factors, name: str, like: Tensor) -> Tensor:
 
 
 def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any]) -> Tensor | None:
-    """The layer's input if it is (B, L, in_features) with all tokens of its stream."""
-    if not args or not call.lengths:
+    """The layer's input as (B, L, in_features), if it has all tokens of its stream; they may lie in a grid (B, …, in_features)."""
+    if not args or not call.lengths or args[0].ndim < 3:
         return None
-    x = args[0]
+    x = args[0].flatten(1, -2)
     is_known = x.ndim == 3 and x.shape[1:] == (stream_length(site.stream, call.lengths), site.in_features)
     return x if is_known and x.shape[0] % len(call.slots) == 0 else None
 

@@ -7,6 +7,7 @@ contains its effect, so nothing is counted twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +27,7 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
     passing = {stack.path: _passing(stack) for stack, _, _ in call.placed}
     overrides: list[Override] = [(block, passing[stack.path]) for stack, _, block in call.placed[:-1]]
     overrides.append((call.placed[-1][2], _answering(call, predictor, store)))
+    overrides += [(module, _instead(answer)) for module, answer in call.family.idle(call.model)]
     overrides += call.entry()
     return forward_overrides(overrides)
 
@@ -65,6 +67,10 @@ def _passing(stack: Stack) -> Any:
     return lambda _forward: passed
 
 
+def _instead(answer: Forward) -> Callable[[Forward], Forward]:
+    return lambda _forward: answer
+
+
 def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Any:
     def answer(*args: Any, **kwargs: Any) -> Any:
         tensors = list(call.last_stack.inputs(args, kwargs))
@@ -72,11 +78,12 @@ def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> A
         if not call.lengths:
             return call.last_stack.result(tensors)
         index, place = call.hidden_place()
-        x = tensors[index]
+        x = call.last_stack.flat(tensors[index])
         hidden = torch.cat([forecast(slot, predictor, call.time, store, x) for slot in call.slots])
         if call.keeps_input:
             hidden += _correction(call, predictor, store)
-        tensors[index] = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
+        joined = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
+        tensors[index] = call.last_stack.grid(joined, tensors[index])
         call.is_finished = True
         return call.last_stack.result(tensors)
 

@@ -4,13 +4,57 @@ from __future__ import annotations
 
 from torch import nn
 
+from .ace_step import ACE_STEP
+from .aura import AURA
 from .base import Lengths, ModelFamily, Site, Stack, UnsupportedCallError
+from .chroma import CHROMA
+from .chroma_radiance import CHROMA_RADIANCE
+from .cosmos import COSMOS
+from .cosmos_predict2 import COSMOS_PREDICT2
 from .flux import FLUX
+from .flux2 import FLUX2
+from .hidream import HIDREAM
+from .hunyuan3d import HUNYUAN3D
+from .hunyuan_video import HUNYUAN_VIDEO
+from .hydit import HYDIT
+from .ltxv import LTXV
+from .lumina import LUMINA
+from .mochi import MOCHI
+from .omnigen import OMNIGEN
+from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
+from .stable_audio import STABLE_AUDIO
+from .wan import WAN, WAN_HUMO, WAN_I2V
+from .wan_fed import WAN_ANIMATE, WAN_S2V, WAN_VACE
 
 FAMILIES: tuple[ModelFamily, ...] = (
     FLUX,
+    FLUX2,
+    CHROMA,
+    CHROMA_RADIANCE,
+    HUNYUAN_VIDEO,
+    HUNYUAN3D,
     QWEN_IMAGE,
+    PIXART,
+    LUMINA,
+    SD3,
+    HIDREAM,
+    AURA,
+    OMNIGEN,
+    HYDIT,
+    WAN,
+    WAN_I2V,
+    WAN_VACE,
+    WAN_ANIMATE,
+    WAN_S2V,
+    WAN_HUMO,
+    LTXV,
+    COSMOS,
+    COSMOS_PREDICT2,
+    MOCHI,
+    ACE_STEP,
+    STABLE_AUDIO,
 )
 
 

@@ -61,6 +61,8 @@ class Stack:
         The block returns them in this order too, or in that of `returns`; a bare tensor where there is one.
     contexts: parameter that carries tokens which blocks only look at (cross-attention) -> their name, to count them.
     returns: parameters of `streams` in the order in which the block returns them, where it is another.
+    counts: corrects or completes the token counts from the call's other arguments, where a tensor's shape does not tell them.
+    batch: axis of the batch in the streams, whose tokens may lie in a grid: (B, …, C) but for one family.
     sites: sublayers a full evaluation keeps for conservative ones.
     replay: a block's conservative evaluation, from its own submodules and the kept features.
     """
@@ -72,6 +74,8 @@ class Stack:
     replay: Replay | None = None
     contexts: Mapping[str, str] = field(default_factory=dict)
     returns: tuple[str, ...] = ()
+    counts: Callable[[Mapping[str, Any], Lengths], Lengths] = lambda _call, _lengths: {}
+    batch: int = 0
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         found = attrgetter(self.path)(model)
@@ -87,10 +91,22 @@ class Stack:
         return tuple(named[parameter] for parameter in self.streams)
 
     def lengths(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, int]:
-        """Token counts of streams and contexts of a block call; tokens (B, …, C) may lie in a grid."""
+        """Token counts of streams and contexts of a block call, 0 for a context that it does without."""
         named = self.named(args, kwargs)
-        tensors = {stream: named[parameter] for parameter, stream in {**self.streams, **self.contexts}.items()}
-        return {stream: tensor[0, ..., 0].numel() for stream, tensor in tensors.items() if tensor is not None}
+        lengths = {
+            stream: self.flat(named[parameter]).shape[1] for parameter, stream in self.streams.items() if named[parameter] is not None
+        }
+        contexts = {stream: named.get(parameter) for parameter, stream in self.contexts.items()}
+        lengths |= {stream: 0 if tensor is None else tensor[0, ..., 0].numel() for stream, tensor in contexts.items()}
+        return {**lengths, **self.counts(named, lengths)}
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """The tokens of a stream as (B, L, C), a view where that is possible."""
+        return tensor.movedim(self.batch, 0).flatten(1, -2)
+
+    def grid(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """Tokens (B, L, C) in the shape that the stream `like` has."""
+        return tokens.reshape(like.movedim(self.batch, 0).shape).movedim(0, self.batch)
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """The streams, in order, in the form the block returns them in."""
@@ -118,7 +134,11 @@ class ModelFamily:
         tokens: that input as (B, L, d), given the module; input_channels: d.
     macs: multiply-adds of one batch row by (model, lengths, kind, token share), kind not calibrated; outside(...) those of
         embedding and head, which every evaluation costs.
-    linears: the linear layers of every stack's blocks, for calibrated evaluations; empty where the family has none.
+    linears: the linear layers of every stack's blocks, for calibrated evaluations; empty where the family has none. May also describe
+        lists of modules beside the stacks.
+    measures: path of a module that runs before the blocks -> the stream whose tokens are its first argument (B, L, ...), for streams that
+        the first stack gets only concatenated. Of a concatenation one part need not be measured: it is the rest.
+    idle: modules beside the blocks that only feed them, each with what answers for it while the blocks are skipped.
     """
 
     name: str
@@ -131,7 +151,9 @@ class ModelFamily:
     macs: Callable[[nn.Module, Lengths, Kind, float], float]
     outside_macs: Callable[[nn.Module, Lengths], float]
     linears: tuple[StackLinears, ...] = ()
+    measures: Mapping[str, str] = field(default_factory=dict)
     tokens: Callable[[nn.Module, Tensor], Tensor] = lambda _module, given: given
+    idle: Callable[[nn.Module], Sequence[tuple[nn.Module, Callable[..., Any]]]] = lambda _model: ()
 
     def placed(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
         """Every block in running order with its stack and its index there."""
@@ -150,6 +172,24 @@ class ModelFamily:
 def stream_length(stream: str, lengths: Lengths) -> int:
     """Tokens of a stream or of a concatenation such as "txt+img"."""
     return sum(lengths[part] for part in stream.split("+"))
+
+
+def split_lengths(lengths: Lengths, measured: Lengths) -> dict[str, int]:
+    """Token counts with those of concatenated streams ("txt+img") divided: what is measured, and one part that is the rest.
+
+    Empty where that does not tell.
+    """
+    all_known = {**measured, **lengths}
+    divided: dict[str, int] = {}
+    for stream, total in lengths.items():
+        parts = stream.split("+")
+        known = {part: all_known[part] for part in parts if part in all_known}
+        unknown = [part for part in parts if part not in known]
+        rest = total - sum(known.values())
+        if len(unknown) > 1 or rest < 0:
+            return {}
+        divided |= known | dict.fromkeys(unknown, rest)
+    return divided
 
 
 def stream_slice(wanted: str, stream: str, lengths: Lengths) -> slice:

@@ -48,7 +48,8 @@ def _layers_macs(stack: StackLinears, block: nn.Module, lengths: Lengths) -> flo
 def around_macs(places: Mapping[str, str]) -> Callable[[nn.Module, Lengths], float]:
     """For ModelFamily.outside_macs. places: path of a module outside the blocks -> the stream it works on, "" for a single vector.
 
-    A convolution that cuts a picture into patches counts once per patch. A path that a model lacks costs nothing.
+    A convolution that cuts a picture into patches, or looks at the neighbours of every patch, counts once per patch.
+    A path that a model lacks costs nothing.
     """
 
     def macs(model: nn.Module, lengths: Lengths) -> float:
@@ -70,14 +71,17 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _patch_weights(module: nn.Module | None) -> int:
-    """Weights of all convolutions whose kernels do not overlap."""
+    """Weights of all convolutions that are computed once per patch: their kernels do not overlap, or they start at each."""
     if module is None:
         return 0
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and layer.kernel_size == layer.stride]
-    return sum(layer.out_channels * _patch_channels(layer) for layer in layers)
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d))]
+    return sum(
+        layer.out_channels * patch_channels(layer) for layer in layers if layer.stride == layer.kernel_size or set(layer.stride) == {1}
+    )
 
 
-def _patch_channels(layer: nn.Conv2d | nn.Conv3d) -> int:
+def patch_channels(layer: nn.Conv2d | nn.Conv3d) -> int:
+    """Numbers in one patch, for ModelFamily.input_channels."""
     size = layer.in_channels
     for side in layer.kernel_size:
         size *= side

@@ -1,10 +1,28 @@
-"""The linear layers of FLUX.1's blocks: which are several matrices in one, and whose tokens each works on."""
+"""The linear layers of FLUX's blocks: which are several matrices in one, and whose tokens each works on."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
-from .linears import LinearPart, StackLinears
+from .linears import WHOLE, LinearPart, StackLinears
+
+
+def flux_linears(joint: str) -> tuple[StackLinears, StackLinears]:
+    """joint: the stream of the single blocks, "txt+img" or "img+txt"."""
+    double = StackLinears(
+        path="double_blocks",
+        streams={"img_": "img", "txt_": "txt"},
+        skip=("img_mod.", "txt_mod."),
+        parts={
+            "img_attn.qkv": _qkv,
+            "txt_attn.qkv": _qkv,
+            "img_mlp.0": lambda block: _mlp_in(attrgetter("img_mlp.0", "img_mlp.2")(block)),
+            "txt_mlp.0": lambda block: _mlp_in(attrgetter("txt_mlp.0", "txt_mlp.2")(block)),
+        },
+    )
+    single = StackLinears(path="single_blocks", streams={"": joint}, skip=("modulation.",), parts={"linear1": _qkv_and_mlp})
+    return double, single
 
 
 def _qkv(block: Any) -> tuple[LinearPart, ...]:
@@ -12,21 +30,20 @@ def _qkv(block: Any) -> tuple[LinearPart, ...]:
     return tuple(LinearPart(name, rows=slice(i * width, (i + 1) * width)) for i, name in enumerate("qkv"))
 
 
+def _mlp_in(layers: tuple[Any, Any]) -> tuple[LinearPart, ...]:
+    """Of an MLP's first layer, given both: gate and value where it makes twice what the second takes (FLUX.2)."""
+    first, second = layers
+    return _gate_and_value(0, second.in_features) if first.out_features == 2 * second.in_features else (WHOLE,)
+
+
 def _qkv_and_mlp(block: Any) -> tuple[LinearPart, ...]:
-    return (*_qkv(block), LinearPart("mlp", rows=slice(3 * block.hidden_size, None)))
+    start, inner = 3 * block.hidden_size, block.linear2.in_features - block.hidden_size
+    is_gated = block.linear1.out_features == start + 2 * inner
+    return (*_qkv(block), *(_gate_and_value(start, inner) if is_gated else (LinearPart("mlp", rows=slice(start, None)),)))
 
 
-FLUX_LINEARS = (
-    StackLinears(
-        path="double_blocks",
-        streams={"img_": "img", "txt_": "txt"},
-        skip=("img_mod.", "txt_mod."),
-        parts={"img_attn.qkv": _qkv, "txt_attn.qkv": _qkv},
-    ),
-    StackLinears(
-        path="single_blocks",
-        streams={"": "txt+img"},
-        skip=("modulation.",),
-        parts={"linear1": _qkv_and_mlp},
-    ),
-)
+def _gate_and_value(start: int, width: int) -> tuple[LinearPart, ...]:
+    return LinearPart("gate", slice(start, start + width)), LinearPart("value", slice(start + width, start + 2 * width))
+
+
+FLUX_LINEARS = flux_linears("txt+img")

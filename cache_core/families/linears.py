@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 
@@ -44,6 +45,16 @@ class StackLinears:
     def parts_of(self, block: Any, layer: str) -> tuple[LinearPart, ...]:
         """The parts of a layer of this block."""
         return self.parts[layer](block) if self.parts and layer in self.parts else (WHOLE,)
+
+
+def equal_parts(layer: str, names: str) -> dict[str, Callable[[Any], tuple[LinearPart, ...]]]:
+    """For StackLinears.parts: a fused layer of equally many rows for each of `names`, such as "qkv"."""
+
+    def parts(block: Any) -> tuple[LinearPart, ...]:
+        rows = attrgetter(layer)(block).out_features // len(names)
+        return tuple(LinearPart(name, slice(i * rows, (i + 1) * rows)) for i, name in enumerate(names))
+
+    return {layer: parts}
 
 
 WHOLE = LinearPart("all")

@@ -115,7 +115,7 @@ def test_conds_in_calls_of_their_own_give_the_same(case, model, monkeypatch):
     patched = cached(model, "FaFaFaFa")
     apart = sample(case, patched)
     assert kinds(patched) == "FaFaFaFa" and all(evaluation.calls == 2 for evaluation in report_of(patched).evaluations)
-    torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(apart, together, atol=1e-4 * max(1.0, float(together.std())), rtol=1e-4)
 
 
 def full_rank(family: ModelFamily, model: torch.nn.Module) -> CalibratedLinears:

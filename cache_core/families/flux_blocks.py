@@ -1,0 +1,170 @@
+"""The blocks that FLUX.1 brought and others took over: double ones with an image and a text stream, then fused single ones over both.
+
+Source: comfy/ldm/flux/layers.py (ComfyUI 0.3.75). A double block adds gate·attn and gate·mlp to each stream; a single block adds
+gate·linear2([attn, mlp]) to the joint one, all of them in place. Shift, scale and gate are made by a modulation in the block, or come
+ready-made as `vec` where it has none (FLUX.2, Chroma). modulation_dims [(start, end, row), …] say which of several rows of them
+the tokens take (HunyuanVideo's guiding frame). The host adds ControlNet residuals after each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kinds import Kind
+from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights, modulate
+from .flux_linears import flux_linears
+
+
+def has_flux_blocks(model: nn.Module, class_name: str, own_modulation: bool) -> bool:
+    """Class name and the attributes used here. own_modulation: whether every block makes its shifts, scales and gates itself."""
+    if type(model).__name__ != class_name or not len(getattr(model, "double_blocks", ())) or not hasattr(model, "single_blocks"):
+        return False
+    block = model.double_blocks[0]  # type: ignore[index]
+    has_streams = all(hasattr(block, name) for name in ("img_attn", "txt_attn", "img_mlp", "txt_mlp"))
+    return has_streams and hasattr(block, "img_mod") == hasattr(block, "txt_mod") == own_modulation
+
+
+def flux_like(
+    name: str,
+    matches: Callable[[nn.Module], bool],
+    outside_macs: Callable[[nn.Module, Lengths], float],
+    joint: str = "txt+img",
+    channels: Callable[[nn.Module], int] = attrgetter("hidden_size"),
+    embed: str = "img_in",
+    input_channels: Callable[[nn.Module], int] = attrgetter("in_channels"),
+    tokens: Callable[[nn.Module, Tensor], Tensor] = lambda _module, given: given,
+) -> ModelFamily:
+    """A family of these blocks. joint: the stream of the single blocks, "txt+img" or "img+txt"; all else as in ModelFamily."""
+    return ModelFamily(
+        name=name,
+        matches=matches,
+        stacks=_stacks(joint),
+        hidden="img",
+        channels=channels,
+        embed=embed,
+        input_channels=input_channels,
+        macs=_macs,
+        outside_macs=outside_macs,
+        linears=flux_linears(joint),
+        tokens=tokens,
+    )
+
+
+def _stacks(joint: str) -> tuple[Stack, Stack]:
+    double = Stack(
+        path="double_blocks",
+        parameters=("img", "txt", "vec", "pe", "attn_mask", "modulation_dims_img", "modulation_dims_txt"),
+        streams={"img": "img", "txt": "txt"},
+        sites=(
+            Site("img_attn", "img_attn.proj", "img"),
+            Site("txt_attn", "txt_attn.proj", "txt"),
+            Site("img_mlp", "img_mlp", "img"),
+            Site("txt_mlp", "txt_mlp", "txt"),
+        ),
+        replay=_replay_double,
+    )
+    single = Stack(
+        path="single_blocks",
+        parameters=("x", "vec", "pe", "attn_mask", "modulation_dims"),
+        streams={"x": joint},
+        sites=(
+            Site("attn", "linear2", joint, source="input", width=attrgetter("hidden_size")),
+            Site("output", "linear2", joint),
+        ),
+        replay=partial(_replay_single, joint),
+    )
+    return double, single
+
+
+def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    vec = call["vec"]
+    img_mods, txt_mods = (block.img_mod(vec), block.txt_mod(vec)) if hasattr(block, "img_mod") else vec
+    img = _refresh_stream(block, "img", call["img"], img_mods, call.get("modulation_dims_img"), cached)
+    txt = _refresh_stream(block, "txt", call["txt"], txt_mods, call.get("modulation_dims_txt"), cached)
+    return img, _finite(txt)
+
+
+def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cached: Cached) -> Tensor:
+    """One stream of a double block: cached attention, MLP recomputed for the chosen tokens. x (B, L, C)."""
+    (attn_mod, mlp_mod), rows = mods, _rows(dims, x)
+    x = x + _taken(attn_mod.gate, rows) * cached.whole(f"{name}_attn")
+    tokens = cached.choose(name, x.shape[1])
+    if tokens is None:
+        mlp = cached.whole(f"{name}_mlp")
+    else:
+        norm, layer = getattr(block, f"{name}_norm2"), getattr(block, f"{name}_mlp")
+        fresh = layer(_modulated(norm(x[:, tokens]), mlp_mod, rows, tokens))
+        mlp = cached.refreshed(f"{name}_mlp", tokens, fresh)
+    return x + _taken(mlp_mod.gate, rows) * mlp
+
+
+def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    x = call["x"]
+    mod = call["vec"] if block.modulation is None else block.modulation(call["vec"])[0]
+    rows = _rows(call.get("modulation_dims"), x)
+    tokens = cached.choose(joint, x.shape[1])
+    if tokens is None:
+        output = cached.whole("output")
+    else:
+        # linear1 is fused: its q, k and v of the chosen tokens are computed too and dropped (weights are never sliced)
+        projected = block.linear1(_modulated(block.pre_norm(x[:, tokens]), mod, rows, tokens))
+        mlp = block.mlp_act(projected[..., 3 * block.hidden_size :])
+        fresh = block.linear2(torch.cat((cached.chosen("attn", tokens), mlp), dim=-1))
+        output = cached.refreshed("output", tokens, fresh)
+    return (_finite(x + _taken(mod.gate, rows) * output),)
+
+
+def _rows(dims: Any, x: Tensor) -> Tensor | None:
+    """Which row of shifts, scales and gates each token of x (B, L, C) takes: (L,), or None where there is only one."""
+    if dims is None:
+        return None
+    rows, times = torch.zeros(2, x.shape[1], dtype=torch.long)
+    for start, end, row in dims:
+        rows[start:end] = row
+        times[start:end] += 1
+    if (times != 1).any():
+        raise UnsupportedCallError("per-token modulation that leaves tokens out or changes them twice")
+    return rows.to(x.device, non_blocking=True)
+
+
+def _taken(vectors: Tensor, rows: Tensor | None) -> Tensor:
+    """Vectors (B, rows, C) as each token takes them: (B, L, C), or (B, 1, C) for all."""
+    return vectors if rows is None else vectors[:, rows]
+
+
+def _modulated(x: Tensor, mod: Any, rows: Tensor | None, tokens: Tensor) -> Tensor:
+    """The chosen tokens x (B, k, C), shifted and scaled."""
+    rows = None if rows is None else rows[tokens]
+    return modulate(x, _taken(mod.shift, rows), _taken(mod.scale, rows))
+
+
+def _finite(x: Tensor) -> Tensor:
+    """float16 can overflow in deep blocks; the host clips there too."""
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+
+
+def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
+    """Multiply-adds of all blocks for one batch row."""
+    if kind is Kind.AGGRESSIVE:
+        return 0.0
+    img, txt = lengths["img"], lengths["txt"]
+    joint = img + txt
+    total = 0.0
+    for block in model.double_blocks:
+        total += linear_weights(getattr(block, "img_mod", None), getattr(block, "txt_mod", None))
+        if kind is Kind.FULL:
+            total += img * linear_weights(block.img_attn, block.img_mlp) + txt * linear_weights(block.txt_attn, block.txt_mlp)
+            total += 2 * joint * joint * block.hidden_size
+        else:
+            total += share * (img * linear_weights(block.img_mlp) + txt * linear_weights(block.txt_mlp))
+    for block in model.single_blocks:
+        per_token = joint * linear_weights(block.linear1, block.linear2)
+        total += linear_weights(block.modulation)
+        total += per_token + 2 * joint * joint * block.hidden_size if kind is Kind.FULL else share * per_token
+    return total

@@ -1,0 +1,66 @@
+"""HunyuanDiT: one stream of image tokens, text by cross-attention, long skips from the first half of the blocks to the second.
+
+Source: comfy/ldm/hydit/models.py (ComfyUI 0.3.75). Traps: the host carries the skips past the blocks and adds ControlNet residuals to them;
+all end in blocks, so the state behind the last block holds their effect. The middle block and the first half have no skip layer. No gates:
+attention, cross-attention and MLP are added as they are.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from .base import Lengths, ModelFamily, Stack, linear_weights
+from .counting import around_macs, blocks_macs, patch_channels, patches
+from .linears import StackLinears, equal_parts
+
+
+def _is_hydit(model: nn.Module) -> bool:
+    """Hunyuan3D 2.1 has a class of another name with other blocks."""
+    if type(model).__name__ != "HunYuanDiT" or not len(getattr(model, "blocks", ())):
+        return False
+    return all(hasattr(model.blocks[0], name) for name in ("attn1", "attn2", "mlp", "default_modulation"))  # type: ignore[index]
+
+
+_LINEARS = (
+    StackLinears(
+        path="blocks",
+        streams={"attn2.kv_proj": "txt", "": "img"},
+        skip=("default_modulation.",),
+        parts=equal_parts("attn1.Wqkv", "qkv") | equal_parts("attn2.kv_proj", "kv"),
+    ),
+)
+_AROUND = around_macs(
+    {"x_embedder": "img", "t_embedder": "", "extra_embedder": "", "pooler.q_proj": "", "pooler.c_proj": "", "final_layer.linear": "img",
+     "final_layer.adaLN_modulation": ""}
+)  # fmt: skip
+
+
+def _outside_macs(model: Any, lengths: Lengths) -> float:
+    """The text is CLIP's tokens, then T5's; only T5's are projected and pooled."""
+    t5 = lengths["txt"] - model.text_len
+    return _AROUND(model, lengths) + t5 * linear_weights(model.mlp_t5, model.pooler.k_proj, model.pooler.v_proj)
+
+
+HYDIT = ModelFamily(
+    name="hydit",
+    matches=_is_hydit,
+    stacks=(
+        Stack(
+            path="blocks",
+            parameters=("x", "c", "text_states", "freq_cis_img", "skip"),
+            streams={"x": "img"},
+            contexts={"text_states": "txt"},
+        ),
+    ),
+    hidden="img",
+    channels=attrgetter("hidden_size"),
+    embed="x_embedder.proj",
+    input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
+    tokens=patches,
+    macs=blocks_macs(_LINEARS, (("blocks", "img", "img"), ("blocks", "img", "txt")), attrgetter("hidden_size")),
+    outside_macs=_outside_macs,
+    linears=_LINEARS,
+)

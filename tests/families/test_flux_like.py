@@ -1,0 +1,319 @@
+"""What is special in families of FLUX's blocks: conservative evaluations, modulation per token, reference latents, ControlNets, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import comfy.controlnet
+import comfy.sample
+import comfy.supported_models
+import pytest
+import test_every_family as every
+import torch
+import torch.nn.functional as F  # noqa: N812
+from comfyui_duca.cache_core import Plan, Settings, find_family
+from comfyui_duca.cache_core.engine import TokenChoice
+from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, find_linears
+from comfyui_duca.cache_core.policies import Given
+from comfyui_duca.cache_core.predictors import Reuse
+from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.nodes import host
+from making import text
+from test_every_family import STEPS, cached, kinds, network, report_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from zoo_flux_like import chroma, chroma_radiance, flux2, hunyuan3d, hunyuan_video, loaded
+
+SHARE = 0.3
+
+
+def noise(*shape: int, seed: int = 3, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+class Control(comfy.controlnet.ControlBase):
+    """A ControlNet whose residuals are constants, for every block and image token."""
+
+    def __init__(self, tokens: int, channels: int) -> None:
+        super().__init__()
+        self.residuals = {place: [noise(1, tokens, channels, seed=i, scale=0.3) for i in range(2)] for place in ("input", "output")}
+
+    def get_control(self, *_args: Any) -> dict:
+        return self.residuals
+
+    def copy(self) -> Control:
+        return self
+
+
+class Variant(NamedTuple):
+    """make: the model. latent: shape of one. cond: conditioning from a seed. joint: the single blocks' stream.
+
+    cfg: 1.0 where the host cannot have both conds in one call. has_input: whether a calibrated forecast can be had.
+    is_counted: whether all of what is around the blocks is.
+    """
+
+    make: Callable[[], Any]
+    latent: tuple[int, ...]
+    cond: Callable[[int], list]
+    joint: str = "txt+img"
+    cfg: float = 2.0
+    has_input: bool = True
+    is_counted: bool = True
+
+
+def hunyuan_15() -> Any:
+    return hunyuan_video(
+        comfy.supported_models.HunyuanVideo15, in_channels=65, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, byt5=True,
+        use_cond_type_embedding=True, vision_in_dim=20, guidance_embed=False,
+    )  # fmt: skip
+
+
+def hunyuan_image() -> Any:
+    return hunyuan_video(
+        comfy.supported_models.HunyuanImage21, in_channels=64, out_channels=64, patch_size=[1, 1], axes_dim=[64, 64], vec_in_dim=None,
+        meanflow=True,
+    )  # fmt: skip
+
+
+def given(tokens: int = 7, **more: Any) -> Callable[[int], list]:
+    return text(tokens, 24, pooled_output=torch.ones(1, 768), **more)
+
+
+def controlled(tokens: int, channels: int) -> Callable[[int], list]:
+    return given(control=Control(tokens, channels), control_apply_to_uncond=True)
+
+
+JOINT, VIDEO, PICTURE, F2 = "img+txt", (16, 3, 8, 6), (16, 12, 16), (128, 4, 6)
+MASK, CLIP = torch.tensor([[1, 1, 1, 1, 1, 0, 0]]), SimpleNamespace(last_hidden_state=noise(1, 4, 20))
+REFERENCE, FRAME = {"ref_latent": noise(1, 16, 1, 8, 6)}, {"guiding_frame_index": 0}
+BESIDE = {"conditioning_byt5small": noise(1, 3, 1472), "clip_vision_output": CLIP}
+VARIANTS = {
+    "flux2": Variant(flux2, F2, given()),
+    "flux2 references": Variant(flux2, F2, given(reference_latents=[noise(1, 128, 2, 3), noise(1, 128, 3, 4)])),
+    "flux2 control": Variant(flux2, F2, controlled(20, 32)),
+    "chroma": Variant(chroma, PICTURE, given()),
+    "chroma control": Variant(chroma, PICTURE, controlled(48, 48)),
+    "radiance": Variant(chroma_radiance, (3, 24, 32), given()),
+    "video": Variant(hunyuan_video, VIDEO, given(40), JOINT),
+    "video control": Variant(hunyuan_video, VIDEO, controlled(36, 128), JOINT),
+    "video mask": Variant(hunyuan_video, VIDEO, given(attention_mask=MASK), JOINT, 1.0),
+    "video guiding frame": Variant(hunyuan_video, VIDEO, given(**FRAME), JOINT, 1.0, is_counted=False),
+    "video reference": Variant(hunyuan_video, VIDEO, given(**REFERENCE), JOINT, 1.0, has_input=False, is_counted=False),
+    "video both": Variant(hunyuan_video, VIDEO, given(**FRAME, **REFERENCE), JOINT, 1.0, has_input=False, is_counted=False),
+    "video 1.5": Variant(hunyuan_15, (32, 2, 4, 6), given(**BESIDE), JOINT, is_counted=False),
+    "image 2.1": Variant(hunyuan_image, (64, 6, 8), given(), JOINT),
+    "3d": Variant(hunyuan3d, (64, 24), given()),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request) -> Variant:
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(variant):
+    return variant.make()
+
+
+@pytest.fixture(scope="module")
+def plain(variant, model) -> torch.Tensor:
+    return sample(variant, model)
+
+
+def sample(variant: Variant, model, **more: Any) -> torch.Tensor:
+    latent = torch.zeros(1, *variant.latent)
+    start, conds = comfy.sample.prepare_noise(latent, 5), (variant.cond(1), variant.cond(2))
+    return comfy.sample.sample(model, start, STEPS, variant.cfg, "euler", "simple", *conds, latent, seed=5, disable_pbar=True, **more)
+
+
+class Dense:
+    """The same evaluations by hooks on the host's blocks, all of which run: what a sublayer says is exchanged for what was kept of it."""
+
+    def __init__(self, net: Any, plan: str, joint: str) -> None:
+        self.plan, self.step, self.kept = plan, -1, {}
+        self.choice = TokenChoice(SHARE, 0)
+        self.handles = [net.double_blocks[0].register_forward_pre_hook(self.begin)]
+        for i, block in enumerate(net.double_blocks):
+            for name in ("img", "txt"):
+                self.after(getattr(block, f"{name}_attn").proj, self.whole, (i, name))
+                self.after(getattr(block, f"{name}_mlp"), self.refreshed, (i, name, "mlp"), name, i, len(net.double_blocks))
+        for i, block in enumerate(net.single_blocks):
+            self.handles.append(block.linear2.register_forward_pre_hook(self.half(i, block.hidden_size)))
+            self.after(block.linear2, self.refreshed, (i, "output"), joint, i, len(net.single_blocks))
+        self.after(net.single_blocks[-1], self.hidden)
+
+    def after(self, module: torch.nn.Module, tell: Callable, *about: Any) -> None:
+        self.handles.append(module.register_forward_hook(lambda _module, _args, result: tell(result, *about)))
+
+    def begin(self, *_args: Any) -> None:
+        self.step += 1
+        self.choice.begin(self.step)
+
+    @property
+    def kind(self) -> str:
+        return self.plan[self.step]
+
+    def whole(self, value: torch.Tensor, key: tuple) -> torch.Tensor:
+        if self.kind == "F":
+            self.kept[key] = value.clone()
+        return self.kept[key].clone() if self.kind == "c" else value  # the host writes into what it is given
+
+    def refreshed(self, value: torch.Tensor, key: tuple, stream: str, index: int, blocks: int) -> torch.Tensor:
+        if self.kind == "c":
+            tokens = self.choice.tokens(stream, index, blocks, value.shape[1], value.device)
+            self.kept[key][:, tokens] = value[:, tokens]
+        return self.whole(value, key)
+
+    def half(self, index: int, width: int) -> Callable:
+        def exchange(_module: Any, args: tuple) -> tuple:
+            (x,) = args
+            return (torch.cat((self.whole(x[..., :width], (index, "attn")), x[..., width:]), dim=-1),)
+
+        return exchange
+
+    def hidden(self, value: torch.Tensor) -> torch.Tensor:
+        if self.kind != "a":
+            self.kept["hidden"] = value.clone()
+        return self.kept["hidden"].clone()
+
+
+def test_conservative_evaluations_are_those_of_the_hosts_blocks(variant, model, plain):
+    """Conservative ones from full ones and from one another; skips from either."""
+    plan = "FcacccFc"
+    patched = host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), Reuse(), token_share=SHARE)))
+    result = sample(variant, patched)
+    assert kinds(patched) == plan and not report_of(patched).notices
+    dense = Dense(network(model), plan, variant.joint)
+    try:
+        expected = sample(variant, model)
+    finally:
+        for handle in dense.handles:
+            handle.remove()
+    assert dense.step == STEPS - 1, "both conds are to be in one call"
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-3)
+    assert (expected - plain).abs().max() > 0.01
+
+
+def test_skips_repeat_the_hidden_state(variant, model, plain):
+    patched = cached(model, "FaFaaaFa")
+    result = sample(variant, patched)
+    assert kinds(patched) == "FaFaaaFa" and not report_of(patched).notices
+    kept, step = [], iter("FaFaaaFa")
+
+    def again(_module, _args, value):
+        if next(step) == "F":
+            kept[:] = [value.clone()]
+        return kept[0].clone()
+
+    handle = network(model).single_blocks[-1].register_forward_hook(again)
+    try:
+        assert torch.equal(result, sample(variant, model)) and not torch.equal(result, plain)
+    finally:
+        handle.remove()
+
+
+def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(variant, model, plain):
+    family, factors = find_family(network(model)), {}
+    for site in find_linears(family, network(model)):
+        for part in site.parts:
+            own = site.module.weight.detach()[part.rows or slice(None)]
+            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
+    patched = cached(model, "FiiFiiFi", linears=CalibratedLinears.bind(family, network(model), factors))
+    result = sample(variant, patched)
+    assert kinds(patched) == "FiiFiiFi" and not report_of(patched).notices
+    torch.testing.assert_close(result, plain, atol=2e-4, rtol=2e-3)
+
+
+def test_calibrated_forecasts_need_the_input_of_all_tokens(variant, model, plain):
+    family = find_family(network(model))
+    matrix = torch.full((family.input_channels(network(model)), family.channels(network(model))), 0.01)
+    patched = cached(model, "FaFaFaFa", every.Innovating(matrix))
+    result = sample(variant, patched)
+    if variant.has_input:
+        assert kinds(patched) == "FaFaFaFa" and not report_of(patched).notices and not torch.equal(result, plain)
+    else:
+        assert "tokens are added" in report_of(patched).notices[0] and torch.equal(result, plain)
+
+
+def test_kept_inputs_become_the_embedded_tokens(variant, model):
+    """What the family calls the input, times the embedding's weights, is what enters the blocks: the same tokens in the same order."""
+    if not variant.has_input:
+        pytest.skip("it has no calibrated forecast")
+    net, seen = network(model), {}
+    family = find_family(net)
+    embed = attrgetter(family.embed)(net)
+
+    def embedded(_module, args):
+        seen["tokens"] = family.tokens(embed, args[0]).clone()
+
+    def entered(_module, _args, call):
+        seen["img"] = call["img"].clone()
+
+    handles = [embed.register_forward_pre_hook(embedded), net.double_blocks[0].register_forward_pre_hook(entered, with_kwargs=True)]
+    try:
+        sample(variant, model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen["tokens"].shape[-1] == family.input_channels(net)
+    torch.testing.assert_close(F.linear(seen["tokens"], embed.weight.flatten(1), embed.bias), seen["img"], atol=1e-5, rtol=1e-4)
+
+
+def skip_cost(variant: Variant, model) -> float:
+    """What is counted for a skip, as a share of what torch counts for it: everything but the blocks, which are the most of all others."""
+    patched, flops = cached(model, "FFaaFFaa"), []
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(variant, patched, callback=lambda *_: flops.append(counter.get_total_flops()))
+    return 2 * report_of(patched).evaluations[-1].macs / (flops[-1] - flops[-2])
+
+
+def test_what_a_skip_costs_is_counted(variant, model):
+    if not variant.is_counted:
+        pytest.skip("left out on purpose: other encoders' layers, a guiding frame's second vector, the head's going without the reference")
+    assert skip_cost(variant, model) == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("head", ["linear", "conv"])
+def test_the_head_of_radiance_is_the_hosts_on_every_evaluation(head):
+    """It sees the current pixels also on skips; what it costs is counted, whichever head it is."""
+    model, variant = chroma_radiance(nerf_final_head_type=head), VARIANTS["radiance"]
+    calls = {"nerf_blocks": 0, "double_blocks": 0}
+
+    def counting(stack: str) -> Callable:
+        def hook(*_args: Any) -> None:
+            calls[stack] += 1
+
+        return hook
+
+    net = network(model)
+    watched = {"nerf_blocks": net.nerf_blocks[0], "double_blocks": net.double_blocks[0].img_attn.qkv}
+    handles = [module.register_forward_hook(counting(stack)) for stack, module in watched.items()]
+    patched = cached(model, "FFaaFaaa")
+    sample(variant, patched)
+    assert calls == {"nerf_blocks": STEPS, "double_blocks": 3}
+    for handle in handles:
+        handle.remove()
+    assert skip_cost(variant, model) == pytest.approx(1.0, rel=0.01)
+
+
+def test_gated_layers_are_two_matrices():
+    """FLUX.2's MLPs make gate and value in one layer; together the parts cover it once."""
+    sites = {site.name: site for site in find_linears(find_family(network(flux2())), network(flux2()))}
+    parts = {
+        name: [(part.name, part.rows) for part in sites[name].parts] for name in ("double_blocks.0.img_mlp.0", "single_blocks.1.linear1")
+    }
+    assert parts["double_blocks.0.img_mlp.0"] == [("gate", slice(0, 96)), ("value", slice(96, 192))]
+    thirds = [("q", slice(0, 32)), ("k", slice(32, 64)), ("v", slice(64, 96))]
+    assert parts["single_blocks.1.linear1"] == [*thirds, ("gate", slice(96, 192)), ("value", slice(192, 288))]
+    assert [part.name for part in sites["double_blocks.0.txt_mlp.2"].parts] == ["all"]
+
+
+@pytest.mark.parametrize("make", [hunyuan_15, hunyuan_image])
+def test_kin_of_hunyuan_video_is_found_by_the_hosts_loader(make):
+    """The structure that a checkpoint's own keys lead to is the one described."""
+    model = loaded(make())
+    assert find_family(network(model)).name == "hunyuan_video"

@@ -1,0 +1,147 @@
+"""Traps of the image families: what lies beside text and image in their streams, sizes that are filled up, residuals of a ControlNet."""
+
+from __future__ import annotations
+
+import comfy.sample
+import pytest
+import test_every_family as every
+import torch
+from making import Case, text
+from test_every_family import cached, kinds, network, report_of, sample
+from zoo_image import CASES, hidream, hydit, normal, omnigen, sd3, with_more, z_image
+
+PLAN = "FaFaFaFa"
+BY_NAME = {case.name: case for case in CASES}
+
+
+def assert_right(case: Case, model) -> None:
+    """What test_every_family holds of the plain cases."""
+    plain = sample(case, model)
+    every.test_skipping_repeats_the_hidden_state(case, model, plain, PLAN)
+    every.test_the_input_is_kept_for_calibrated_forecasts(case, model)
+    every.test_multiply_adds_are_those_that_torch_counts(case, model)
+    if every.find_family(network(model)).linears:
+        every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain)
+
+
+def lengths(patched) -> dict[str, int]:
+    return report_of(patched).shape.lengths
+
+
+@pytest.mark.parametrize("name", ["lumina", "sd3", "hidream", "aura", "omnigen", "hydit"])
+def test_odd_sizes_are_filled_up_to_patches(name):
+    """PixArt is left out: there the host itself fails."""
+    case = BY_NAME[name]._replace(latent=(BY_NAME[name].latent[0], 11, 13))
+    model = case.make()
+    assert_right(case, model)
+
+
+def test_tokens_that_z_image_adds_are_not_taken_for_image():
+    case = Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1])
+    model = case.make()
+    patched = cached(model, PLAN)
+    sample(case, patched)
+    assert lengths(patched) == {"txt": 32, "img": 48, "padding": 16}
+    assert report_of(patched).peak_bytes == 2 * 48 * 256 * 4  # two conds, nothing but the picture
+
+
+def test_texts_of_unequal_length_come_in_calls_of_their_own():
+    model = z_image()
+    case = Case("lumina", z_image, (16, 12, 16), lambda seed: text(7 if seed == 1 else 40, 24)(seed), lambda m: m.layers[-1])
+    patched = cached(model, PLAN)
+    result = sample(case, patched)
+    assert kinds(patched) == PLAN and report_of(patched).evaluations[0].calls == 2
+    assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes
+    alone = [sample(case._replace(cond=lambda seed, tokens=tokens: text(tokens, 24)(seed)), cached(model, PLAN)) for tokens in (7, 40)]
+    assert torch.isfinite(result).all() and not any(torch.equal(result, other) for other in alone)
+
+
+def test_a_joint_stream_that_cannot_be_divided_is_computed_in_full(monkeypatch):
+    """Another node keeps the refined text: nobody sees how many of the tokens are text."""
+    case, model = BY_NAME["lumina"], z_image()
+    plain = sample(case, model)
+    inner, kept = network(model), {}
+    monkeypatch.setattr(inner, "context_refiner", KeepsText(inner.context_refiner, kept))
+    assert torch.equal(sample(case, model), plain)
+    patched = cached(model, PLAN)
+    assert torch.equal(sample(case, patched), plain)
+    assert kinds(patched) == "F" * 8 and "computed in full" in " ".join(report_of(patched).notices)
+    assert report_of(patched).peak_bytes == 0
+
+
+class KeepsText(torch.nn.ModuleList):
+    """Gives out one module that answers for the blocks; they are still found by their numbers."""
+
+    def __init__(self, blocks, kept: dict) -> None:
+        super().__init__(blocks)
+        self.kept = kept
+
+    def __iter__(self):
+        def answer(tokens, *args, **more):
+            key = tokens.shape, float(tokens.sum())
+            if key not in self.kept:
+                self.kept[key] = self[0](tokens, *args, **more)
+            return self.kept[key]
+
+        yield answer
+
+
+def test_omnigen_takes_reference_pictures_for_no_part_of_the_image():
+    cond = text(7, 24, attention_mask=torch.ones(1, 7, dtype=torch.long), reference_latents=[normal(3, 1, 16, 8, 6)])
+    case = Case("omnigen", omnigen, (16, 12, 16), cond, lambda m: m.layers[-1])
+    model = case.make()
+    assert_right(case, model)
+    patched = cached(model, PLAN)
+    with_reference = sample(case, patched)
+    assert lengths(patched) == {"txt": 7, "ref": 12, "img": 48}
+    assert not torch.equal(with_reference, sample(BY_NAME["omnigen"], cached(model, PLAN)))
+
+
+def test_hidream_edits_a_picture_beside_the_image():
+    cond = with_more(
+        text(5, 24), pooled_output=(1, 32), conditioning_llama3=(1, 3, 5, 20), concat_latent_image=(1, 16, 12, 16)
+    )  # fmt: skip
+    case = Case("hidream", hidream, (16, 12, 16), cond, lambda m: m.single_stream_blocks[-1])
+    model = case.make()
+    assert_right(case, model)
+    patched = cached(model, PLAN)
+    sample(case, patched)
+    assert lengths(patched) == {"img": 96, "txt": 15}
+
+
+def controlled(model, residuals: list[torch.Tensor]):
+    """As the host hands a ControlNet's residuals over: anew in every call, as HunyuanDiT takes them off the list."""
+    clone = model.clone()
+
+    def call(apply_model, given):
+        control = {"output": [residual.expand(given["input"].shape[0], -1, -1).clone() for residual in residuals]}
+        return apply_model(given["input"], given["timestep"], **{**given["c"], "control": control})
+
+    clone.set_model_unet_function_wrapper(call)
+    return clone
+
+
+@pytest.mark.parametrize("name, make, width, count", [("sd3", sd3, 128, 3), ("hydit", hydit, 48, 2)])
+def test_residuals_of_a_controlnet_take_effect_once(name, make, width, count):
+    """SD3: after every block, the last one too. HunyuanDiT: in the long skips."""
+    case, model = BY_NAME[name], make()
+    tokens = case.latent[1] * case.latent[2] // 4
+    guided = controlled(model, [normal(i, 1, tokens, width) for i in range(count)])
+    every.test_skipping_repeats_the_hidden_state(case, guided, sample(case, guided), PLAN)
+    assert not torch.equal(sample(case, cached(guided, PLAN)), sample(case, cached(model, PLAN)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_batch_of_pictures_is_each_of_them(case):
+    """Two pictures in a batch give what each gives alone."""
+    model = case.make()
+    noise = normal(5, 2, *case.latent)
+    both = sample_noise(case, cached(model, PLAN), noise)
+    for i in range(2):
+        alone = sample_noise(case, cached(model, PLAN), noise[i : i + 1])
+        torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4 * max(1.0, float(alone.std())), rtol=1e-4)
+
+
+def sample_noise(case: Case, model, noise: torch.Tensor) -> torch.Tensor:
+    latent = torch.zeros_like(noise)
+    return comfy.sample.sample(model, noise, 8, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, seed=5, disable_pbar=True)

@@ -1,0 +1,200 @@
+"""What is particular to video and audio models: pictures, sound and control beside the text, modulation by frame, two experts."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import comfy.sample
+import comfy.sd
+import comfy.supported_models
+import pytest
+import test_every_family as every
+import torch
+import zoo_video
+from comfyui_duca.cache_core import find_family
+from comfyui_duca.cache_core.predictors import Reuse
+from making import Case, text
+from test_every_family import Innovating, cached, kinds, network, repeated, report_of, sample
+from zoo_video import WAN_LATENT, clip_picture, seeded, wan_case, wan_model
+
+FRAMES = torch.ones(1, 1, 3, 8, 6)
+FRAMES[:, :, 0] = 0  # a first frame that is given
+
+
+def _ref_conv():
+    return wan_model(comfy.supported_models.WAN21_T2V, "t2v", in_dim_ref_conv=16)
+
+
+def _wan22_5b():
+    return wan_model(comfy.supported_models.WAN22_T2V, "t2v", in_dim=48, out_dim=48)
+
+
+def _camera():
+    return wan_model(comfy.supported_models.WAN22_Camera, "camera_2.2", in_dim=36)
+
+
+def _expert_i2v():
+    return wan_model(comfy.supported_models.WAN21_T2V, "t2v", in_dim=36)
+
+
+CLIP, REFERENCE = clip_picture(), seeded(1, 16, 1, 8, 6)
+FRAME_WISE = Case("wan", _wan22_5b, (48, 3, 8, 6), text(7, 24, denoise_mask=FRAMES), lambda m: m.blocks[-1])
+LTXV = next(case for case in zoo_video.CASES if case.name == "ltxv")
+LTXV_TOKEN_WISE = LTXV._replace(
+    cond=text(7, 24, attention_mask=torch.ones(1, 7).int(), denoise_mask=torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1).expand(1, 1, 2, 4, 3))
+)
+PREDICT2 = next(case for case in zoo_video.CASES if case.name == "cosmos_predict2")
+PREDICT2_FRAME_WISE = PREDICT2._replace(cond=text(7, 24, denoise_mask=torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1).expand(1, 1, 2, 6, 4)))
+VARIANTS = {
+    "Wan 2.2 5B, modulation by frame": FRAME_WISE,
+    "Wan 2.2 I2V, a picture as channels and one that is ignored": wan_case("wan", _expert_i2v, clip_vision_output=CLIP),
+    "Wan I2V without a picture": wan_case("wan_i2v", zoo_video.wan_i2v),
+    "Wan Fun, a reference before the video": wan_case("wan", _ref_conv, reference_latents=[REFERENCE]),
+    "Wan Camera": wan_case("wan", _camera, camera_conditions=seeded(1, 24, 3, 64, 48)),
+    "Wan S2V with sound and a reference": wan_case(
+        "wan_s2v", zoo_video.wan_s2v, audio_embed=seeded(1, 25, 8, 12).abs(), reference_latents=[REFERENCE]
+    ),
+    "Wan HuMo with a reference": wan_case("wan_humo", zoo_video.wan_humo, audio_embed=seeded(1, 3, 8, 5, 8), reference_latents=[REFERENCE]),
+    "Wan HuMo without sound": wan_case("wan_humo", zoo_video.wan_humo),
+    "LTXV, modulation by token": LTXV_TOKEN_WISE,
+    "Cosmos-Predict2, modulation by frame": PREDICT2_FRAME_WISE,
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_cached_as_their_family_is(name):
+    case = VARIANTS[name]
+    model = case.make()
+    plain = sample(case, model)
+    assert torch.isfinite(plain).all() and plain.std() > 0.05
+    every.test_skipping_repeats_the_hidden_state(case, model, plain, "FaaFaaFa")
+    every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain)
+    if case.name != "wan_s2v":  # what sound costs is not counted
+        every.test_multiply_adds_are_those_that_torch_counts(case, model)
+
+
+@pytest.mark.parametrize("name", ["Wan Fun, a reference before the video", "Wan HuMo with a reference"])
+def test_calibrated_forecasts_do_not_know_added_tokens(name):
+    case = VARIANTS[name]
+    model = case.make()
+    patched = cached(model, "FaFaFaFa", Innovating(torch.ones(64, 48)))
+    assert torch.equal(sample(case, patched), sample(case, model))
+    assert kinds(patched) == "F" * 8 and "tokens are added" in " ".join(report_of(patched).notices)
+
+
+def calls_of(module: torch.nn.Module) -> list:
+    calls = []
+    module.register_forward_hook(lambda *_args: calls.append(1))
+    return calls
+
+
+def _vace(videos: int) -> Case:
+    frames, masks = [seeded(1, 32, 3, 8, 6, seed=i) for i in range(videos)], [torch.ones(1, 64, 3, 8, 6)] * videos
+    return wan_case("wan_vace", zoo_video.wan_vace, vace_frames=frames, vace_mask=masks)
+
+
+def test_skipped_evaluations_leave_control_out():
+    case, model = _vace(1), zoo_video.wan_vace()
+    calls = [calls_of(block.ffn[0]) for block in network(model).vace_blocks]
+    sample(case, cached(model, "FaaFaaaa"))
+    assert [len(c) for c in calls] == [2, 2]
+
+
+def test_two_control_videos():
+    """Forecast like one; calibrated evaluations, which keep each layer's output once, are computed in full."""
+    case, model = _vace(2), zoo_video.wan_vace()
+    plain = sample(case, model)
+    assert not torch.allclose(plain, sample(_vace(1), model), atol=1e-3)
+    every.test_skipping_repeats_the_hidden_state(case, model, plain, "FaaFaaFa")
+    linears = every.full_rank(find_family(network(model)), network(model))
+    patched = cached(model, "FiiFiiFi", linears=linears)
+    assert torch.equal(sample(case, patched), plain)
+    assert kinds(patched) == "F" * 8 and "more than once" in " ".join(report_of(patched).notices)
+
+
+def test_control_behind_the_last_block_is_not_ours():
+    model = wan_model(comfy.supported_models.WAN21_Vace, "vace", num_layers=2, vace_layers=2, vace_in_dim=96)
+    assert find_family(network(model)) is None
+
+
+def test_faces_of_animate(monkeypatch):
+    """What encodes them is left out of the small model; here it says something of the brightness."""
+    model = zoo_video.wan_animate()
+    net = network(model)
+    vectors = seeded(1, 512)
+    monkeypatch.setattr(net.motion_encoder, "get_motion", lambda pixels: pixels.mean((1, 2, 3))[:, None] * vectors, raising=False)
+    case = wan_case(
+        "wan_animate",
+        lambda: model,
+        clip_vision_output=CLIP,
+        face_video_pixels=seeded(1, 3, 8, 4, 4) + torch.linspace(-1, 1, 8)[:, None, None],
+    )
+    faces = calls_of(net.face_adapter.fuser_blocks[0].linear1_q)
+    plain = sample(case, model)
+    assert len(faces) == 8
+    every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain)
+    expected = repeated(case, model, "FaaaFaaa")
+    faces.clear()
+    assert torch.equal(sample(case, cached(model, "FaaaFaaa")), expected) and len(faces) == 2
+
+
+def test_only_the_last_sound_of_s2v_is_heard_in_a_skip():
+    case = VARIANTS["Wan S2V with sound and a reference"]
+    model = case.make()
+    first, last = (calls_of(injector.q) for injector in network(model).audio_injector.injector)
+    sample(case, cached(model, "FaaFaaaa"))
+    assert (len(first), len(last)) == (2, 8)
+
+
+def test_two_experts():
+    """Two models, each with a sampler and a run of its own; the second starts in the middle of the schedule."""
+    case, low = zoo_video.CASES[0], zoo_video.wan_t2v()
+    high = zoo_video.wan_t2v()
+    for weight in network(high).parameters():
+        weight.data *= 1.1
+
+    def both(one, two):
+        noisy = run_part(case, one, torch.zeros(1, *WAN_LATENT), 0, 5, is_first=True)
+        return run_part(case, two, noisy, 5, 8, is_first=False)
+
+    plain = both(high, low)
+    one, two = cached(high, "FaFaF"), cached(low, "FaF")
+    result = both(one, two)
+    assert (kinds(one), kinds(two)) == ("FaFaF", "FaF")
+    assert not [text for patched in (one, two) for text in report_of(patched).notices if "fewer steps" not in text]
+    times = [[round(evaluation.sigma, 4) for evaluation in report_of(patched).evaluations] for patched in (one, two)]
+    assert min(times[0]) > max(times[1]) and not torch.equal(result, plain)
+    nothing_skipped = cached(high, "FFFFF"), cached(low, "FFF")
+    assert torch.equal(both(*nothing_skipped), plain)
+
+
+def run_part(case: Case, model, latent: torch.Tensor, start: int, end: int, is_first: bool) -> torch.Tensor:
+    noise = comfy.sample.prepare_noise(latent, 5) if is_first else torch.zeros_like(latent)
+    return comfy.sample.sample(
+        model, noise, 8, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, seed=5, disable_pbar=True, start_step=start,
+        last_step=end, disable_noise=not is_first, force_full_denoise=not is_first,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in zoo_video.CASES if case.name != "ace_step"], ids=lambda case: case.name)
+def test_the_input_is_kept_token_by_token(case):
+    """Where the embedding is a matrix E: history without E·x, less E times what x moved by, and E·x anew is history again."""
+    model = case.make()
+    embed = attrgetter(find_family(network(model)).embed)(network(model))
+    weight = next(weight for name, weight in embed.named_parameters() if name.endswith("weight"))
+    by_input = sample(case, cached(model, "FaaFaaFa", Innovating(-weight.detach().flatten(1).T)))
+    torch.testing.assert_close(by_input, sample(case, cached(model, "FaaFaaFa", Reuse())), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_i2v", "wan_vace"])
+def test_a_checkpoint_is_recognised(name):
+    """Through the host's loader, which reads the dimensions from the weights."""
+    unet = {"dim": 128, "num_heads": 1, "freq_dim": 256, "text_dim": 4096, "num_layers": 2}
+    if name == "wan_vace":
+        made = wan_model(comfy.supported_models.WAN21_Vace, "vace", vace_layers=1, vace_in_dim=96, **unet)
+    elif name == "wan_i2v":
+        made = wan_model(comfy.supported_models.WAN21_I2V, "i2v", in_dim=36, **unet)
+    else:
+        made = wan_model(comfy.supported_models.WAN21_T2V, "t2v", **unet)
+    loaded = comfy.sd.load_diffusion_model_state_dict(dict(network(made).state_dict()))
+    assert find_family(network(loaded)).name == name
