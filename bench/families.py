@@ -71,7 +71,7 @@ def main() -> None:
     about = f"Small random models of the host's classes, {STEPS} steps; {machine()}."
     publish("families", f"{about}\n\n{table(header, rows)}", ROOT / "docs" / "families.md")
     marks = ("forecast", "calibrated forecast", "ICC", "DuCa")
-    short = [[r[0], *("yes" if mark in r[1].split(", ") else "-" for mark in marks)] for r in rows]
+    short = list({r[0]: [r[0], *("yes" if mark in r[1].split(", ") else "-" for mark in marks)] for r in rows}.values())
     publish("families", table(["family", *marks], short), ROOT / "README.md")
 
 
