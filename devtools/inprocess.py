@@ -28,6 +28,7 @@ def load_comfyui() -> None:
         comfy.options.enable_args_parsing()
         import comfy.cli_args
         import comfy.model_management
+        import utils.json_util  # noqa: F401 - before the host's nodes.py puts another module of that name on the path
     finally:
         sys.argv = arguments
 

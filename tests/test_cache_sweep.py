@@ -163,7 +163,7 @@ def test_a_run_whose_cache_stood_aside_says_so(model, monkeypatch):
     assert torch.equal(images[0], images[1])
 
 
-@pytest.mark.parametrize(("make", "words"), [(unet, "UNetModel"), (unknown_dit, "Hunyuan3Dv2")])
+@pytest.mark.parametrize(("make", "words"), [(unet, "UNetModel"), (unknown_dit, "TomorrowsDiT")])
 def test_models_that_have_no_cache(make, words, shown):
     with pytest.raises(ValueError, match=f"does not know the model {words}"):
         sweep(make())

@@ -158,7 +158,7 @@ class Calibrator:
             self._told("trying plans", done, total)
 
         total = len(budgets) * self._prompts * Trials.COUNT
-        trials = Trials(model, halves, step_times, opening.window, self._sample, self._references, told)
+        trials = Trials(halves, len(step_times), opening.window, self._sample, self._references, told)
         choices = tuple(trials.choose(full) for full in budgets)
         if not choices:
             raise ValueError(f"with {len(step_times)} steps there is nothing to skip: calibrate with more")

@@ -158,7 +158,7 @@ def nothing_in(folder: Path) -> bool:
     return not folder.exists() or not list(folder.iterdir())
 
 
-@pytest.mark.parametrize(("make", "words"), [(unet, "UNetModel"), (unknown_dit, "Hunyuan3Dv2")])
+@pytest.mark.parametrize(("make", "words"), [(unet, "UNetModel"), (unknown_dit, "TomorrowsDiT")])
 def test_models_that_cannot_be_calibrated(folder, make, words):
     with pytest.raises(ValueError, match=f"does not know the model {words}"):
         calibrator(make())

@@ -17,8 +17,8 @@ from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.duca_cache import DucaCache
 from comfyui_duca.nodes.load_calibration import LoadCalibration
-from host import last_report, sample
-from test_sidecars_on_host import load, perturbed, with_lora
+from host import last_report, perturbed, sample
+from test_fingerprint_on_host import load, with_lora
 
 # -- DuCa Cache finds it -------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.load_calibration import LoadCalibration
 from comfyui_duca.nodes.prompt_list import PromptList
 from host import sample
-from test_sidecars_on_host import with_lora
+from test_fingerprint_on_host import with_lora
 
 IDS = (
     "DuCaCache", "DuCaCacheSchedule", "DuCaCacheReport", "DuCaCacheCompare", "DuCaCacheSweep", "DuCaSVDCalibrator", "DuCaLoadCalibration",
