@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from .calibration.calibration import Calibration
-from .calibration.use import NotCoveredError, advise, predictor_at
+from .calibration.use import NotCoveredError, predictor_at
 from .engine import CalibratedLinears
 from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
 from .opening import Opening
-from .policies import AlwaysCompute, FixedInterval, Given, GrowingGaps, IccCycle, Policy, usual_gaps
+from .policies import AlwaysCompute, FixedInterval, GrowingGaps, IccCycle, Policy, usual_gaps
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse
 from .schedule import Schedule, duca_cycle, shortest
 from .store import StoreFormat
@@ -119,8 +119,12 @@ class Settings:
         calibration = self.calibration or schedule.calibration
         if self.mode == "auto":
             plan = policy.plan(opening.timeline.steps, opening.window)
-            forecast = calibration.forecast if calibration is not None else None
-            predictor = predictor_at(forecast, opening.timeline.times[:-1], plan.count(Kind.FULL)) if forecast is not None else AUTO
+            predictor = AUTO
+            if calibration is not None and calibration.forecast is not None:
+                try:
+                    predictor = predictor_at(calibration.forecast, opening.timeline.times[:-1], plan.count(Kind.FULL))
+                except NotCoveredError as reason:
+                    notices = (*notices, f"the calibration is not used: {reason}")
         linears = None
         if (
             calibration is not None
@@ -131,7 +135,7 @@ class Settings:
         return Strategy(policy, predictor, name=schedule.name, linears=linears, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
-        """The calibrated forecast where the calibration covers the run, else the best uncalibrated setting."""
+        """The gaps that do best in general, filled by what did best in the calibration where it covers the run."""
         usual = usual_gaps(opening.timeline.steps, self.speedup, self.tail)
         uncalibrated = Strategy(usual, AUTO, name=f"auto {self.speedup:g}x", **common)
         if self.calibration is None:
@@ -139,13 +143,11 @@ class Settings:
         if self.calibration.forecast is None:
             return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
         times = opening.timeline.times[:-1]
-        window = range(opening.window.start, min(opening.window.stop, len(times) - self.tail))
         try:
-            advice = advise(self.calibration.forecast, times, window, max(1, round(len(times) / self.speedup)))
+            predictor = predictor_at(self.calibration.forecast, times, round(len(times) / self.speedup))
         except NotCoveredError as reason:
             return replace(uncalibrated, notices=(f"the calibration is not used: {reason}",))
-        name = f"auto {self.speedup:g}x, calibrated{'' if advice.is_exact else ' (for another schedule)'}"
-        return Strategy(Given(advice.plan), advice.predictor, name=name, **common)
+        return replace(uncalibrated, predictor=predictor, name=f"auto {self.speedup:g}x, calibrated")
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The given cycle length, or the shortest one whose estimated cost meets the speedup."""

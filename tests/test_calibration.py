@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,11 @@ from comfyui_duca.cache_core.calibration.calibration import Calibration, Choice,
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.cache_core.calibration.sidecar import About, Sidecar, read, write
 from comfyui_duca.cache_core.calibration.statistics import ForecastModel
-from comfyui_duca.cache_core.calibration.use import NotCoveredError, advise
+from comfyui_duca.cache_core.calibration.use import NotCoveredError, predictor_at
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import GrowingGaps, IccCycle
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated
+from comfyui_duca.cache_core.schedule import Schedule
 from torch import nn
 
 N, K, TOKENS, D, C, R = 7, 9, 60, 3, 8, 5
@@ -237,71 +237,25 @@ def full_steps(plan: Plan) -> list[int]:
     return [step for step, kind in enumerate(plan.kinds) if kind is Kind.FULL]
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_calibrated_schedule_gets_the_tried_plan(number):
-    """To the letter, though a search would choose otherwise; also where noise levels differ by rounding."""
-    forecast = forecast_of()
-    choice = forecast.choices[number]
-    for times in (STEP_TIMES, [time + 1e-5 for time in STEP_TIMES]):
-        plan, predictor, is_exact = advise(forecast, times, range(K), choice.plan.count(Kind.FULL))
-        assert is_exact and plan == choice.plan
-        if choice.share is None:
+@pytest.mark.parametrize("steps", [K, 6, 25])
+def test_the_nearest_choice_says_what_fills(steps):
+    """By share of full evaluations: five, three and two of ten."""
+    forecast, times = forecast_of(), np.linspace(1.0, 0.2, steps).tolist()
+    for full in range(1, steps + 1):
+        nearest = min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / K - full / steps))
+        predictor = predictor_at(forecast, times, full)
+        if nearest.share is None:
             assert predictor is AUTO
         else:
-            assert isinstance(predictor, Calibrated) and (predictor.statistics, predictor.share) == (forecast.model, choice.share)
-
-
-def test_another_budget_starts_from_the_nearest_plan():
-    """Four is nearest to three or five, and one more or one less of them; of seven, five stay."""
-    forecast = forecast_of()
-    five, three = (set(full_steps(choice.plan)) for choice in forecast.choices[:2])
-    four = advise(forecast, STEP_TIMES, range(K), 4)
-    assert not four.is_exact and len(full_steps(four.plan)) == 4
-    assert set(full_steps(four.plan)) < five or set(full_steps(four.plan)) > three
-    seven = advise(forecast, STEP_TIMES, range(K), 7)
-    assert len(full_steps(seven.plan)) == 7 and set(full_steps(seven.plan)) > five and seven.predictor.share == 0.5
-
-
-@pytest.mark.parametrize("steps", [6, 12, 25])
-@pytest.mark.parametrize("number", [0, 1])
-def test_another_schedule_takes_a_plan_over_by_time(steps, number):
-    """Full evaluations no further from the tried ones than the schedule's own gaps, or than two that want one step."""
-    forecast = forecast_of()
-    tried = full_steps(forecast.choices[number].plan)
-    times = [0.1 + 0.9 * (1 - i / (steps - 1)) ** 1.2 for i in range(steps)]
-    plan, _, is_exact = advise(forecast, times, range(steps), len(tried))
-    gap = max(a - b for a, b in pairwise(times))
-    assert not is_exact and len(plan) == steps and len(full_steps(plan)) == len(tried)
-    for step, original in zip(full_steps(plan), tried):
-        assert abs(times[step] - STEP_TIMES[original]) <= gap
-    for difference in (1, 2):
-        more, fewer = (advise(forecast, times, range(steps), len(tried) + by).plan for by in (difference, -difference))
-        assert len(full_steps(more)) == min(len(tried) + difference, steps)
-        assert len(full_steps(fewer)) == max(len(tried) - difference, 1)
-
-
-def test_fewer_steps_than_full_evaluations_are_all_full():
-    assert str(advise(forecast_of(), [1.0, 0.6, 0.2], range(3), 5).plan) == "FFF"
-
-
-@pytest.mark.parametrize("steps", [K, 14])
-def test_a_window_is_respected(steps):
-    """Steps outside it are full whatever the budget; inside it, what is left of the budget is spent."""
-    times = np.linspace(1.0, 0.2, steps).tolist()
-    for window in (range(3, 7), range(0, 5), range(4, steps), range(0)):
-        outside = set(range(steps)) - set(window) | {0}
-        for full in (1, len(outside) + 1, len(outside) + 2):
-            plan, _, is_exact = advise(forecast_of(), times, window, full)
-            assert not is_exact and outside <= set(full_steps(plan))
-            assert len(full_steps(plan)) == min(max(full, len(outside)), steps)
+            assert isinstance(predictor, Calibrated) and (predictor.statistics, predictor.share) == (forecast.model, nearest.share)
 
 
 @pytest.mark.parametrize("times", [[1.4, 0.8, 0.3], [1.0, 0.5, -0.05]])
 def test_times_outside_the_calibrated_ones_are_not_covered(times):
     """Recorded from 1 to 0.1, and covered 0.1 further at both ends."""
     with pytest.raises(NotCoveredError, match=r"1 to 0\.1"):
-        advise(forecast_of(), times, range(3), 2)
-    advise(forecast_of(), [1.09, 0.5, 0.01], range(3), 2)
+        predictor_at(forecast_of(), times, 2)
+    predictor_at(forecast_of(), [1.09, 0.5, 0.01], 2)
 
 
 def opening(times, network=None, window=None) -> Opening:
@@ -314,12 +268,13 @@ def test_mode_auto_follows_a_calibration():
     forecast = forecast_of()
     settings = Settings(speedup=K / 5, calibration=calibration_of(forecast, None))
     strategy = settings.strategy(opening(STEP_TIMES))
-    assert strategy.policy.plan(K, range(K)) == forecast.choices[0].plan
-    assert strategy.predictor.share == 0.5 and not strategy.notices and "another schedule" not in strategy.name
-    narrow = settings.strategy(opening(STEP_TIMES, window=range(2, K)))
-    assert str(narrow.policy.plan(K, range(2, K)))[:2] == "FF" and "another schedule" in narrow.name
-    tail = replace(settings, tail=3).strategy(opening(STEP_TIMES))
-    assert str(tail.policy.plan(K, range(K)))[-3:] == "FFF" and tail.policy.plan(K, range(K)).count(Kind.FULL) == 5
+    plain = Settings(speedup=K / 5).strategy(opening(STEP_TIMES))
+    assert strategy.policy == plain.policy and strategy.predictor.share == 0.5 and not strategy.notices
+    assert plain.predictor is AUTO and strategy.name == plain.name + ", calibrated"
+    scheduled = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(opening(STEP_TIMES))
+    assert scheduled.predictor.share == 0.5 and not scheduled.notices
+    far = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(opening([3.0, 2.0, 1.0, 0.5]))
+    assert far.predictor is AUTO and "the calibration is not used" in far.notices[0]
 
 
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():

@@ -32,21 +32,17 @@ class PlanSearch:
         self._free = [step for step in window if step > 0]
         self._error = lru_cache(maxsize=None)(lambda step, anchors: error([self._times[a] for a in anchors], self._times[step]))
 
-    def plan(self, full: int, start: Collection[int] | None = None) -> Plan:
+    def plan(self, full: int) -> Plan:
         """The best plan found with `full` full evaluations; the first step and those outside the window always are.
 
-        start: full evaluations to set out from, all by default: the least missed are dropped, or the most missed added, one at
-        a time. From all, neighbours are then exchanged while that helps.
+        Of all steps the least missed are given up, one at a time; then neighbours are exchanged while that helps.
         """
         steps = len(self._times)
         fixed = set(range(steps)).difference(self._free)
-        chosen = set(range(steps)) if start is None else fixed.union(start)
+        chosen = set(range(steps))
         while len(chosen) > max(full, 1) and (droppable := chosen.difference(fixed)):
             chosen.remove(min(sorted(droppable), key=lambda step: self.cost(chosen - {step})))
-        while len(chosen) < min(full, steps):
-            chosen.add(min(sorted(set(range(steps)) - chosen), key=lambda step: self.cost(chosen | {step})))
-        if start is None:
-            chosen = self._exchange(chosen)
+        chosen = self._exchange(chosen)
         return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))
 
     def order(self) -> list[int]:

