@@ -83,8 +83,9 @@ class DucaCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, verbose: bool, **given: Any) -> io.NodeOutput:
+        settings = settings_of(**given)
         options = host.HostOptions(given["store_device"] == "auto", verbose, cls.hidden.unique_id)
-        return io.NodeOutput(host.attach(model, settings_of(**given), options))
+        return io.NodeOutput(host.attach(model, settings, options))
 
 
 def settings_of(
