@@ -12,7 +12,8 @@ class FrontLoaded:
     """Every second full evaluation goes, from the end of the run to its beginning; then every second of those that are left; and so on.
 
     So gaps never shrink (after a short one no forecast reaches far), and the plan of a higher speed is always a part of a lower
-    one's. Against GrowingGaps, which is not nested, that costs 0.9 to 3 dB at most speeds above 2x (docs/benchmarks.md).
+    one's. Against mode auto's gaps, which are not nested, that costs 3.2 dB at 2x, 0.9 at 2.8x, 0.6 at 4.7x, and nothing at 3.5x
+    and 5.6x (docs/benchmarks.md).
 
     speedup: steps divided by full evaluations, at least 1; round(steps / speedup) of them. warmup, tail: full steps at both ends of the
     run, which count towards these. Raises ValueError for a speedup below 1 or a negative count.
