@@ -12,7 +12,7 @@ from .families import ModelFamily
 from .kinds import Kind, Plan
 from .meter import CallShape
 from .schedule import CONSERVATIVE_COST
-from .strategy import Strategy, predicted_bytes
+from .strategy import Strategy, predicted_bytes, row_macs
 
 # As shares of a full evaluation, for a model not known yet: FLUX.1 at 1024x1024, counted; calibrated ones at rank 128.
 _USUAL = MappingProxyType({Kind.FULL: 1.0, Kind.CALIBRATED: 0.2, Kind.AGGRESSIVE: 0.0002})
@@ -35,14 +35,12 @@ def expected_costs(strategy: Strategy, plan: Plan, known: tuple[ModelFamily, nn.
         usual = {**_USUAL, Kind.CONSERVATIVE: CONSERVATIVE_COST * strategy.token_share}
         return Costs(_share(plan, usual), None, False)
     family, model, shape = known
-    outside = family.outside_macs(model, shape.lengths)
-    costs = dict.fromkeys(Kind, outside)
-    for kind in (Kind.FULL, Kind.CONSERVATIVE, Kind.AGGRESSIVE):
-        if plan.has(kind) or kind is Kind.FULL:
-            costs[kind] += family.macs(model, shape.lengths, kind, strategy.token_share)
-    if strategy.linears is not None:
-        costs[Kind.CALIBRATED] = costs[Kind.FULL] + strategy.linears.extra_macs(Kind.CALIBRATED, shape.lengths)
-    shares = {kind: cost / costs[Kind.FULL] for kind, cost in costs.items()}
+
+    def cost(kind: Kind) -> float:
+        linears = strategy.linears if kind is Kind.CALIBRATED else None
+        return row_macs(strategy.token_share, family, model, shape.lengths, kind, linears)
+
+    shares = {kind: cost(kind) / cost(Kind.FULL) for kind in Kind if plan.has(kind)}
     needed = predicted_bytes(strategy, plan, family, model, shape.lengths, shape.rows, shape.dtype)
     return Costs(_share(plan, shares), needed, True)
 

@@ -26,7 +26,7 @@ from .families import ModelFamily, UnsupportedCallError
 from .kinds import Kind, Plan
 from .meter import CallShape, Evaluation, RunReport, Stopwatch
 from .store import FeatureStore, StoreFullError
-from .strategy import Strategy, predicted_bytes
+from .strategy import Strategy, predicted_bytes, row_macs
 from .timeline import Timeline
 
 
@@ -257,10 +257,7 @@ class CacheRun:
         """Multiply-adds of one batch row. linears: those that the call keeps something of or replaces."""
         key = (kind, linears is None, *engine.lengths.items())
         if key not in self._macs:
-            in_blocks = Kind.FULL if kind is Kind.CALIBRATED else kind
-            blocks = self._family.macs(engine.model, engine.lengths, in_blocks, self._strategy.token_share)
-            blocks += linears.extra_macs(kind, engine.lengths) if linears is not None else 0.0
-            self._macs[key] = blocks + self._family.outside_macs(engine.model, engine.lengths)
+            self._macs[key] = row_macs(self._strategy.token_share, self._family, engine.model, engine.lengths, kind, linears)
         return self._macs[key]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .calibration.calibration import Calibration
+from .calibration.calibration import Calibration, Forecast
 from .calibration.use import NotCoveredError, predictor_at
 from .engine import CalibratedLinears
 from .families import ModelFamily
@@ -121,10 +121,8 @@ class Settings:
             plan = policy.plan(opening.timeline.steps, opening.window)
             predictor = AUTO
             if calibration is not None and calibration.forecast is not None:
-                try:
-                    predictor = predictor_at(calibration.forecast, opening.timeline.times[:-1], plan.count(Kind.FULL))
-                except NotCoveredError as reason:
-                    notices = (*notices, f"the calibration is not used: {reason}")
+                predictor, refused = _filling(calibration.forecast, opening, plan.count(Kind.FULL))
+                notices += refused
         linears = None
         if (
             calibration is not None
@@ -142,11 +140,9 @@ class Settings:
             return uncalibrated
         if self.calibration.forecast is None:
             return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
-        times = opening.timeline.times[:-1]
-        try:
-            predictor = predictor_at(self.calibration.forecast, times, round(len(times) / self.speedup))
-        except NotCoveredError as reason:
-            return replace(uncalibrated, notices=(f"the calibration is not used: {reason}",))
+        predictor, refused = _filling(self.calibration.forecast, opening, round(opening.timeline.steps / self.speedup))
+        if refused:
+            return replace(uncalibrated, notices=refused)
         return replace(uncalibrated, predictor=predictor, name=f"auto {self.speedup:g}x, calibrated")
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
@@ -166,6 +162,23 @@ class Settings:
         if self.cycle_length:
             return FixedInterval(self.cycle_length, 3 if self.warmup is None else self.warmup, self.tail)
         return GrowingGaps(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
+
+
+def _filling(forecast: Forecast, opening: Opening, full: int) -> tuple[Predictor, tuple[str, ...]]:
+    """What the calibration fills with, or the uncalibrated predictor and why."""
+    try:
+        return predictor_at(forecast, opening.timeline.times[:-1], full), ()
+    except NotCoveredError as reason:
+        return AUTO, (f"the calibration is not used: {reason}",)
+
+
+def row_macs(
+    token_share: float, family: ModelFamily, model: torch.nn.Module, lengths: Lengths, kind: Kind, linears: CalibratedLinears | None = None
+) -> float:
+    """Multiply-adds of one batch row. linears: those that the evaluation keeps something of or replaces."""
+    blocks = family.macs(model, lengths, Kind.FULL if kind is Kind.CALIBRATED else kind, token_share)
+    blocks += linears.extra_macs(kind, lengths) if linears is not None else 0.0
+    return blocks + family.outside_macs(model, lengths)
 
 
 def predicted_bytes(

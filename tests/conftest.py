@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,21 @@ from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
+
+from devtools.client import ComfyClient
+from devtools.server import ComfyServer
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A ComfyUI of its own for every test file that asks for it."""
+    with ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], Path(__file__).resolve().parents[1] / ".dev" / "base") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return ComfyClient(server.url)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,24 +12,10 @@ from pathlib import Path
 import pytest
 from watching import watch
 
-from devtools.client import ComfyClient
-from devtools.server import ComfyServer
-
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = json.loads((ROOT / "workflows" / "api" / "duca_demo_flux.json").read_text())
 CACHE = next(key for key, value in DEMO.items() if value["class_type"] == "DuCaCache")
 SAMPLER = next(key for key, value in DEMO.items() if value["class_type"] == "KSampler")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], ROOT / ".dev" / "base") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return ComfyClient(server.url)
 
 
 @pytest.fixture(scope="module")

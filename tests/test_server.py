@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -15,21 +13,9 @@ import pytest
 from PIL import Image
 
 from devtools.client import ComfyClient, PromptError
-from devtools.server import ComfyServer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = json.loads((ROOT / "workflows" / "api" / "duca_demo_flux.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], ROOT / ".dev" / "base") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return ComfyClient(server.url)
 
 
 def node(prompt: dict, class_type: str) -> str:

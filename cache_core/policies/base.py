@@ -34,5 +34,10 @@ def check_cycle(interval: int, warmup: int, tail: int) -> None:
     """Raises ValueError for numbers no cycle can have."""
     if interval < 1:
         raise ValueError(f"the cycle length must be at least 1, not {interval}")
+    check_counts(warmup, tail)
+
+
+def check_counts(warmup: int, tail: int) -> None:
+    """Raises ValueError for negative numbers of steps."""
     if warmup < 0 or tail < 0:
         raise ValueError(f"warm-up and tail are counts of steps and cannot be negative ({warmup}, {tail})")

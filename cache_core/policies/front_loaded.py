@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kinds import Kind, Plan
+from .base import check_counts
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class FrontLoaded:
     def __post_init__(self) -> None:
         if self.speedup < 1:
             raise ValueError(f"speedup must be at least 1, not {self.speedup}")
-        if self.warmup < 0 or self.tail < 0:
-            raise ValueError(f"warm-up and tail are counts of steps and cannot be negative ({self.warmup}, {self.tail})")
+        check_counts(self.warmup, self.tail)
 
     def plan(self, steps: int, window: range) -> Plan:
         first = max(window.start, self.warmup - 1, 0)  # the last of the leading full steps starts the gaps

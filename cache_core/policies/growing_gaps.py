@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ..kinds import Kind, Plan
+from .base import check_counts
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class GrowingGaps:
             raise ValueError(f"speedup must be at least 1, not {self.speedup}")
         if self.growth < 1:
             raise ValueError(f"growth must be at least 1, not {self.growth}")
-        if self.warmup < 0 or self.tail < 0:
-            raise ValueError(f"warm-up and tail are counts of steps and cannot be negative ({self.warmup}, {self.tail})")
+        check_counts(self.warmup, self.tail)
 
     def plan(self, steps: int, window: range) -> Plan:
         budget = max(1, round(steps / self.speedup))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..kinds import Kind, Plan
 from ..schedule_text import Pattern
+from .base import check_counts
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,7 @@ class Patterned:
     tail: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0 or self.tail < 0:
-            raise ValueError(f"warm-up and tail are counts of steps and cannot be negative ({self.warmup}, {self.tail})")
+        check_counts(self.warmup, self.tail)
 
     def plan(self, steps: int, window: range) -> Plan:
         free = range(max(self.warmup, window.start), min(steps - self.tail, window.stop))
