@@ -22,7 +22,7 @@ from comfyui_duca.cache_core import Kind, Settings
 from comfyui_duca.cache_core.calibration.calibration import Calibration, Factors
 from comfyui_duca.cache_core.calibration.sidecar import read, write
 from comfyui_duca.cache_core.calibration.use import search_for
-from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, Given, usual_gaps
+from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoaded, Given
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated, Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
@@ -114,7 +114,7 @@ class HostCaches:
 
 
 def uncalibrated(full: int) -> dict[str, Settings | None]:
-    interval, auto = EVEN_INTERVAL[full], usual_gaps(STEPS, STEPS / full)
+    interval, auto = EVEN_INTERVAL[full], FrontLoaded(STEPS / full)
     even = FixedInterval(interval, 3, 1)
     return {
         "no cache, fewer steps": None,
@@ -131,7 +131,7 @@ def uncalibrated(full: int) -> dict[str, Settings | None]:
 def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
     forecast = learned.forecast
     assert forecast is not None
-    model, auto = forecast.model, usual_gaps(STEPS, STEPS / full)
+    model, auto = forecast.model, FrontLoaded(STEPS / full)
     searched = search_for(model, 1.0, forecast.step_times, range(STEPS)).plan(full)
     return {
         "w, auto's plan": Settings(chosen=Strategy(auto, WeightsOnly(Calibrated(model)))),

@@ -15,7 +15,7 @@ import comfy.sample
 import numpy as np
 import torch
 from comfyui_duca.cache_core import Kind, Settings
-from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoaded, GrowingGaps, usual_gaps
+from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoaded, GrowingGaps
 from comfyui_duca.cache_core.predictors import AUTO, Chebyshev, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
@@ -88,12 +88,11 @@ def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
     rows: dict[str, Settings | None] = {
         "no cache, fewer steps": None,
         "**auto**": Settings(speedup=STEPS / full),
-        "Taylor 1, same plan as auto": Settings(chosen=Strategy(usual_gaps(STEPS, STEPS / full), Taylor(1))),
-        "Chebyshev (Spectrum), same plan as auto": Settings(chosen=Strategy(usual_gaps(STEPS, STEPS / full), Chebyshev(history=100))),
+        "Taylor 1, same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Taylor(1))),
+        "Chebyshev (Spectrum), same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Chebyshev(history=100))),
         "Chebyshev, gaps n(k/K)^1.35": Settings(chosen=Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100))),
         "auto's predictor on even growing gaps": Settings(chosen=Strategy(GrowingGaps(STEPS / full), AUTO)),
-        "auto's predictor on nested plans (front-loaded)": Settings(chosen=Strategy(FrontLoaded(STEPS / full), AUTO)),
-        "reuse of the hidden, same plan as auto": Settings(chosen=Strategy(usual_gaps(STEPS, STEPS / full), Reuse())),
+        "reuse of the hidden, same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Reuse())),
     }
     if interval > 1:
         even, cycle = FixedInterval(interval, 3, 1), DucaCycle(interval, "c", 3, 1)

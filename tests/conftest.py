@@ -12,6 +12,7 @@ from devtools.inprocess import load_comfyui, load_pack
 load_comfyui()
 load_pack()
 
+import hypothesis
 import pytest
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.families.flux import FLUX
@@ -20,6 +21,9 @@ from comfyui_duca.nodes.demo_flux import load_demo_model
 
 from devtools.client import ComfyClient
 from devtools.server import ComfyServer
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="module")

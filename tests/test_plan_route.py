@@ -49,7 +49,7 @@ def request(steps=28, schedule=None, node="none", calibration=None, **cache) -> 
 def test_a_plan_without_a_run(ask):
     status, answer = ask(request(speedup=3.5))
     assert status == 200
-    assert answer["plan"] == "FaFaaFaaFaaaFaaaFaaaFaaaFaaa" and answer["name"] == "auto 3.5x"
+    assert answer["plan"] == "FaFaFaaaFaaaFaaaFaaaFaaaFaaa" and answer["name"] == "auto 3.5x"
     assert answer["counts"] == {"full": 8, "calibrated": 0, "conservative": 0, "aggressive": 20}
     assert [kind["letter"] for kind in answer["kinds"]] == ["F", "i", "c", "a"]
     assert answer["is_counted"] is False and answer["cache_bytes"] is None and 3.4 < answer["speedup"] < 3.5
@@ -61,7 +61,7 @@ def test_a_plan_without_a_run(ask):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ({"kind": "front-loaded", "speedup": 2.8}, "FaFaFaFaFaFaFaaaFaaaFaaaFaaa"),
+        ({"kind": "front-loaded", "speedup": 2.8}, "FaFaFaFaFaaaFaaaFaaaFaaaFaaF"),
         ({"kind": "DuCa cycle", "cycle_length": 5, "warmup": 3}, "FFFcacaFcacaFcacaFcacaFcacaF"[:28]),
         ({"kind": "fixed interval", "cycle_length": 4, "warmup": 1, "tail": 1}, "FaaaFaaaFaaaFaaaFaaaFaaaFaaF"),
         ({"kind": "custom text", "text": "3F (Faa)* 2F"}, "FFF" + "Faa" * 7 + "Fa" + "FF"),

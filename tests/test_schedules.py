@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core import Kind, Opening, Plan, Settings, Timeline
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import POLICIES, AlwaysCompute, DucaCycle, FixedInterval, Given, GrowingGaps, IccCycle, usual_gaps
+from comfyui_duca.cache_core.policies import POLICIES, AlwaysCompute, DucaCycle, FixedInterval, FrontLoaded, Given, GrowingGaps, IccCycle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,20 +43,10 @@ def test_hand_worked_schedules(policy, steps, expected):
     assert text(policy, steps) == expected
 
 
-@pytest.mark.parametrize(
-    ("steps", "speedup", "expected"),
-    [
-        (28, 2.0, "FFFFFaFaFaFaFaaFaaFaaFaaFaaF"),  # 14: 5 first, 1 last, 23 steps in gaps of 2 and 3 between
-        (20, 2.0, "FFFFaFaFaaFaaFaaFaaF"),
-        (28, 1.4, "F" * 12 + "aF" * 8),
-        (12, 2.0, "FaFaFaFaFaFa"),  # six full ones are too few for that
-        (28, 2.8, "FaFaFaaFaaFaaFaaFaaFaaFaaFaa"),
-    ],
-)
-def test_low_speeds_begin_and_end_in_full(steps, speedup, expected):
-    assert text(usual_gaps(steps, speedup), steps) == expected
-    assert text(Settings(speedup=speedup).strategy(opening(steps)).policy, steps) == expected
-    assert text(usual_gaps(steps, speedup, tail=3), steps).endswith("FFF")
+def test_mode_auto_walks_along_the_nested_plans():
+    for speedup in (1.4, 2.0, 2.8, 5.6):
+        assert Settings(speedup=speedup).strategy(opening(28)).policy == FrontLoaded(speedup)
+    assert text(Settings(speedup=4.0, tail=3).strategy(opening(12)).policy, 12) == "FaaaaaaaaFFF"
 
 
 def test_growing_gaps_by_the_formula_of_the_method():

@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.calibration.sidecar import About
 from comfyui_duca.cache_core.calibration.use import predictor_of
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import AlwaysCompute, Given, usual_gaps
+from comfyui_duca.cache_core.policies import AlwaysCompute, FrontLoaded, Given
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Calibrator, Wishes, calibrate, trials
 from comfyui_duca.cache_core.tuning.tape import TapedRun
@@ -135,7 +135,7 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
 
     for choice in learned.forecast.choices:
         full = choice.plan.count(Kind.FULL)
-        assert choice.plan == usual_gaps(STEPS, STEPS / full).plan(STEPS, range(STEPS))
+        assert choice.plan == FrontLoaded(STEPS / full).plan(STEPS, range(STEPS))
         plain = distances(choice.plan, None)
         assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
         expected, share = plain, None

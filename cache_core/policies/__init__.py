@@ -10,7 +10,7 @@ from .duca_cycle import DucaCycle
 from .fixed_interval import FixedInterval
 from .front_loaded import FrontLoaded
 from .given import Given
-from .growing_gaps import GrowingGaps, usual_gaps
+from .growing_gaps import GrowingGaps
 from .icc_cycle import IccCycle
 from .patterned import Patterned
 from .within import Within
@@ -41,5 +41,4 @@ __all__ = [
     "Patterned",
     "Policy",
     "Within",
-    "usual_gaps",
 ]

@@ -58,20 +58,6 @@ class GrowingGaps:
         return sorted([first, *_grown(steps - first, count - 1, self.growth)])
 
 
-_FRONT = 0.35  # of the full evaluations at the very beginning, at low speeds
-
-
-def usual_gaps(steps: int, speedup: float, tail: int = 0) -> GrowingGaps:
-    """The gaps that did best where nothing is known of the model.
-
-    At low speeds and with ten full evaluations or more, a third of them at the beginning and one at the end are worth 1.8 to 3 dB at
-    2x and 0.3 to 2.9 at 1.7x (20 to 40 steps); with fewer, or above 2.5x, they cost up to 3 dB (docs/benchmarks.md).
-    """
-    full = round(steps / speedup)
-    is_dense = full >= 10 and speedup <= 2.5
-    return GrowingGaps(speedup, warmup=round(_FRONT * full) if is_dense else 1, tail=max(tail, 1) if is_dense else tail)
-
-
 def _grown(steps: int, count: int, growth: float) -> list[int]:
     """Gaps between round(steps · (k/count)^growth), sorted."""
     ends = [round(steps * (k / count) ** growth) for k in range(count + 1)]

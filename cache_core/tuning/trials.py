@@ -19,7 +19,7 @@ from ..calibration.statistics import ForecastModel
 from ..calibration.use import predictor_of
 from ..kinds import Plan
 from ..opening import Opening
-from ..policies import Given, usual_gaps
+from ..policies import FrontLoaded, Given
 from ..run import CacheRun
 from ..strategy import Strategy
 from .tape import Sample
@@ -67,7 +67,7 @@ class Trials:
 
     def choose(self, full: int) -> Choice:
         """The best predictor for `full` full evaluations; the uncalibrated one where none is surely better."""
-        plan = usual_gaps(self._steps, self._steps / full).plan(self._steps, self._window)
+        plan = FrontLoaded(self._steps / full).plan(self._steps, self._window)
         uncalibrated = best = self._try(plan, None)
         for share in self._SHARES:
             trial = self._try(plan, share)
