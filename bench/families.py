@@ -1,12 +1,13 @@
 """Every family on its small test model: what it can do, how exactly, what it keeps and what each kind of evaluation costs.
 
-Writes the table of docs/families.md and, shorter, that of the README.
+Writes the table of docs/families.md and, shorter, that of the README; then what one block of real width costs (real_width.py).
 """
 
 from __future__ import annotations
 
 import sys
 
+import real_width
 from common import ROOT, machine, publish, start, table
 
 start()
@@ -73,6 +74,7 @@ def main() -> None:
     marks = ("forecast", "calibrated forecast", "ICC", "DuCa")
     short = list({r[0]: [r[0], *("yes" if mark in r[1].split(", ") else "-" for mark in marks)] for r in rows}.values())
     publish("families", table(["family", *marks], short), ROOT / "README.md")
+    real_width.main()
 
 
 if __name__ == "__main__":

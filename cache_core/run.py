@@ -85,6 +85,8 @@ class CacheRun:
         self._is_disabled = False
         for text in strategy.notices:
             self.notify(text)
+        if family.is_whole and (self.plan.has(Kind.AGGRESSIVE) or strategy.first_only):
+            self.notify("of this model only the whole output can be cached: skipped evaluations do not see the present latent")
 
     # -- the host's moments ---------------------------------------------------------------------------
 
@@ -212,7 +214,12 @@ class CacheRun:
         engine = EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
         if slots and (kind is Kind.CALIBRATED or (kind is Kind.FULL and self.plan.has(Kind.CALIBRATED, step))):
             engine.linears = self._bound_linears(call.model)
+        engine.rests = kind is self._kind is Kind.FULL and keeps_sublayers and engine.linears is None and self._follows_a_skip(step)
         return engine
+
+    def _follows_a_skip(self, step: int) -> bool:
+        """Whether the step before is not full. Warm-ups, tails and what else is full twice in a row are to be exact."""
+        return step > 0 and self.plan[step - 1] is not Kind.FULL
 
     def _bound_linears(self, model: nn.Module) -> CalibratedLinears:
         """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
@@ -248,7 +255,7 @@ class CacheRun:
 
     def _count(self, engine: EngineCall, kind: Kind, rows: int) -> None:
         if engine.lengths:
-            done = self._cost(engine, kind, engine.linears)
+            done = self._cost(engine, kind, engine.linears) - engine.saved_macs
             self._evaluation.add_call(kind, rows * done, rows * self._cost(engine, Kind.FULL))
         elif engine.is_touched:  # another node's patch: it ran, and nobody knows what it cost
             self._evaluation.add_call(kind, 0.0, 0.0)

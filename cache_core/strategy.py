@@ -14,7 +14,7 @@ from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
 from .opening import Opening
-from .policies import AlwaysCompute, FixedInterval, GrowingGaps, IccCycle, Policy, usual_gaps
+from .policies import AlwaysCompute, FixedInterval, FrontLoaded, GrowingGaps, IccCycle, Policy
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse
 from .schedule import Schedule, duca_cycle, shortest
 from .store import StoreFormat
@@ -133,15 +133,14 @@ class Settings:
         return Strategy(policy, predictor, name=schedule.name, linears=linears, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
-        """The gaps that do best in general, filled by what did best in the calibration where it covers the run."""
-        usual = usual_gaps(opening.timeline.steps, self.speedup, self.tail)
-        uncalibrated = Strategy(usual, AUTO, name=f"auto {self.speedup:g}x", **common)
+        """The plan that does best in general, filled by what did best in the calibration where it covers the run."""
+        uncalibrated = Strategy(FrontLoaded(self.speedup, tail=self.tail), AUTO, name=f"auto {self.speedup:g}x", **common)
         if self.calibration is None:
             return uncalibrated
         if self.calibration.forecast is None:
             return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
         predictor, refused = _filling(self.calibration.forecast, opening, round(opening.timeline.steps / self.speedup))
-        if refused:
+        if predictor is AUTO:
             return replace(uncalibrated, notices=refused)
         return replace(uncalibrated, predictor=predictor, name=f"auto {self.speedup:g}x, calibrated")
 
@@ -167,9 +166,11 @@ class Settings:
 def _filling(forecast: Forecast, opening: Opening, full: int) -> tuple[Predictor, tuple[str, ...]]:
     """What the calibration fills with, or the uncalibrated predictor and why."""
     try:
-        return predictor_at(forecast, opening.timeline.times[:-1], full), ()
+        predictor = predictor_at(forecast, opening.timeline.times[:-1], full)
     except NotCoveredError as reason:
         return AUTO, (f"the calibration is not used: {reason}",)
+    no_better = "the calibration is not used at this speed: filling as without it did as well when it was tried out"
+    return predictor, (no_better,) if predictor is AUTO else ()
 
 
 def row_macs(
@@ -199,8 +200,9 @@ def predicted_bytes(
     per_token = strategy.storage.bytes_per_token(family.channels(model), dtype)
     beside = strategy.storage.bytes_per_token(family.input_channels(model), dtype) if strategy.predictor.uses_input else 0
     hidden = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes) * (per_token + beside)
-    sublayers = family.sublayer_tokens(model, lengths) * per_token if plan.has(Kind.CONSERVATIVE, first_step) else 0
-    linears = 0
+    linears = sublayers = 0
+    if plan.has(Kind.CONSERVATIVE, first_step):
+        sublayers = sum(n * strategy.storage.bytes_per_token(width, dtype) for n, width in family.sublayers(model, lengths))
     if strategy.linears is not None and plan.has(Kind.CALIBRATED, first_step):
         linears = strategy.linears.bytes(lengths, dtype, strategy.storage)
     return rows * (hidden + sublayers + linears)

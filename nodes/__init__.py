@@ -10,6 +10,8 @@ from .cache_report import CacheReport
 from .cache_schedule import CacheSchedule
 from .cache_sweep import CacheSweep
 from .demo_flux import DemoFlux
+from .dit.imagenet_class import ImageNetClass
+from .dit.load_dit import LoadDiT
 from .duca_cache import DucaCache
 from .load_calibration import LoadCalibration
 from .prompt_list import PromptList
@@ -28,6 +30,8 @@ class DucaExtension(ComfyExtension):
             LoadCalibration,
             PromptList,
             DemoFlux,
+            LoadDiT,
+            ImageNetClass,
         ]
 
 

@@ -21,7 +21,7 @@ from ..cache_core.tuning import Calibrator, Learned, Wishes
 from . import host, notices, sidecars
 
 _VERSION = "0.1.0"
-_SHARES = (("recording", 0.1), ("measuring sensitivity", 0.2), ("trying plans", 0.6), ("factorising layers", 0.1))
+_SHARES = (("recording", 0.1), ("measuring sensitivity", 0.2), ("trying out", 0.6), ("factorising layers", 0.1))
 _STEPS = 1000  # of the progress bar
 
 
@@ -113,7 +113,7 @@ class _Progress:
         wanted = {
             "recording": True,
             "measuring sensitivity": wishes.forecast,
-            "trying plans": wishes.forecast,
+            "trying out": wishes.forecast,
             "factorising layers": wishes.method,
         }
         shares = {stage: share for stage, share in _SHARES if wanted[stage]}

@@ -33,8 +33,8 @@ class SvdCalibrator(io.ComfyNode):
             node_id="DuCaSVDCalibrator",
             display_name="SVD Calibrator",
             category="model_patches/duca",
-            description="Once per checkpoint: samples a few prompts, learns how to fill skipped evaluations and which to skip, and saves "
-            "it in models/duca_calibration. From then on DuCa Cache finds it by itself. Takes minutes.",
+            description="Once per checkpoint: samples a few prompts, learns how to fill skipped evaluations, tries that out, and saves it "
+            "in models/duca_calibration. From then on DuCa Cache finds it by itself. Takes minutes.",
             inputs=_inputs(),
             outputs=[
                 calibrations.Type.Output(display_name="calibration", tooltip="For DuCa Cache. It would also find it by itself."),

@@ -6,21 +6,22 @@ workflow changes, its new state is frozen beside the old one, as NAME.2.json.
 
 from __future__ import annotations
 
-import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import comfyui_duca.nodes as pack
+import comfyui_version
 import pytest
 
-import nodes as host
+from devtools import example_workflows
 
 ROOT = Path(__file__).resolve().parents[1]
 FROZEN = ROOT / "tests" / "frozen"
 GRAPHS, PROMPTS = sorted(FROZEN.glob("*.json")), sorted(FROZEN.glob("api/*.json"))
+_MODEL_FILES = (".safetensors", ".pt")
 _NOTES = ("Note", "MarkdownNote")  # the page's own
 _WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": object}
 
@@ -39,15 +40,18 @@ class Input:
         return self.kind in _WIDGETS and not self.options.get("forceInput")
 
     @property
-    def is_seed(self) -> bool:
-        return bool(self.options.get("control_after_generate"))
+    def followers(self) -> tuple[str, ...]:
+        """What the page may save behind this widget's value, of a widget that is its own."""
+        if self.options.get("control_after_generate"):
+            return ("fixed", "randomize", "increment", "decrement")
+        return ("image",) if self.options.get("image_upload") else ()
 
     def problem(self, value: Any) -> str:
         """What is wrong with this value; empty if nothing."""
         if not isinstance(value, _WIDGETS[self.kind]) or isinstance(value, bool) != (self.kind == "BOOLEAN"):
             return f"{value!r} is not of type {self.kind}"
         choices = self.options.get("options")
-        is_model_file = str(value).endswith(".safetensors")  # not on this machine
+        is_model_file = str(value).endswith(_MODEL_FILES)  # not on this machine
         if choices is not None and value not in choices and not is_model_file:
             return f"{value!r} is no choice any more"
         if self.kind in ("INT", "FLOAT") and not self.options.get("min", value) <= value <= self.options.get("max", value):
@@ -74,11 +78,14 @@ Definitions = Mapping[str, Node]
 
 
 @pytest.fixture(scope="module")
-def definitions() -> Definitions:
+def classes() -> dict[str, Any]:
     """The host's own nodes and the pack's, as this process has them."""
-    asyncio.run(host.init_builtin_extra_nodes())
-    ours = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
-    return {key: read(node) for key, node in {**host.NODE_CLASS_MAPPINGS, **{node.GET_SCHEMA().node_id: node for node in ours}}.items()}
+    return example_workflows.node_classes()
+
+
+@pytest.fixture(scope="module")
+def definitions(classes: dict[str, Any]) -> Definitions:
+    return {key: read(node) for key, node in classes.items()}
 
 
 def read(node: Any) -> Node:
@@ -126,15 +133,15 @@ def _name_problems(node: dict[str, Any], definition: Node) -> list[str]:
 
 
 def _value_problems(node: dict[str, Any], definition: Node) -> list[str]:
-    """Values belong to widgets by position; a seed's is followed by what happens to it after a run."""
+    """Values belong to widgets by position; some are followed by one that is the page's own."""
     values, found = list(node.get("widgets_values") or ()), []
     for widget in definition.widgets:
         if not values:
             return found  # the widgets after these are newer than the workflow
         problem = widget.problem(values.pop(0))
         found += [f"{widget.name}: {problem}"] if problem else []
-        if widget.is_seed and (not values or values.pop(0) not in ("fixed", "randomize", "increment", "decrement")):
-            found.append(f"{widget.name}: no control after generate follows")
+        if widget.followers and (not values or values.pop(0) not in widget.followers):
+            found.append(f"{widget.name}: none of {widget.followers} follows")
     return found + ([f"values left over: {values}"] if values else [])
 
 
@@ -197,6 +204,32 @@ def test_a_frozen_prompt_still_fits(path: Path, definitions: Definitions):
 def test_every_shipped_workflow_is_frozen(folder: str):
     frozen = {path.name.split(".")[0] for path in (FROZEN / folder).glob("*.json")}
     assert {path.stem for path in (ROOT / "workflows" / folder).glob("*.json")} <= frozen, "copy the new one to tests/frozen/"
+
+
+_FOLDERS = {
+    "unet_name": "diffusion_models", "dit_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae",
+    "ckpt_name": "checkpoints",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("workflows/*.json")), ids=lambda path: path.stem)
+def test_a_note_names_the_model_files(path: Path, definitions: Definitions):
+    """Those that the loaders ask for, in their folders, and no others."""
+    workflow = json.loads(path.read_text())
+    asked = set()
+    for node in workflow["nodes"]:
+        widgets = [] if node["type"] in _NOTES else definitions[node["type"]].widgets
+        values = zip((widget.name.rstrip("1234") for widget in widgets), node.get("widgets_values") or ())
+        asked |= {f"{_FOLDERS[name]}/{value}" for name, value in values if str(value).endswith(_MODEL_FILES)}
+    notes = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in _NOTES)
+    assert asked == set(re.findall(r"`(\w+/[\w.-]+\.(?:safetensors|pt))`", notes))
+
+
+@pytest.mark.skipif(comfyui_version.__version__ != "0.3.75", reason="another ComfyUI's nodes may have other inputs")
+@pytest.mark.parametrize("name", example_workflows.WORKFLOWS)
+def test_the_example_workflows_are_as_drawn(name: str, classes: dict[str, Any]):
+    shipped = (ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")
+    assert json.loads(shipped) == example_workflows.drawn(name, classes), "python3 -m devtools.example_workflows"
 
 
 Inputs = tuple[Input, ...]

@@ -58,7 +58,7 @@ def test_what_was_learned_is_of_the_run(model, learned):
     assert forecast.model.gram.shape == (6, 6) and forecast.model.uz.shape == (6, 6, 48, 32) and forecast.model.basis.shape == (256, 32)
     assert [choice.plan.count(Kind.FULL) for choice in forecast.choices] == [4, 2]  # of six steps, at 1.5 and 2.5
     stages = [stage for stage, _, _ in learned.told]
-    assert list(dict.fromkeys(stages)) == ["recording", "measuring sensitivity", "trying plans"]
+    assert list(dict.fromkeys(stages)) == ["recording", "measuring sensitivity", "trying out"]
     assert all(0 <= done <= total for _, done, total in learned.told)
 
 
@@ -295,7 +295,7 @@ def test_a_cancel_leaves_nothing_behind(small, moment):
     stages = {
         "recording": ("recording", 1),
         "sensitivity": ("measuring sensitivity", 3),
-        "plans": ("trying plans", 2),
+        "plans": ("trying out", 2),
         "layers": ("factorising layers", 7),
     }
     more, told, hook, wishes = {}, lambda *_: None, None, BRIEF

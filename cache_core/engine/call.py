@@ -23,6 +23,7 @@ class EngineCall:
     time: the model's time coordinate of this evaluation. keeps_sublayers: whether a full evaluation keeps them.
     keeps_input: whether hidden states are kept without the embedded input, and the input tokens beside them.
     linears: of a calibrated evaluation, or of a full one that keeps what those need; None for all others.
+    rests: whether a full evaluation leaves out sublayers that are computed in only some of them. saved_macs: of a batch row, by that.
     on_enter: told this call and the first stream (B, L, C) when the first block is reached.
     measured: tokens of the streams that the family measures before the blocks.
     lengths, is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
@@ -38,8 +39,10 @@ class EngineCall:
     keeps_input: bool
     on_enter: Callable[[EngineCall, Tensor], None]
     linears: CalibratedLinears | None = None
+    rests: bool = False
     measured: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
+    saved_macs: float = 0.0
     is_touched: bool = False
     is_finished: bool = False
     input: Tensor | None = None
@@ -60,7 +63,7 @@ class EngineCall:
 
     def _measuring(self, stream: str) -> Callable[[Forward], Forward]:
         def measure(args: tuple, _kwargs: dict[str, Any]) -> None:
-            self.measured[stream] = args[0].shape[1]
+            self.measured[stream] = self.measured.get(stream, 0) + args[0].shape[1]  # reference pictures may come in one by one
 
         return around(before=measure)
 
@@ -72,6 +75,7 @@ class EngineCall:
         stack = self.placed[0][0]
         streams = stack.inputs(args, kwargs)
         self.lengths = split_lengths(stack.lengths(args, kwargs), self.measured)
+        self.measured.clear()  # should someone's wrapper run the model twice
         self.is_touched = True
         if not self.lengths:
             return  # someone else answered for what is measured: as if the last block had been replaced

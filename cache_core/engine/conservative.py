@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.base import Stack
+from ..families.base import Stack, UnsupportedCallError
 from ..store import Feature, FeatureStore
 from .call import EngineCall
 from .overrides import Forward, Override, around, forward_overrides
@@ -44,7 +44,10 @@ class BlockFeatures:
         return self._call.choice.tokens(stream, self._index, self._blocks, length, self._like.device)
 
     def _features(self, site: str) -> list[Feature]:
-        return [slot.sublayers[self._stack.path, self._index, site] for slot in self._call.slots]
+        key = (self._stack.path, self._index, site)
+        if not all(key in slot.sublayers for slot in self._call.slots):  # the host went past the module, into a kernel of its own
+            raise UnsupportedCallError(f"nothing is kept of {site} in {self._stack.path}.{self._index}")
+        return [slot.sublayers[key] for slot in self._call.slots]
 
 
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:
@@ -59,9 +62,13 @@ def _replaying(call: EngineCall, store: FeatureStore, stack: Stack, index: int, 
     blocks = sum(other is stack for other, _, _ in call.placed)
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
+        named = stack.named(args, kwargs)
+        reason = stack.why_not(named)
+        if reason:
+            raise UnsupportedCallError(reason)
         features = BlockFeatures(call, store, stack, index, blocks, stack.inputs(args, kwargs)[0])
         assert stack.replay is not None, "plans with conservative evaluations are refused for families without"
-        return stack.result(stack.replay(block, stack.named(args, kwargs), features))
+        return stack.result(stack.replay(block, named, features))
 
     def make(_forward: Forward) -> Forward:
         return replayed

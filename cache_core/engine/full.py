@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..families.base import Site
+from ..families.base import Site, Stack
 from .call import EngineCall
 from .linears import linear_taps
-from .overrides import Override, around, forward_overrides, uncompiled
+from .overrides import Forward, Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
 
@@ -26,7 +27,11 @@ def listening(call: EngineCall) -> Iterator[None]:
     ]
     if call.keeps_sublayers:
         for stack, index, block in call.placed:
-            overrides += [_tap(call, site, (stack.path, index, site.name), block) for site in stack.sites]
+            for site in stack.sites_of(block):
+                key = (stack.path, index, site.name)
+                overrides.append(_tap(call, stack, site, key, block))
+                if call.rests and site.every > 1:
+                    overrides.append((attrgetter(site.module)(block), _resting(call, site, key, block)))
     overrides += linear_taps(call)
     with nullcontext() if call.linears is None else uncompiled(), forward_overrides(overrides):
         yield
@@ -37,15 +42,30 @@ def noting(call: EngineCall) -> AbstractContextManager[None]:
     return forward_overrides(call.entry())
 
 
-def _tap(call: EngineCall, site: Site, key: SiteKey, block: nn.Module) -> Override:
+def _tap(call: EngineCall, stack: Stack, site: Site, key: SiteKey, block: nn.Module) -> Override:
     width = site.width(block) if site.width is not None else None
 
     def keep(tensor: Tensor) -> None:
-        for slot, rows in zip(call.slots, call.rows(tensor[..., :width])):
+        for slot, rows in zip(call.slots, call.rows(stack.flat(tensor)[..., :width])):
             slot.remember_sublayer(key, rows)
 
     module = attrgetter(site.module)(block)
     return module, around(before=_first_argument(keep)) if site.source == "input" else around(after=keep)
+
+
+def _resting(call: EngineCall, site: Site, key: SiteKey, block: nn.Module) -> Callable[[Forward], Forward]:
+    """A sublayer that is computed in one of `site.every` full evaluations: all slots have it answered, or none."""
+
+    def make(forward: Forward) -> Forward:
+        def rested(*args: Any, **kwargs: Any) -> Any:
+            if not args or not all(slot.can_rest(key, site.every) for slot in call.slots):
+                return forward(*args, **kwargs)
+            call.saved_macs += site.macs(block, call.lengths)
+            return torch.cat([slot.rest(key, args[0]) for slot in call.slots])  # a copy even of one: the host may write into it
+
+        return rested
+
+    return make
 
 
 def _first_argument(keep: Callable[[Tensor], None]) -> Callable[[tuple, dict[str, Any]], None]:

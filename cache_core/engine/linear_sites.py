@@ -24,7 +24,7 @@ class LinearSite:
     """One linear layer of one block.
 
     stack: path of the block's stack. index: of the block there. layer: dotted path inside the block.
-    parts: the matrices it is made of. stream: whose tokens it works on.
+    parts: the matrices it is made of. stream: whose tokens it works on. is_grouped: they come in groups (B·groups, L/groups, C).
     """
 
     stack: str
@@ -35,6 +35,7 @@ class LinearSite:
     stream: str
     in_features: int
     out_features: int
+    is_grouped: bool = False
 
     @property
     def name(self) -> str:
@@ -191,5 +192,6 @@ def _sites_of_block(rule: StackLinears, index: int, block: nn.Module) -> list[Li
         if sites and layer.startswith(f"{sites[-1].layer}."):
             continue  # inside a wrapper that is itself called as the layer
         sizes = int(module.in_features), int(module.out_features)
-        sites.append(LinearSite(rule.path, index, layer, module, rule.parts_of(block, layer), rule.stream(layer), *sizes))
+        grouped = layer.startswith(rule.grouped)
+        sites.append(LinearSite(rule.path, index, layer, module, rule.parts_of(block, layer), rule.stream(layer), *sizes, grouped))
     return sites

@@ -70,7 +70,8 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
                 return forward(*args, **kwargs)
             projection = _project(site, tokens, _factors(call))  # before the call: fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
-            for slot, y, z in zip(call.slots, call.rows(result.flatten(1, -2)), call.rows(projection)):
+            output = result.reshape(*tokens.shape[:2], result.shape[-1])
+            for slot, y, z in zip(call.slots, call.rows(output), call.rows(projection)):
                 slot.remember_linear(site.output_key, y)
                 slot.remember_linear(site.projection_key, z)
             return result
@@ -119,11 +120,16 @@ def _factor(factors: Factors, name: str, like: Tensor) -> Tensor:
 
 
 def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any]) -> Tensor | None:
-    """The layer's input as (B, L, in_features), if it has all tokens of its stream; they may lie in a grid (B, …, in_features)."""
+    """The layer's input as (B, L, in_features), if it has all tokens of its stream; they may lie in a grid (B, …, in_features).
+
+    Groups of tokens are put side by side again, in whatever order they come: it is the same one for y_c and z_c.
+    """
     if not args or not call.lengths or args[0].ndim < 3:
         return None
-    x = args[0].flatten(1, -2)
-    is_known = x.ndim == 3 and x.shape[1:] == (stream_length(site.stream, call.lengths), site.in_features)
+    x, length = args[0].flatten(1, -2), stream_length(site.stream, call.lengths)
+    if site.is_grouped and x.shape[0] * x.shape[1] % length == 0:
+        x = x.reshape(-1, length, x.shape[-1])
+    is_known = x.ndim == 3 and x.shape[1:] == (length, site.in_features)
     return x if is_known and x.shape[0] % len(call.slots) == 0 else None
 
 

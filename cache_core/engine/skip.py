@@ -2,7 +2,8 @@
 
 Embedding, ControlNet additions to the last block and the final layer stay the host's and run at the current
 noise level. What ControlNet adds to passed-through tensors vanishes with them: the forecast hidden already
-contains its effect, so nothing is counted twice.
+contains its effect, so nothing is counted twice. Where the model itself is the only block (`families/whole_output.py`)
+nothing of it runs. A call that a family cannot skip (`Stack.why_not`) is computed in full instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.base import Stack
+from ..families.base import Stack, UnsupportedCallError
 from ..predictors import Predictor
 from ..store import FeatureStore
 from .call import EngineCall
@@ -62,9 +63,16 @@ def _correction(call: EngineCall, predictor: Predictor, store: FeatureStore) -> 
 
 def _passing(stack: Stack) -> Any:
     def passed(*args: Any, **kwargs: Any) -> Any:
-        return stack.result(stack.inputs(args, kwargs))
+        return stack.result(_inputs(stack, args, kwargs))
 
     return lambda _forward: passed
+
+
+def _inputs(stack: Stack, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    reason = stack.why_not(stack.named(args, kwargs))
+    if reason:
+        raise UnsupportedCallError(reason)
+    return stack.inputs(args, kwargs)
 
 
 def _instead(answer: Forward) -> Callable[[Forward], Forward]:
@@ -73,7 +81,7 @@ def _instead(answer: Forward) -> Callable[[Forward], Forward]:
 
 def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Any:
     def answer(*args: Any, **kwargs: Any) -> Any:
-        tensors = list(call.last_stack.inputs(args, kwargs))
+        tensors = list(_inputs(call.last_stack, args, kwargs))
         call.is_touched = True
         if not call.lengths:
             return call.last_stack.result(tensors)
@@ -82,8 +90,9 @@ def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> A
         hidden = torch.cat([forecast(slot, predictor, call.time, store, x) for slot in call.slots])
         if call.keeps_input:
             hidden += _correction(call, predictor, store)
-        joined = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
-        tensors[index] = call.last_stack.grid(joined, tensors[index])
+        if place != slice(0, x.shape[1]):  # with the tokens that are not forecast around it
+            hidden = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
+        tensors[index] = call.last_stack.grid(hidden, tensors[index])
         call.is_finished = True
         return call.last_stack.result(tensors)
 

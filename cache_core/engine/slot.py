@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class Slot:
         self.anchors: list[Anchor] = []
         self.sublayers: dict[SiteKey, Feature] = {}
         self.linears: dict[SiteKey, Feature] = {}
+        self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
         self._store = store
         self._history = history
 
@@ -55,6 +57,16 @@ class Slot:
     def remember_sublayer(self, key: SiteKey, output: Tensor) -> None:
         """Keeps a sublayer's output (rows, L, C) in place of the last one."""
         self._replace(self.sublayers, key, output)
+        self._rests[key] = 0
+
+    def can_rest(self, key: SiteKey, every: int) -> bool:
+        """Whether what is kept of a sublayer may answer one more full evaluation, if it is computed in one of `every`."""
+        return key in self.sublayers and self._rests[key] + 1 < every
+
+    def rest(self, key: SiteKey, like: Tensor) -> Tensor:
+        """The sublayer's kept output (rows, L, C) in a full evaluation, in the dtype and on the device of `like`."""
+        self._rests[key] += 1
+        return self._store.load(self.sublayers[key], like)
 
     def remember_linear(self, key: SiteKey, value: Tensor) -> None:
         """Keeps the output or the projected input (rows, L, C) of a linear layer in place of the last one."""
@@ -69,6 +81,7 @@ class Slot:
                 self._store.drop(feature)
             features.clear()
         self.anchors.clear()
+        self._rests.clear()
         self.signature = signature
 
     def _replace(self, features: dict[SiteKey, Feature], key: SiteKey, value: Tensor) -> None:

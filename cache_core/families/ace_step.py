@@ -1,7 +1,8 @@
 """ACE-Step: blocks of linear self-attention, cross-attention to text and lyrics, and a gated convolution along time, over audio frames.
 
 Source: comfy/ldm/ace (ComfyUI 0.3.75). Attention sums over all frames and the convolution looks at neighbours, so no frame stands alone:
-no conservative evaluation. Calibrated ones replace the linear layers of both attentions; the convolutions, two thirds of a block, run.
+no conservative evaluation (cross-attention could be renewed for some frames, but is about a sixth of a block). Calibrated ones replace the
+linear layers of both attentions; the convolutions, two thirds of a block, run.
 Layers named add_… are in the checkpoint and never used. Speaker, prompt and lyrics are one sequence by the time the blocks see it.
 """
 

@@ -1,19 +1,22 @@
 """AuraFlow: double blocks with separate text and image streams, then single blocks over text, image.
 
 Source: comfy/ldm/aura/mmdit.py (ComfyUI 0.3.75). Eight register tokens lead the text. A block normalises x + gate·attn again and adds only
-the gated MLP of that to its input, so attention and MLP are not two terms of a sum. ControlNet is not known to the model.
+the gated MLP of that to its input, so attention and MLP are not two terms of a sum; still each token's MLP needs only its own attention.
+ControlNet is not known to the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .base import Lengths, ModelFamily, Stack
+from .base import Cached, Lengths, ModelFamily, Stack, modulate
 from .counting import around_macs, blocks_macs
 from .linears import StackLinears
+from .replaying import renewed, stream_sites
 
 
 def _is_aura(model: nn.Module) -> bool:
@@ -40,18 +43,58 @@ def _outside_macs(model: Any, lengths: Lengths) -> float:
     return _AROUND(model, {**lengths, "words": lengths["txt"] - model.register_tokens.shape[1]})
 
 
+def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    txt_mods, img_mods = (mod(call["global_cond"])[:, None].chunk(6, dim=-1) for mod in (block.modC, block.modX))
+    txt = _renormalised(cached, "txt", call["c"], txt_mods, block.normC2, block.mlpC)
+    return txt, _renormalised(cached, "img", call["x"], img_mods, block.normX2, block.mlpX)
+
+
+def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    modulation = block.modCX(call["global_cond"])[:, None].chunk(6, dim=-1)
+    return (_renormalised(cached, "txt+img", call["cx"], modulation, block.norm2, block.mlp),)
+
+
+def _renormalised(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], norm: Any, mlp: Any) -> Tensor:
+    """x (B, L, C) + gate·mlp of the modulated norm(x + gate·attn)."""
+    _, _, gate_attn, shift, scale, gate_mlp = modulation
+
+    def fresh(at: Tensor) -> Tensor:
+        attended = x[:, at] + gate_attn * cached.chosen(f"{stream}.attn", at)
+        return mlp(modulate(norm(attended), shift, scale))
+
+    return x + gate_mlp * renewed(cached, f"{stream}.mlp", cached.choose(stream, x.shape[1]), fresh)
+
+
 AURA = ModelFamily(
     name="aura",
     matches=_is_aura,
     stacks=(
-        Stack(path="double_layers", parameters=("c", "x", "global_cond"), streams={"c": "txt", "x": "img"}),
-        Stack(path="single_layers", parameters=("cx", "global_cond"), streams={"cx": "txt+img"}),
+        Stack(
+            path="double_layers",
+            parameters=("c", "x", "global_cond"),
+            streams={"c": "txt", "x": "img"},
+            sites=(*stream_sites("txt", "attn.w1o", "mlpC"), *stream_sites("img", "attn.w2o", "mlpX")),
+            replay=_replay_double,
+        ),
+        Stack(
+            path="single_layers",
+            parameters=("cx", "global_cond"),
+            streams={"cx": "txt+img"},
+            sites=stream_sites("txt+img", "attn.w1o", "mlp"),
+            replay=_replay_single,
+        ),
     ),
     hidden="img",
     channels=_channels,
     embed="init_x_linear",
     input_channels=attrgetter("init_x_linear.in_features"),
-    macs=blocks_macs(_LINEARS, (("double_layers", "txt+img", "txt+img"), ("single_layers", "txt+img", "txt+img")), _channels),
+    macs=blocks_macs(
+        _LINEARS,
+        (("double_layers", "txt+img", "txt+img"), ("single_layers", "txt+img", "txt+img")),
+        _channels,
+        chosen=("mlpC.", "mlpX.", "mlp."),
+        always=("modC.", "modX.", "modCX."),
+    ),
     outside_macs=_outside_macs,
     linears=_LINEARS,
 )

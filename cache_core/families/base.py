@@ -17,7 +17,7 @@ Lengths = Mapping[str, int]  # tokens of every stream, e.g. {"img": 4096, "txt":
 
 
 class UnsupportedCallError(Exception):
-    """A block was called in a way the family's replay does not know: compute this call in full instead."""
+    """A block was called in a way that a replay or a skip does not know: compute this call in full instead."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Site:
 
     name: key of the feature. module: dotted path inside the block of a submodule that the host calls.
     tokens: the stream it belongs to. source: which side of that call to keep, "input" or "output".
-    width: of an input, only the first `width(block)` channels are kept; None keeps all.
+    width: only the first `width(block)` channels are kept; None keeps all, which are the family's `channels`.
+    every: the module runs in one of so many full evaluations, others are answered with what is kept of it (see `EngineCall.rests`).
+    macs: multiply-adds of its call for one batch row, by (block, lengths): saved when it does not run.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Site:
     tokens: str
     source: str = "output"
     width: Callable[[nn.Module], int] | None = None
+    every: int = 1
+    macs: Callable[[nn.Module, Lengths], float] = lambda _block, _lengths: 0.0
 
 
 class Cached(Protocol):
@@ -55,7 +59,7 @@ Replay = Callable[[nn.Module, Mapping[str, Any], Cached], tuple[Tensor, ...]]
 class Stack:
     """A list of like blocks.
 
-    path: dotted path of the ModuleList or ModuleDict on the model.
+    path: dotted path of the ModuleList or ModuleDict on the model; "" is the model itself as the only block (`whole_output.py`).
     parameters: names of the block's positional parameters, in order.
     streams: parameter that carries tokens -> stream name. "txt+img" is the two concatenated in that order.
         The block returns them in this order too, or in that of `returns`; a bare tensor where there is one.
@@ -63,7 +67,10 @@ class Stack:
     returns: parameters of `streams` in the order in which the block returns them, where it is another.
     counts: corrects or completes the token counts from the call's other arguments, where a tensor's shape does not tell them.
     batch: axis of the batch in the streams, whose tokens may lie in a grid: (B, …, C) but for one family.
-    sites: sublayers a full evaluation keeps for conservative ones.
+    channel: axis of the channels once the batch is the first.
+    beside: how many values a block returns behind its streams; None takes their places while it is skipped.
+    why_not: why a call with these arguments must not be skipped or replayed, "" if it may.
+    sites: sublayers a full evaluation keeps for conservative ones, of each block those that it has.
     replay: a block's conservative evaluation, from its own submodules and the kept features.
     """
 
@@ -76,10 +83,19 @@ class Stack:
     returns: tuple[str, ...] = ()
     counts: Callable[[Mapping[str, Any], Lengths], Lengths] = lambda _call, _lengths: {}
     batch: int = 0
+    channel: int = -1
+    beside: int = 0
+    why_not: Callable[[Mapping[str, Any]], str] = lambda _call: ""
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
+        if not self.path:
+            return [model]
         found = attrgetter(self.path)(model)
         return list(found.values() if isinstance(found, nn.ModuleDict) else found)
+
+    def sites_of(self, block: nn.Module) -> list[Site]:
+        """Not every block of a list has every sublayer."""
+        return [site for site in self.sites if _has(block, site.module)]
 
     def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A block call's arguments by name."""
@@ -102,18 +118,23 @@ class Stack:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """The tokens of a stream as (B, L, C), a view where that is possible."""
-        return tensor.movedim(self.batch, 0).flatten(1, -2)
+        return self._ordered(tensor).flatten(1, -2)
 
     def grid(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Tokens (B, L, C) in the shape that the stream `like` has."""
-        return tokens.reshape(like.movedim(self.batch, 0).shape).movedim(0, self.batch)
+        """Tokens (B, L, C) in the grid that the stream `like` has; of other channels where a block changes their number."""
+        shape = (*self._ordered(like).shape[:-1], tokens.shape[-1])
+        return tokens.reshape(shape).movedim(-1, self.channel).movedim(0, self.batch)
+
+    def _ordered(self, tensor: Tensor) -> Tensor:
+        """A view (B, …, C)."""
+        return tensor.movedim(self.batch, 0).movedim(self.channel, -1)
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """The streams, in order, in the form the block returns them in."""
-        if len(tensors) == 1:
+        if len(tensors) == 1 and not self.beside:
             return tensors[0]
         named = dict(zip(self.streams, tensors))
-        return tuple(named[parameter] for parameter in self.returns or self.streams)
+        return (*(named[parameter] for parameter in self.returns or self.streams), *[None] * self.beside)
 
     def returned(self, result: Any) -> tuple[Tensor, ...]:
         """What a block returned, in the order of `streams`."""
@@ -129,7 +150,7 @@ class ModelFamily:
 
     name: as in ComfyUI's model folder. matches: structural test on the diffusion model.
     stacks: in the order the model runs them. hidden: the stream whose last state the final layer reads.
-    channels: width of a token in the blocks, which is that of every kept feature.
+    channels: width of a token in the blocks, which is that of every kept feature but of sites with a width.
     embed: dotted path of the module whose input is the hidden stream's tokens as they enter the model, "" if there is none such;
         tokens: that input as (B, L, d), given the module; input_channels: d.
     macs: multiply-adds of one batch row by (model, lengths, kind, token share), kind not calibrated; outside(...) those of
@@ -139,6 +160,7 @@ class ModelFamily:
     measures: path of a module that runs before the blocks -> the stream whose tokens are its first argument (B, L, ...), for streams that
         the first stack gets only concatenated. Of a concatenation one part need not be measured: it is the rest.
     idle: modules beside the blocks that only feed them, each with what answers for it while the blocks are skipped.
+    takes_turns: the model runs one block of each stack in turn, not one stack after the other; they are of equal length.
     """
 
     name: str
@@ -154,19 +176,36 @@ class ModelFamily:
     measures: Mapping[str, str] = field(default_factory=dict)
     tokens: Callable[[nn.Module, Tensor], Tensor] = lambda _module, given: given
     idle: Callable[[nn.Module], Sequence[tuple[nn.Module, Callable[..., Any]]]] = lambda _model: ()
+    takes_turns: bool = False
 
     def placed(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
         """Every block in running order with its stack and its index there."""
-        return [(stack, i, block) for stack in self.stacks for i, block in enumerate(stack.blocks(model))]
+        runs = [[(stack, i, block) for i, block in enumerate(stack.blocks(model))] for stack in self.stacks]
+        return [place for run in (zip(*runs, strict=True) if self.takes_turns else runs) for place in run]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing but the model's output is kept: the last resort, which the user is told of."""
+        return not all(stack.path for stack in self.stacks)
 
     @property
     def is_conservative(self) -> bool:
         """Whether every block of the family has a conservative form."""
         return all(stack.replay is not None for stack in self.stacks)
 
-    def sublayer_tokens(self, model: nn.Module, lengths: Lengths) -> int:
-        """Tokens kept per batch row for conservative evaluations, over all blocks and sites."""
-        return sum(stream_length(site.tokens, lengths) for stack in self.stacks for _ in stack.blocks(model) for site in stack.sites)
+    def sublayers(self, model: nn.Module, lengths: Lengths) -> list[tuple[int, int]]:
+        """Tokens and channels of all that is kept per batch row for conservative evaluations."""
+        sites = [(site, block) for stack, _, block in self.placed(model) for site in stack.sites_of(block)]
+        widths = [self.channels(model) if site.width is None else site.width(block) for site, block in sites]
+        return [(stream_length(site.tokens, lengths), width) for (site, _), width in zip(sites, widths)]
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    """Asked by attributes, not by names of modules: those of a compiled block are others."""
+    try:
+        return attrgetter(path)(block) is not None
+    except AttributeError:
+        return False
 
 
 def stream_length(stream: str, lengths: Lengths) -> int:

@@ -1,41 +1,87 @@
 """Cosmos-Predict2: blocks of self-attention, cross-attention to text and feed-forward; tokens lie in a grid (B, T, H, W, C).
 
-Source: comfy/ldm/cosmos/predict2.py (ComfyUI 0.3.75). Attention flattens the grid, the feed-forward does not. Modulation is per frame, from
-low-rank layers inside every block. The first layer gets the patches already, a constant padding channel among them.
+Source: comfy/ldm/cosmos/predict2.py (ComfyUI 0.3.75). Each of the three is x += gate·f(norm(x)·(1 + scale) + shift). Attention flattens
+the grid, the feed-forward does not. Modulation is per frame, from low-rank layers inside every block. Newer hosts may add up in float32
+what sublayers say in the precision of the modulation. The first layer gets the patches already, a constant padding channel among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
+from typing import Any
 
-from .base import ModelFamily, Stack
+from torch import Tensor
+
+from .base import Cached, ModelFamily, Stack
 from .counting import around_macs, blocks_macs
 from .linears import StackLinears
+from .replaying import renewed
+from .video_blocks import CROSS, MLP, SELF, sites, spread
 
 _LINEARS = (
     StackLinears(path="blocks", streams={"cross_attn.k_proj": "txt", "cross_attn.v_proj": "txt", "": "img"}, skip=("adaln_modulation_",)),
 )
 
+
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    given, position = call["x_B_T_H_W_D"], call.get("extra_per_block_pos_emb")
+    x = _STACK.flat(given if position is None else given + position)
+    tokens = cached.choose("img", x.shape[1])
+    of_self, of_cross, of_mlp = (_vectors(block, name, call) for name in ("self_attn", "cross_attn", "mlp"))
+
+    def look(at: Tensor) -> Tensor:
+        asking = _modulated(block.layer_norm_cross_attn, of_cross, x, at)
+        return block.cross_attn(asking, call["crossattn_emb"], transformer_options=call.get("transformer_options", {}))
+
+    def gated(vectors: tuple[Tensor, ...], sublayer: Tensor) -> Tensor:
+        return spread(vectors[2], x.shape[1]).to(x.dtype) * sublayer
+
+    x = x + gated(of_self, cached.whole(SELF))
+    x = x + gated(of_cross, renewed(cached, CROSS, tokens, look))
+    x = x + gated(of_mlp, renewed(cached, MLP, tokens, lambda at: block.mlp(_modulated(block.layer_norm_mlp, of_mlp, x, at))))
+    return (_STACK.grid(x, given),)
+
+
+def _vectors(block: Any, name: str, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Shift, scale and gate (B, T or 1, C) of a sublayer."""
+    vectors = getattr(block, f"adaln_modulation_{name}")(call["emb_B_T_D"])
+    return (vectors + call["adaln_lora_B_T_3D"] if block.use_adaln_lora else vectors).chunk(3, dim=-1)
+
+
+def _modulated(norm: Any, vectors: tuple[Tensor, ...], x: Tensor, at: Tensor) -> Tensor:
+    shift, scale, _ = (spread(vector, x.shape[1], at) for vector in vectors)
+    return (norm(x[:, at]) * (1 + scale) + shift).to(vectors[0].dtype)
+
+
+_STACK = Stack(
+    path="blocks",
+    parameters=(
+        "x_B_T_H_W_D", "emb_B_T_D", "crossattn_emb", "rope_emb_L_1_1_D", "adaln_lora_B_T_3D", "extra_per_block_pos_emb",
+        "transformer_options",
+    ),
+    streams={"x_B_T_H_W_D": "img"},
+    contexts={"crossattn_emb": "txt"},
+    sites=sites("self_attn", "cross_attn", "mlp"),
+    replay=_replay,
+)  # fmt: skip
+
 COSMOS_PREDICT2 = ModelFamily(
     name="cosmos_predict2",
     matches=lambda model: type(model).__name__ == "MiniTrainDIT" and hasattr(model, "blocks"),
-    stacks=(
-        Stack(
-            path="blocks",
-            parameters=(
-                "x_B_T_H_W_D", "emb_B_T_D", "crossattn_emb", "rope_emb_L_1_1_D", "adaln_lora_B_T_3D", "extra_per_block_pos_emb",
-                "transformer_options",
-            ),
-            streams={"x_B_T_H_W_D": "img"},
-            contexts={"crossattn_emb": "txt"},
-        ),
-    ),
+    stacks=(_STACK,),
     hidden="img",
     channels=attrgetter("model_channels"),
     embed="x_embedder.proj.1",
     input_channels=attrgetter("x_embedder.dim"),
     tokens=lambda _layer, given: given.flatten(1, -2),
-    macs=blocks_macs(_LINEARS, (("blocks", "img", "img"), ("blocks", "img", "txt")), attrgetter("model_channels")),
+    macs=blocks_macs(
+        _LINEARS,
+        (("blocks", "img", "img"), ("blocks", "img", "txt")),
+        attrgetter("model_channels"),
+        chosen=("cross_attn", "mlp"),
+        always=("adaln_modulation_",),
+    ),
     outside_macs=around_macs({"x_embedder": "img", "t_embedder": "", "final_layer.adaln_modulation": "", "final_layer.linear": "img"}),
     linears=_LINEARS,
-)  # fmt: skip
+)

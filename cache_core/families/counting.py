@@ -13,35 +13,55 @@ from .linears import StackLinears
 
 
 def blocks_macs(
-    linears: Sequence[StackLinears], attention: Sequence[tuple[str, str, str]], channels: Callable[[nn.Module], int]
+    linears: Sequence[StackLinears],
+    attention: Sequence[tuple[str, str, str]],
+    channels: Callable[[nn.Module], int],
+    chosen: tuple[str, ...] = (),
+    always: tuple[str, ...] = (),
 ) -> Callable[[nn.Module, Lengths, Kind, float], float]:
-    """For ModelFamily.macs of a family without conservative evaluations: linear layers and attention products of all blocks.
+    """For ModelFamily.macs: linear layers and attention products of all blocks.
 
     attention: path of a stack, the stream that asks and the one it looks at, for every attention of one of its blocks.
+    chosen, always: of a family with conservative evaluations, prefixes of the layers that its replay computes for the chosen tokens, and
+        of those it computes in any case for all their tokens (modulations; a long skip's layer). It takes all others from the cache.
+    A stream that no attention of the stack asks from is a context. Attention to it belongs to what is computed for chosen tokens, its
+    keys and values are then those of the whole context; with no token chosen there is neither.
     """
 
-    def macs(model: nn.Module, lengths: Lengths, kind: Kind, _share: float) -> float:
+    def macs(model: nn.Module, lengths: Lengths, kind: Kind, share: float) -> float:
         if kind is Kind.AGGRESSIVE:
             return 0.0
-        total = 0.0
+        is_full, total = kind is Kind.FULL, 0.0
         for stack in linears:
+            pairs = [(asking, seen) for path, asking, seen in attention if path == stack.path]
+            contexts = {seen for _, seen in pairs} - {asking for asking, _ in pairs}
+
+            def part(name: str, stream: str, contexts: set[str] = contexts) -> float:
+                if is_full or name.startswith(always):
+                    return 1.0
+                return float(share > 0 if stream in contexts else share) if name.startswith(chosen) else 0.0
+
             blocks = attrgetter(stack.path)(model)
             blocks = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
-            total += sum(_layers_macs(stack, block, lengths) for block in blocks)
-            pairs = [(asking, seen) for path, asking, seen in attention if path == stack.path]
-            products = sum(stream_length(asking, lengths) * stream_length(seen, lengths) for asking, seen in pairs)
+            total += sum(_layers_macs(stack, block, lengths, part) for block in blocks)
+            products = 0.0
+            for asking, seen in pairs:
+                weight = 1.0 if is_full else share if seen in contexts else 0.0
+                products += weight * stream_length(asking, lengths) * stream_length(seen, lengths)
             total += 2 * len(blocks) * products * channels(model)
         return total
 
     return macs
 
 
-def _layers_macs(stack: StackLinears, block: nn.Module, lengths: Lengths) -> float:
+def _layers_macs(stack: StackLinears, block: nn.Module, lengths: Lengths, part: Callable[[str, str], float]) -> float:
+    """part: how much of its tokens a layer of this name and stream computes; the stream is "" where it works on one vector."""
     total = 0.0
     for name, layer in block.named_modules():
         if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-            tokens = 1 if name.startswith(stack.skip) else stream_length(stack.stream(name), lengths)
-            total += tokens * int(layer.in_features) * int(layer.out_features)
+            stream = "" if name.startswith(stack.skip) else stack.stream(name)
+            tokens = stream_length(stream, lengths) if stream else 1
+            total += part(name, stream) * tokens * int(layer.in_features) * int(layer.out_features)
     return total
 
 

@@ -2,19 +2,22 @@
 
 Source: comfy/ldm/hydit/models.py (ComfyUI 0.3.75). Traps: the host carries the skips past the blocks and adds ControlNet residuals to them;
 all end in blocks, so the state behind the last block holds their effect. The middle block and the first half have no skip layer. No gates:
-attention, cross-attention and MLP are added as they are.
+attention, cross-attention and MLP are added as they are. Cross-attention turns its queries by their places in the picture.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .base import Lengths, ModelFamily, Stack, linear_weights
+from .base import Cached, Lengths, ModelFamily, Site, Stack, linear_weights
 from .counting import around_macs, blocks_macs, patch_channels, patches
 from .linears import StackLinears, equal_parts
+from .replaying import renewed
 
 
 def _is_hydit(model: nn.Module) -> bool:
@@ -44,6 +47,21 @@ def _outside_macs(model: Any, lengths: Lengths) -> float:
     return _AROUND(model, lengths) + t5 * linear_weights(model.mlp_t5, model.pooler.k_proj, model.pooler.v_proj)
 
 
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    """Self-attention from the cache; cross-attention and MLP for the chosen tokens; a long skip, which all tokens pass, for all."""
+    x, text, places = call["x"], call["text_states"], call["freq_cis_img"]  # cosines and sines, each (L, d)
+    if block.skip_linear is not None:
+        x = block.skip_linear(block.skip_norm(torch.cat((x, call["skip"]), dim=-1).to(x.dtype)))
+    attended = x + cached.whole("attn1")
+    tokens = cached.choose("img", x.shape[1])
+
+    def look(at: Tensor) -> Tensor:
+        return block.attn2(block.norm3(attended[:, at]), text, tuple(waves[at] for waves in places))[0]
+
+    x = attended + renewed(cached, "attn2", tokens, look)
+    return (x + renewed(cached, "mlp", tokens, lambda at: block.mlp(block.norm2(x[:, at]))),)
+
+
 HYDIT = ModelFamily(
     name="hydit",
     matches=_is_hydit,
@@ -53,6 +71,8 @@ HYDIT = ModelFamily(
             parameters=("x", "c", "text_states", "freq_cis_img", "skip"),
             streams={"x": "img"},
             contexts={"text_states": "txt"},
+            sites=(Site("attn1", "attn1.out_proj", "img"), Site("attn2", "attn2.out_proj", "img"), Site("mlp", "mlp", "img")),
+            replay=_replay,
         ),
     ),
     hidden="img",
@@ -60,7 +80,13 @@ HYDIT = ModelFamily(
     embed="x_embedder.proj",
     input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
     tokens=patches,
-    macs=blocks_macs(_LINEARS, (("blocks", "img", "img"), ("blocks", "img", "txt")), attrgetter("hidden_size")),
+    macs=blocks_macs(
+        _LINEARS,
+        (("blocks", "img", "img"), ("blocks", "img", "txt")),
+        attrgetter("hidden_size"),
+        chosen=("attn2.", "mlp."),
+        always=("skip_linear",),
+    ),
     outside_macs=_outside_macs,
     linears=_LINEARS,
 )

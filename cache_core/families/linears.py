@@ -26,6 +26,7 @@ class StackLinears:
     path: of the stack, as `families.base.Stack` has it.
     streams: prefix of a layer's name -> the stream whose tokens it works on, first match; "" matches all.
     skip: prefixes of layers whose input is not per token (the conditioning vector: modulation).
+    grouped: prefixes of layers whose tokens come in groups (B·groups, L/groups, C), always the same ones: a group a frame, or a position.
     parts: layer -> its parts, given the block, for layers that are several matrices; others are one part, `WHOLE`.
         Together they cover the layer's outputs once.
     """
@@ -33,6 +34,7 @@ class StackLinears:
     path: str
     streams: Mapping[str, str]
     skip: tuple[str, ...] = ()
+    grouped: tuple[str, ...] = ()
     parts: Mapping[str, Callable[[Any], tuple[LinearPart, ...]]] | None = None
 
     def stream(self, layer: str) -> str:

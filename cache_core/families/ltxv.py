@@ -2,22 +2,63 @@
 
 Source: comfy/ldm/lightricks/model.py (ComfyUI 0.3.75). A block writes into its input and returns it. Key frames are frames of the latent
 like any other; with them, or where a picture is continued, modulation is per token.
-LTX-2 (LTXAVModel, video and audio together) is another structure.
+x += gate·attn1, x += attn2 (no gate), x += gate·ff, with norms that have no module; hosts newer than that know blocks whose attn2 is
+modulated too: these have no conservative evaluation. Their LTXVImageModel is this network too (untested on the real host: read from
+source, tried on a stand-in). LTX-2 (LTXAVModel, video and audio together) is another structure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
+from typing import Any
 
-from .base import ModelFamily, Stack
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from .base import Cached, Lengths, ModelFamily, Stack, UnsupportedCallError
 from .counting import around_macs, blocks_macs
 from .linears import StackLinears
+from .replaying import renewed
+from .video_blocks import CROSS, MLP, SELF, sites, spread
 
 _LINEARS = (StackLinears(path="transformer_blocks", streams={"attn2.to_k": "txt", "attn2.to_v": "txt", "": "img"}),)
+_ATTENTION = (("transformer_blocks", "img", "img"), ("transformer_blocks", "img", "txt"))
+
+_AROUND = around_macs({"patchify_proj": "img", "adaln_single": "modulations", "prompt_adaln_single": "", "proj_out": "img"})
+_CAPTIONS = around_macs({"caption_projection": "txt"})
+
+
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    x, timestep, raw = call["x"], call["timestep"], block.scale_shift_table
+    if getattr(block, "cross_attention_adaln", False):
+        raise UnsupportedCallError("cross-attention that is modulated")
+    table = raw[None, None].to(device=x.device, dtype=x.dtype)  # the host's own cast of this raw parameter
+    vectors = table + timestep.reshape(x.shape[0], timestep.shape[1], raw.shape[0], -1)
+    _, _, gate_attn, shift, scale, gate = vectors.unbind(2)
+    length, seen = x.shape[1], {"context": call["context"], "mask": call.get("attention_mask")}
+    tokens = cached.choose("img", length)
+
+    def feed_forward(at: Tensor) -> Tensor:
+        y = F.rms_norm(x[:, at], x.shape[-1:], eps=1e-6)
+        return block.ff(torch.addcmul(y, y, spread(scale, length, at)) + spread(shift, length, at))
+
+    x = torch.addcmul(x, cached.whole(SELF), spread(gate_attn, length))
+    options = call.get("transformer_options", {})
+    x = x + renewed(cached, CROSS, tokens, lambda at: block.attn2(x[:, at], **seen, transformer_options=options))
+    return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)
+
+
+def _outside_macs(model: nn.Module, lengths: Lengths) -> float:
+    """Newer checkpoints' text may have been projected before sampling."""
+    is_projected = getattr(model, "caption_proj_before_connector", False)
+    return _AROUND(model, lengths) + (0.0 if is_projected else _CAPTIONS(model, lengths))
+
 
 LTXV = ModelFamily(
     name="ltxv",
-    matches=lambda model: type(model).__name__ == "LTXVModel" and hasattr(model, "transformer_blocks"),
+    matches=lambda model: type(model).__name__ in ("LTXVModel", "LTXVImageModel") and hasattr(model, "transformer_blocks"),
     stacks=(
         Stack(
             path="transformer_blocks",
@@ -25,13 +66,15 @@ LTXV = ModelFamily(
             streams={"x": "img"},
             contexts={"context": "txt"},
             counts=lambda call, _lengths: {"modulations": call["timestep"].shape[1]},
+            sites=sites("attn1", "attn2", "ff"),
+            replay=_replay,
         ),
     ),
     hidden="img",
     channels=attrgetter("inner_dim"),
     embed="patchify_proj",
     input_channels=attrgetter("patchify_proj.in_features"),
-    macs=blocks_macs(_LINEARS, (("transformer_blocks", "img", "img"), ("transformer_blocks", "img", "txt")), attrgetter("inner_dim")),
-    outside_macs=around_macs({"patchify_proj": "img", "caption_projection": "txt", "adaln_single": "modulations", "proj_out": "img"}),
+    macs=blocks_macs(_LINEARS, _ATTENTION, attrgetter("inner_dim"), chosen=("attn2", "ff")),
+    outside_macs=_outside_macs,
     linears=_LINEARS,
 )

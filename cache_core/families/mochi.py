@@ -2,19 +2,23 @@
 
 Source: comfy/ldm/genmo/joint_model/asymm_models_joint.py (ComfyUI 0.3.75). Of the text only the first `crop_y` tokens take part in
 attention. The last block does not update the text.
+In both streams x += tanh(gate)·norm(attn), x += tanh(gate)·norm(mlp), with norms that have no module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from .base import Lengths, ModelFamily, Stack
+from .base import Cached, Lengths, ModelFamily, Stack
 from .counting import around_macs, blocks_macs, patches
 from .linears import StackLinears, equal_parts
+from .replaying import renewed, stream_sites
 
 _LINEARS = (
     StackLinears(
@@ -39,16 +43,50 @@ def _patches(embed: nn.Module, given: Tensor) -> Tensor:
     return patches(embed, frames).unflatten(0, given.shape[:1] + given.shape[2:3]).flatten(1, 2)
 
 
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    c = F.silu(call["c"])
+    x = _refreshed("img", call["x"], block.mod_x(c), block.mlp_x, cached)
+    y = _refreshed("txt", call["y"], block.mod_y(c), block.mlp_y, cached) if block.update_y else call["y"]
+    return x, y
+
+
+def _refreshed(stream: str, x: Tensor, vectors: Tensor, mlp: Callable[[Tensor], Tensor], cached: Cached) -> Tensor:
+    """One stream x (B, L, C); vectors (B, 4·C)."""
+    _, gate_attn, scale, gate_mlp = vectors.unsqueeze(1).chunk(4, dim=-1)
+    x = x + _norm(cached.whole(f"{stream}.attn")) * gate_attn.tanh()
+    tokens = cached.choose(stream, x.shape[1])
+    fresh = renewed(cached, f"{stream}.mlp", tokens, lambda at: mlp(_norm(x[:, at]) * (1 + scale)))
+    return x + _norm(fresh) * gate_mlp.tanh()
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+# text is narrower; what the last block's attention says of it, as wide as the video, is not used
+_TEXT_SITES = tuple(replace(site, width=attrgetter("hidden_size_y")) for site in stream_sites("txt", "attn.proj_y", "mlp_y"))
+
 MOCHI = ModelFamily(
     name="mochi",
     matches=lambda model: type(model).__name__ == "AsymmDiTJoint" and hasattr(model, "blocks"),
-    stacks=(Stack(path="blocks", parameters=("x", "c", "y", "transformer_options"), streams={"x": "img", "y": "txt"}, counts=_seen_text),),
+    stacks=(
+        Stack(
+            path="blocks",
+            parameters=("x", "c", "y", "transformer_options"),
+            streams={"x": "img", "y": "txt"},
+            counts=_seen_text,
+            sites=(*stream_sites("img", "attn.proj_x", "mlp_x"), *_TEXT_SITES),
+            replay=_replay,
+        ),
+    ),
     hidden="img",
     channels=attrgetter("hidden_size_x"),
     embed="x_embedder",
     input_channels=lambda model: int(model.in_channels) * int(model.patch_size) ** 2,  # type: ignore[arg-type]
     tokens=_patches,
-    macs=blocks_macs(_LINEARS, (("blocks", "img+seen", "img+seen"),), attrgetter("hidden_size_x")),
+    macs=blocks_macs(
+        _LINEARS, (("blocks", "img+seen", "img+seen"),), attrgetter("hidden_size_x"), chosen=("mlp_x", "mlp_y"), always=("mod_x", "mod_y")
+    ),
     outside_macs=around_macs(
         {
             "x_embedder": "img",

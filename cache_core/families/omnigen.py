@@ -7,15 +7,17 @@ what is left are references; fewer heads for keys and values than for queries; t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..kinds import Kind
-from .base import Lengths, ModelFamily, Stack
+from .base import Cached, Lengths, ModelFamily, Stack
 from .counting import around_macs, blocks_macs
 from .linears import StackLinears
+from .replaying import sandwiched, stream_sites
 
 _JOINT = "txt+ref+img"
 
@@ -45,6 +47,11 @@ def _outside_macs(model: Any, lengths: Lengths) -> float:
     return _AROUND(model, lengths) + _REFINERS(model, lengths, Kind.FULL, 1.0)
 
 
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    modulation = block.norm1.linear(block.norm1.silu(call["temb"]))[:, None].chunk(4, dim=-1)
+    return (sandwiched(cached, _JOINT, call["hidden_states"], modulation, block, block.norm2),)
+
+
 OMNIGEN = ModelFamily(
     name="omnigen",
     matches=_is_omnigen,
@@ -53,6 +60,8 @@ OMNIGEN = ModelFamily(
             path="layers",
             parameters=("hidden_states", "attention_mask", "image_rotary_emb", "temb"),
             streams={"hidden_states": _JOINT},
+            sites=stream_sites(_JOINT, "attn", "feed_forward"),
+            replay=_replay,
         ),
     ),
     measures={"context_refiner.0": "txt", "x_embedder": "img"},
@@ -60,7 +69,9 @@ OMNIGEN = ModelFamily(
     channels=attrgetter("hidden_size"),
     embed="x_embedder",
     input_channels=attrgetter("x_embedder.in_features"),
-    macs=blocks_macs(_LINEARS, (("layers", _JOINT, _JOINT),), attrgetter("hidden_size")),
+    macs=blocks_macs(
+        _LINEARS, (("layers", _JOINT, _JOINT),), attrgetter("hidden_size"), chosen=("feed_forward.",), always=("norm1.linear",)
+    ),
     outside_macs=_outside_macs,
     linears=_LINEARS,
 )

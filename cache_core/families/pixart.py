@@ -1,9 +1,10 @@
 """PixArt-alpha and PixArt-Sigma: one stream of image tokens, text by cross-attention. The family of DuCa's own paper.
 
-Source: comfy/ldm/pixart/pixartms.py (ComfyUI 0.3.75). x += gate·attn, x += cross_attn (no gate), x += gate·mlp; shifts, scales and gates
-are the block's scale_shift_table plus one projection of the time that all blocks share. Traps: the text of all rows comes flattened to
-(1, B·L, C), so its layer is left to the host in calibrated evaluations (it answers the same in every step anyway); the model drops
-transformer_options, so nothing but overrides reaches a block.
+Sources: comfy/ldm/pixart/pixartms.py (ComfyUI 0.3.75), and `PixArt` (of fixed size, called without HW) and `PixArtMS` of the public
+ExtraModels pack, which have the same modules in plain torch layers. x += gate·attn, x += cross_attn (no gate), x += gate·mlp; shifts,
+scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. Traps: the text of all rows
+comes flattened to (1, B·L, C), so its layer is left to the host in calibrated evaluations (it answers the same in every step anyway); the
+model drops transformer_options, so nothing but overrides reaches a block.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from .base import Cached, Lengths, ModelFamily, Site, Stack, linear_weights
 from .counting import around_macs, patch_channels, patches
 from .linears import StackLinears, equal_parts
 
+_width = attrgetter("x_embedder.proj.out_channels")  # not every one of these classes has a hidden_size
+
 
 def _is_pixart(model: nn.Module) -> bool:
-    if type(model).__name__ != "PixArtMS" or not len(getattr(model, "blocks", ())):
+    if type(model).__name__ not in ("PixArt", "PixArtMS") or not len(getattr(model, "blocks", ())):
         return False
     block = model.blocks[0]  # type: ignore[index]
     return all(hasattr(block, name) for name in ("attn", "cross_attn", "mlp", "norm2", "scale_shift_table"))
@@ -48,7 +51,7 @@ def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
     img, txt = lengths["img"], lengths["txt"]
     total = 0.0
     for block in model.blocks:
-        cross, products = block.cross_attn, 2 * model.hidden_size
+        cross, products = block.cross_attn, 2 * _width(model)
         per_token = linear_weights(cross.q_linear, cross.proj, block.mlp) + products * txt
         total += share * img * per_token if kind is Kind.CONSERVATIVE else img * per_token
         total += txt * linear_weights(cross.kv_linear)
@@ -72,7 +75,7 @@ PIXART = ModelFamily(
         ),
     ),
     hidden="img",
-    channels=attrgetter("hidden_size"),
+    channels=_width,
     embed="x_embedder.proj",
     input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
     tokens=patches,

@@ -7,15 +7,17 @@ ControlNet residuals to the image after each block, in place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..kinds import Kind
-from .base import Lengths, ModelFamily, Stack
+from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError
 from .counting import around_macs, blocks_macs, patch_channels, patches
 from .linears import StackLinears, equal_parts
+from .replaying import gated, stream_sites
 
 
 def _is_sd3(model: nn.Module) -> bool:
@@ -37,20 +39,54 @@ _LINEARS = (
         },
     ),
 )
-_JOINT_MACS = blocks_macs(_LINEARS, (("joint_blocks", "txt+img", "txt+img"),), attrgetter("hidden_size"))
+_JOINT_MACS = blocks_macs(
+    _LINEARS,
+    (("joint_blocks", "txt+img", "txt+img"),),
+    attrgetter("hidden_size"),
+    chosen=("context_block.mlp.", "x_block.mlp."),
+    always=("context_block.adaLN_modulation.", "x_block.adaLN_modulation."),
+)
 
 
 def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
     if kind is Kind.AGGRESSIVE:
         return 0.0
-    second = sum(hasattr(block.x_block, "attn2") for block in model.joint_blocks)
+    second = sum(hasattr(block.x_block, "attn2") for block in model.joint_blocks) if kind is Kind.FULL else 0
     return _JOINT_MACS(model, lengths, kind, share) + 2 * second * lengths["img"] ** 2 * model.hidden_size
+
+
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Any, Tensor]:
+    """Both attentions from the cache. What a joint block runs is a function of the host's, so its halves' own modules are called here."""
+    txt = None if block.context_block.pre_only else _half(block.context_block, "txt", call["context"], call["c"], cached)
+    return txt, _half(block.x_block, "img", call["x"], call["c"], cached)
+
+
+def _half(block: Any, stream: str, x: Tensor, c: Tensor, cached: Cached) -> Tensor:
+    """Text or image half of a block. x (B, L, C); c (B, C), the time."""
+    if block.scale_mod_only:
+        raise UnsupportedCallError("blocks without shifts")
+    modulation = block.adaLN_modulation(c)[:, None].chunk(9 if block.x_block_self_attn else 6, dim=-1)
+    if block.x_block_self_attn:
+        x = x + modulation[8] * cached.whole("attn2")
+    return gated(cached, stream, x, modulation[:6], block.norm2, block.mlp)
 
 
 SD3 = ModelFamily(
     name="sd3",
     matches=_is_sd3,
-    stacks=(Stack(path="joint_blocks", parameters=("context", "x"), streams={"context": "txt", "x": "img"}),),
+    stacks=(
+        Stack(
+            path="joint_blocks",
+            parameters=("context", "x"),
+            streams={"context": "txt", "x": "img"},
+            sites=(
+                *stream_sites("txt", "context_block.attn.proj", "context_block.mlp"),
+                *stream_sites("img", "x_block.attn.proj", "x_block.mlp"),
+                Site("attn2", "x_block.attn2.proj", "img"),
+            ),
+            replay=_replay,
+        ),
+    ),
     hidden="img",
     channels=attrgetter("hidden_size"),
     embed="x_embedder.proj",

@@ -22,9 +22,11 @@ from typing import Any
 
 from torch import nn
 
+from ..kinds import Kind
 from .base import Lengths, ModelFamily, Stack
 from .counting import around_macs, blocks_macs, patches
 from .linears import StackLinears
+from .wan_blocks import RENEWED, SITES, replay, wan_linears
 
 Beside = Callable[[nn.Module], tuple[tuple[nn.Module, Callable[..., Any]], ...]]
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -37,18 +39,6 @@ _PLACES = MappingProxyType(
         "time_projection": "",
         "head.head": "img",
         "control_adapter": "img",
-    }
-)
-_STREAMS = MappingProxyType(
-    {
-        "cross_attn.k_img": "clip",
-        "cross_attn.v_img": "clip",
-        "cross_attn.k": "txt",
-        "cross_attn.v": "txt",
-        "audio_cross_attn_wrapper.audio_cross_attn.k": "audio",
-        "audio_cross_attn_wrapper.audio_cross_attn.v": "audio",
-        "audio_cross_attn_wrapper": "hearing",
-        "": "img",
     }
 )
 
@@ -74,11 +64,6 @@ SEES_CLIP: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def wan_linears(path: str) -> StackLinears:
-    """The linear layers of a list of blocks like Wan's."""
-    return StackLinears(path=path, streams=_STREAMS)
-
-
 def wan_family(
     name: str,
     matches: Callable[[Any], bool],
@@ -90,7 +75,16 @@ def wan_family(
     idle: Beside = lambda _model: (),
 ) -> ModelFamily:
     """One of Wan's models. contexts, linears, attention, places: what it has beside those of all; idle: as ModelFamily has it."""
-    own = (wan_linears("blocks"), *linears)
+    own = (wan_linears("blocks"),)
+    count = blocks_macs(own, (*_ATTENTION, *attention), attrgetter("dim"), chosen=RENEWED)
+    count_beside = blocks_macs(linears, attention, attrgetter("dim"))
+
+    def macs(model: nn.Module, lengths: Lengths, kind: Kind, share: float) -> float:
+        """Blocks beside those of all run whole in conservative evaluations; sound is not listened to."""
+        if kind is not Kind.CONSERVATIVE:
+            return count(model, lengths, kind, share) + count_beside(model, lengths, kind, share)
+        return count(model, {**lengths, "heard": 0}, kind, share) + count_beside(model, lengths, Kind.FULL, share)
+
     return ModelFamily(
         name=name,
         matches=matches,
@@ -101,15 +95,17 @@ def wan_family(
                 streams={"x": "img"},
                 contexts={"context": "txt", **contexts},
                 counts=counts,
+                sites=SITES,
+                replay=replay,
             ),
         ),
         hidden="img",
         channels=attrgetter("dim"),
         embed="patch_embedding",
         input_channels=lambda model: int(model.in_dim) * prod(model.patch_size),  # type: ignore[arg-type]
-        macs=blocks_macs(own, (*_ATTENTION, *attention), attrgetter("dim")),
+        macs=macs,
         outside_macs=around_macs({**_PLACES, **places}),
-        linears=own,
+        linears=(*own, *linears),
         tokens=patches,
         idle=idle,
     )

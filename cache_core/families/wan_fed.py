@@ -1,9 +1,10 @@
 """Wan models with modules beside the blocks whose results the host adds between them: VACE, Animate and S2V.
 
 Source: comfy/ldm/wan/model.py, model_animate.py (ComfyUI 0.3.75). What is added between blocks is in the last hidden state and so in its
-forecast; a skipped evaluation leaves those modules out. What the host adds behind the last block still runs then: S2V's last audio
-injection. VACE blocks run once per control video; calibrated evaluations know one, more are computed in full.
-Not counted: Animate's face adapter (under 2 % of the multiply-adds) and S2V's audio injections (under 5 %).
+forecast; a skipped evaluation leaves those modules out, a conservative one runs them as a full one does. What the host adds behind the
+last block still runs in a skip: S2V's last audio injection. VACE blocks run once per control video; calibrated evaluations know one, more
+are computed in full. Not counted: Animate's face adapter (under 2 % of the multiply-adds of a full evaluation) and S2V's audio injections
+(under 5 %).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .wan import SEES_CLIP, sees_clip, wan_family, wan_linears
+from .wan import SEES_CLIP, sees_clip, wan_family
+from .wan_blocks import wan_linears
 
 
 def _is_vace(model: Any) -> bool:

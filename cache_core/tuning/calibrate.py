@@ -155,7 +155,7 @@ class Calibrator:
         def told() -> None:
             nonlocal done
             done += 1
-            self._told("trying plans", done, total)
+            self._told("trying out", done, total)
 
         total = len(budgets) * self._prompts * Trials.COUNT
         trials = Trials(halves, len(step_times), opening.window, self._sample, self._references, told)

@@ -18,11 +18,10 @@ from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from devtools import browser, host_setup
 from devtools.server import ComfyServer
 
-from .comfy_page import ComfyPage, Variant
+from .comfy_page import WORKFLOWS, ComfyPage, Variant
 
 DEV = host_setup.DEV
-# Empty files of the names that the FLUX.1-dev workflow asks for: without them the page would say that models are missing.
-_MODELS = ("diffusion_models/flux1-dev", "text_encoders/clip_l", "text_encoders/t5xxl_fp8_e4m3fn", "vae/ae")
+_FILE = re.compile(r"`(\w+/[\w.-]+\.(?:safetensors|pt))`")  # as the shipped workflows' notes name those they need
 _OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # what the page asks of the internet fails at once
 
 
@@ -66,10 +65,9 @@ def contexts(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def _server(version: str, folder: Path) -> ComfyServer:
     base = folder / "base"
     host_setup._link_pack(base)
-    for name in _MODELS:
-        file = base / "models" / f"{name}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+    for name in {name for path in WORKFLOWS for name in _FILE.findall(path.read_text())}:
+        _put(base / "models" / name)  # empty: without it the page would say that a model is missing
+    _put(base / "input" / "example.png", (Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png").read_bytes())
     arguments: tuple[str, ...] = ()
     if version == "newest":
         try:
@@ -77,6 +75,11 @@ def _server(version: str, folder: Path) -> ComfyServer:
         except OSError as problem:
             unavailable(str(problem))
     return ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], base, arguments=arguments)
+
+
+def _put(file: Path, content: bytes = b"") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def state_of(model: ModelPatcher) -> dict:
 
 @pytest.mark.parametrize(
     ("stage", "what"),
-    [("recording 1", "both"), ("measuring sensitivity 1", "forecast"), ("trying plans 3", "forecast"), ("factorising layers 2", "ICC")],
+    [("recording 1", "both"), ("measuring sensitivity 1", "forecast"), ("trying out 3", "forecast"), ("factorising layers 2", "ICC")],
 )
 def test_a_cancel_ends_it_at_once_and_leaves_nothing(folder, model, few_layers, monkeypatch, stage, what):
     before = sample(model, **SMALL)
@@ -196,7 +196,7 @@ def test_progress_never_goes_back_and_names_its_stages(folder, model, few_layers
     monkeypatch.setattr(calibrating.comfy.utils.ProgressBar, "update_absolute", lambda self, value, *a: bar.append(value / self.total))
     calibrator(model, what="both", steps=4, icc_method="svd", prompts=PROMPTS[:1])
     stages = list(dict.fromkeys(text.split(" of ")[0].rstrip("0123456789 ") for text in shown))
-    assert stages == ["recording", "measuring sensitivity", "trying plans", "factorising layers"]
+    assert stages == ["recording", "measuring sensitivity", "trying out", "factorising layers"]
     assert bar == sorted(bar) and bar[0] == 0 and bar[-1] == 1
 
 

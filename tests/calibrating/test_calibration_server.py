@@ -72,7 +72,7 @@ def test_the_shipped_graph_on_the_server(served, empty):
     started = len(server.log_tail(10**6))
     texts, messages, _ = watched(client, graph())
     assert messages[-1]["type"] == "execution_success", messages[-1]
-    for stage in ("recording", "measuring sensitivity", "trying plans"):
+    for stage in ("recording", "measuring sensitivity", "trying out"):
         assert any(text.startswith(stage) for text in texts), stage
     told = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == key("DuCaSVDCalibrator")]
     assert told and [m["value"] for m in told] == sorted(m["value"] for m in told)
@@ -124,7 +124,7 @@ def test_an_interrupt_on_the_server(served, empty):
     before = picture(0)
     prompt = graph(recalibrate=True)
     prompt[key("DuCaSVDCalibrator")]["inputs"]["model"] = prompt[key("DuCaCache")]["inputs"]["model"]  # the one that draws
-    for stage in ("recording", "measuring", "trying plans 3"):
+    for stage in ("recording", "measuring", "trying out 3"):
         _, messages, seconds = watched(client, prompt, stage)
         assert messages[-1]["type"] == "execution_interrupted" and seconds < 5
         assert not list(empty.glob("*")) and not list(empty.glob(".*"))

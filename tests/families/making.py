@@ -14,6 +14,7 @@ class Case(NamedTuple):
     """make: the model. latent: shape of one. cond: conditioning from a seed, of `tokens` text tokens.
 
     last: its last block. hidden: where in what that returns the hidden state is, None for a bare tensor.
+    calls: model calls of an evaluation, two where the model never takes both conds in one. needs_both: where it cannot be without.
     """
 
     name: str
@@ -22,6 +23,8 @@ class Case(NamedTuple):
     cond: Callable[[int], list]
     last: Callable[[Any], torch.nn.Module]
     hidden: int | None = None
+    calls: int = 1
+    needs_both: bool = False
 
 
 def tiny(config: type, **unet: Any) -> ModelPatcher:

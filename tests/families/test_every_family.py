@@ -57,6 +57,12 @@ def report_of(patched):
     return host.book_of(patched).last
 
 
+def unforeseen(patched) -> list[str]:
+    """What the user was told beside that of a model only the output is kept."""
+    is_whole = find_family(network(patched)).is_whole
+    return [text for text in report_of(patched).notices if not (is_whole and "only the whole output" in text)]
+
+
 def kinds(patched) -> str:
     return "".join(evaluation.kind.value for evaluation in report_of(patched).evaluations)
 
@@ -80,18 +86,23 @@ def test_listening_changes_nothing(case, model, plain):
     assert kinds(patched) == "F" * STEPS and not report_of(patched).notices
 
 
+def cloned(hidden):
+    """Some models of which only the output is kept return a list."""
+    return [part.clone() for part in hidden] if isinstance(hidden, list) else hidden.clone()
+
+
 def repeated(case: Case, model, plan: str) -> torch.Tensor:
     """The same by a hook on the last block: it gives out its last full hidden state again, while all blocks run."""
-    kept, calls = [], []
+    kept, calls = {}, []
 
     def hook(_module, _args, result):
-        step = len(calls)
+        step, cond = divmod(len(calls), case.calls)
         calls.append(1)
         hidden = result if case.hidden is None else result[case.hidden]
         if plan[step] == "F":
-            kept[:] = [hidden.clone()]
+            kept[cond] = cloned(hidden)
             return result
-        again = kept[0].clone()  # text beside the image in one stream does not matter: only the image is read behind the last block
+        again = cloned(kept[cond])  # text beside the image in one stream does not matter: only the image is read behind the last block
         return again if case.hidden is None else tuple(again if i == case.hidden else value for i, value in enumerate(result))
 
     handle = case.last(network(model)).register_forward_hook(hook)
@@ -105,11 +116,13 @@ def repeated(case: Case, model, plan: str) -> torch.Tensor:
 def test_skipping_repeats_the_hidden_state(case, model, plain, plan):
     patched = cached(model, plan)
     result = sample(case, patched)
-    assert kinds(patched) == plan and not report_of(patched).notices
+    assert kinds(patched) == plan and not unforeseen(patched)
     assert torch.equal(result, repeated(case, model, plan)) and not torch.equal(result, plain)
 
 
 def test_conds_in_calls_of_their_own_give_the_same(case, model, monkeypatch):
+    if case.needs_both:
+        pytest.skip(f"the host cannot sample {case.name} so")
     together = sample(case, cached(model, "FaFaFaFa"))
     monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
     patched = cached(model, "FaFaFaFa")

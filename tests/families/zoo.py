@@ -6,8 +6,12 @@ import comfy.supported_models
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from making import Case, text, tiny
+from zoo_dit import CASES as CASES_DIT
 from zoo_flux_like import CASES as CASES_FLUX_LIKE
 from zoo_image import CASES as CASES_IMAGE
+from zoo_newer_a import CASES as CASES_NEWER_A
+from zoo_newer_b import CASES as CASES_NEWER_B
+from zoo_opensora import CASES as CASES_OPENSORA
 from zoo_video import CASES as CASES_VIDEO
 
 
@@ -27,4 +31,4 @@ def _qwen_image() -> Case:
     return Case("qwen_image", make, (16, 1, 12, 16), text(7, 24), lambda m: m.transformer_blocks[-1], 1)
 
 
-CASES = (_flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE)
+CASES = (_flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWER_A, *CASES_NEWER_B)

@@ -1,0 +1,135 @@
+"""LTX-2: video and audio streams of unlike width that look at each other, kept by the model's output alone (`whole_output.py`).
+
+Source: comfy/ldm/lightricks/av_model.py, of hosts newer than 0.3.75. Untested on the real host: read from source, tried on a stand-in.
+A block takes and returns the pair (video, audio), and two heads read both last states: there is no one hidden state that could be kept.
+The model itself takes and returns a list of two latents, (B, 128, T, H, W) and (B, 8, T', 16), which the host packs one behind the other
+into (B, 1, numbers). Output is kept in that form, cut into rows of equal length (no more than a form to keep it in), and given back in it.
+A video without sound comes in another form and is not skipped. Trap: with guides in the latent the host drops the masked tokens before the
+blocks; the multiply-adds are counted with all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kinds import Kind
+from .as_read import blocks_take, has, takes
+from .base import Lengths, ModelFamily, Stack
+from .counting import around_macs, blocks_macs
+from .linears import StackLinears
+from .whole_output import whole_output
+
+_MODEL = ("x", "timestep", "context", "attention_mask", "frame_rate", "transformer_options", "keyframe_idxs", "kwargs")
+_BLOCK = (
+    "x", "v_context", "a_context", "attention_mask", "v_timestep", "a_timestep", "v_pe", "a_pe", "v_cross_pe", "a_cross_pe",
+    "v_cross_scale_shift_timestep", "a_cross_scale_shift_timestep", "v_cross_gate_timestep", "a_cross_gate_timestep", "transformer_options",
+)  # fmt: skip
+_LATER = ("self_attention_mask", "v_prompt_timestep", "a_prompt_timestep")  # what later blocks take beside that
+_LAYERS = StackLinears(
+    "transformer_blocks",
+    {
+        "audio_to_video_attn.to_k": "audio",
+        "audio_to_video_attn.to_v": "audio",
+        "audio_to_video_attn.": "video",
+        "video_to_audio_attn.to_k": "video",
+        "video_to_audio_attn.to_v": "video",
+        "video_to_audio_attn.": "audio",
+        "attn2.to_k": "txt",
+        "attn2.to_v": "txt",
+        "audio_attn2.to_k": "txt",
+        "audio_attn2.to_v": "txt",
+        "audio_": "audio",
+        "": "video",
+    },
+)
+_ATTENTION = (("transformer_blocks", "video", "video"), ("transformer_blocks", "video", "txt"))
+_VIDEO = blocks_macs((_LAYERS,), _ATTENTION, attrgetter("inner_dim"))
+_AROUND = around_macs(
+    {
+        "patchify_proj": "video",
+        "audio_patchify_proj": "audio",
+        "adaln_single": "",
+        "audio_adaln_single": "",
+        "av_ca_video_scale_shift_adaln_single": "",
+        "av_ca_a2v_gate_adaln_single": "",
+        "av_ca_audio_scale_shift_adaln_single": "",
+        "av_ca_v2a_gate_adaln_single": "",
+        "proj_out": "video",
+        "audio_proj_out": "audio",
+    }
+)
+_CAPTIONS = around_macs({"caption_projection": "txt", "audio_caption_projection": "txt"})
+
+
+@dataclass(frozen=True)
+class _Packed(Stack):
+    """The whole model as a block that takes and returns one tensor: rows of as many numbers as the video has channels."""
+
+    def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        named = super().named(args, kwargs)
+        latents = named["x"]
+        return {**named, "x": _rows(latents), "latents": latents}
+
+    def returned(self, result: Any) -> tuple[Tensor, ...]:
+        return (_rows(result),)
+
+    def result(self, tensors: Sequence[Tensor]) -> Any:
+        """As the host packs it: it leaves a tensor as it is."""
+        return tensors[0].flatten(1).unsqueeze(1)
+
+
+def _is_pair(latents: Any) -> bool:
+    return isinstance(latents, (list, tuple)) and len(latents) == 2 and latents[1].numel() > 0
+
+
+def _rows(latents: Any) -> Tensor:
+    """(B, L, channels of the video); one number a row where that does not come out even."""
+    parts = list(latents) if isinstance(latents, (list, tuple)) else [latents]
+    packed, width = torch.cat([part.flatten(1) for part in parts], dim=1), parts[0].shape[1]
+    return packed.unflatten(1, (-1, width if packed.shape[1] % width == 0 else 1))
+
+
+def _why_not(call: Mapping[str, Any]) -> str:
+    if call.get("control") is not None:
+        return "a ControlNet, which a skipped evaluation would not see"
+    return "" if _is_pair(call["latents"]) else "a video without sound"
+
+
+def _counts(call: Mapping[str, Any], _lengths: Lengths) -> Lengths:
+    """A token is one place of the video's grid, or one moment of the sound."""
+    latents = call["latents"]
+    if not _is_pair(latents):
+        return {"video": 0, "audio": 0}
+    return {"video": latents[0][0, 0].numel(), "audio": latents[1].shape[2]}
+
+
+def _macs(model: Any, lengths: Lengths) -> float:
+    """Both kinds of attention beside the video's own have heads as wide as the audio stream."""
+    video, audio, txt = lengths["video"], lengths["audio"], lengths["txt"]
+    products = audio * (audio + txt) + 2 * video * audio
+    total = _VIDEO(model, lengths, Kind.FULL, 1.0) + 2 * len(model.transformer_blocks) * products * model.audio_inner_dim
+    return total + _AROUND(model, lengths) + (0.0 if getattr(model, "caption_proj_before_connector", False) else _CAPTIONS(model, lengths))
+
+
+def _is_ltxav(model: nn.Module) -> bool:
+    return (
+        type(model).__name__ == "LTXAVModel"
+        and takes(model, *_MODEL)
+        and any(blocks_take(model, "transformer_blocks", *_BLOCK, *_LATER[:more]) for more in (0, 1, 3))
+        and has(model, "inner_dim", "audio_inner_dim", "in_channels", "patchify_proj", "audio_proj_out", "a_patchifier")
+    )
+
+
+def _ltxav() -> ModelFamily:
+    plain = whole_output("ltxav", _is_ltxav, attrgetter("in_channels"), _macs, parameters=_MODEL[:-1], counts=_counts)
+    parts = {field.name: getattr(plain.stacks[0], field.name) for field in fields(plain.stacks[0])}
+    return replace(plain, stacks=(_Packed(**{**parts, "channel": -1, "why_not": _why_not}),))
+
+
+LTXAV = _ltxav()

@@ -1,0 +1,162 @@
+"""Open-Sora 1.2 (STDiT3): a spatial and a temporal block in turn over one stream of video tokens, text by cross-attention.
+
+Stand-in: the host has no such class. Written from opensora/models/stdit/stdit3.py and models/layers/blocks.py of hpcaitech/Open-Sora and
+tested on a small model of that structure; a model is known by the attributes used here and by the parameters of its blocks' forward, so a
+variant with other ones is left alone. Tokens are (B, T·S, C), frame by frame. x += gate·attn, x += cross_attn (no gate), x += gate·mlp;
+shifts, scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. Traps: self-attention
+gets groups, (B·T, S, C) in a spatial block and (B·S, T, C) in a temporal one; frames that are given (False in x_mask) are modulated as at
+time 0, by t0; the text of all rows comes without its padding in one row (1, sum of y_lens, C), so its layer is left to the host in
+calibrated evaluations (it answers the same in every step anyway).
+
+DuCa as published for this model (force_scheduler.py and cal_type.py of its code): cycles of 3 for attention and MLP but of 6 for
+cross-attention, so every other full evaluation does without, and so do conservative ones; only the MLP is refreshed for some tokens. The
+three first steps are exact, as is here what is full twice in a row. Blocks of one number choose the same tokens in both lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kinds import Kind
+from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights
+from .counting import around_macs, patch_channels, patches
+from .linears import StackLinears, equal_parts
+
+_PARAMETERS = ("x", "y", "t", "mask", "x_mask", "t0", "T", "S")
+_LISTS = ("spatial_blocks", "temporal_blocks")
+_USED = attrgetter(
+    "attn.qkv",
+    "attn.proj",
+    "cross_attn.q_linear",
+    "cross_attn.kv_linear",
+    "cross_attn.proj",
+    "mlp",
+    "norm2",
+    "scale_shift_table",
+    "temporal",
+)
+
+
+def _is_stdit3(model: nn.Module) -> bool:
+    spatial, temporal = (getattr(model, path, None) for path in _LISTS)
+    if not (isinstance(spatial, nn.ModuleList) and isinstance(temporal, nn.ModuleList) and 0 < len(spatial) == len(temporal)):
+        return False
+    has_patches = isinstance(getattr(getattr(model, "x_embedder", None), "proj", None), nn.Conv3d)
+    return has_patches and not any(_is_other(block, is_temporal=False) for block in spatial) and not any(map(_is_other, temporal))
+
+
+def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
+    """Whether a block is not one of those that this file knows."""
+    block = getattr(block, "_orig_mod", block)  # a compiled block wraps the real one
+    try:
+        *_, table, temporal = _USED(block)
+    except AttributeError:
+        return True
+    return table.shape[:1] != (6,) or bool(temporal) != is_temporal or tuple(signature(type(block).forward).parameters)[1:] != _PARAMETERS
+
+
+def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    """Both attentions from the cache, MLP recomputed for the chosen tokens."""
+    x = call["x"]
+    rows, length, _ = x.shape
+    gate_attn, shift, scale, gate_mlp = _modulation(block, call)
+    x = x + gate_attn * _in_order(block, cached.whole("attn"), rows, call)
+    x = x + cached.whole("cross_attn")
+    tokens = cached.choose("img", length)
+    if tokens is None:
+        return (x + gate_mlp * cached.whole("mlp"),)
+    fresh = block.mlp(block.norm2(x[:, tokens]) * (1 + _of(scale, tokens)) + _of(shift, tokens))
+    return (x + gate_mlp * cached.refreshed("mlp", tokens, fresh),)
+
+
+def _in_order(block: Any, attended: Tensor, rows: int, call: Mapping[str, Any]) -> Tensor:
+    """What self-attention said, (B·T, S, C) or of a temporal block (B·S, T, C), as (B, T·S, C)."""
+    if block.temporal:
+        attended = attended.unflatten(0, (rows, call["S"])).transpose(1, 2)
+    return attended.reshape(rows, call["T"] * call["S"], -1)
+
+
+def _modulation(block: Any, call: Mapping[str, Any]) -> list[Tensor]:
+    """Gate of the attention, shift, scale and gate of the MLP: (B, 1, C), or (B, T·S, C) where frames are given."""
+    given, x_mask = [], call.get("x_mask")
+    for time in (call["t"],) if x_mask is None else (call["t"], call["t0"]):
+        vectors = block.scale_shift_table[None] + time.reshape(call["x"].shape[0], 6, -1)
+        given.append(vectors.chunk(6, dim=1)[2:])
+    if x_mask is None:
+        return list(given[0])
+    if x_mask.shape[-1] * call["S"] != call["x"].shape[1]:
+        raise UnsupportedCallError("a mask of other frames than the tokens'")
+    is_sampled = x_mask.repeat_interleave(call["S"], dim=1)[..., None]
+    return [torch.where(is_sampled, now, at_zero) for now, at_zero in zip(*given)]
+
+
+def _of(vectors: Tensor, tokens: Tensor) -> Tensor:
+    """Those of the chosen tokens, of (B, 1, C) for all or (B, L, C)."""
+    return vectors if vectors.shape[1] == 1 else vectors[:, tokens]
+
+
+def _counts(call: Mapping[str, Any], _lengths: Lengths) -> Lengths:
+    """Rows may have texts of different lengths: their mean."""
+    return {"txt": call["y"].shape[0] * call["y"].shape[1] // call["x"].shape[0], "frames": call["T"], "places": call["S"]}
+
+
+def _cross_macs(block: Any, lengths: Lengths) -> float:
+    cross, width = block.cross_attn, block.cross_attn.proj.out_features
+    products = 2 * width * lengths["img"] * lengths["txt"]
+    return lengths["img"] * linear_weights(cross.q_linear, cross.proj) + lengths["txt"] * linear_weights(cross.kv_linear) + products
+
+
+def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
+    """Multiply-adds of all blocks for one batch row."""
+    img, total = lengths["img"], 0.0
+    if kind is Kind.AGGRESSIVE:
+        return total
+    for path, seen in zip(_LISTS, (lengths["places"], lengths["frames"])):
+        for block in attrgetter(path)(model):
+            if kind is Kind.CONSERVATIVE:
+                total += share * img * linear_weights(block.mlp)
+            else:
+                per_token = linear_weights(block.attn, block.mlp) + 2 * block.attn.proj.out_features * seen
+                total += img * per_token + _cross_macs(block, lengths)
+    return total
+
+
+def _stack(path: str) -> Stack:
+    return Stack(
+        path=path,
+        parameters=_PARAMETERS,
+        streams={"x": "img"},
+        contexts={"y": "txt"},
+        counts=_counts,
+        sites=(Site("attn", "attn", "img"), Site("cross_attn", "cross_attn", "img", every=2, macs=_cross_macs), Site("mlp", "mlp", "img")),
+        replay=_replay,
+    )
+
+
+def _linears(path: str) -> StackLinears:
+    parts = equal_parts("attn.qkv", "qkv")
+    return StackLinears(path=path, streams={"": "img"}, skip=("cross_attn.kv_linear",), grouped=("attn.",), parts=parts)
+
+
+OPENSORA = ModelFamily(
+    name="opensora",
+    matches=_is_stdit3,
+    stacks=tuple(_stack(path) for path in _LISTS),
+    hidden="img",
+    channels=lambda model: attrgetter("x_embedder.proj")(model).out_channels,
+    embed="x_embedder.proj",
+    input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
+    tokens=patches,
+    macs=_macs,
+    outside_macs=around_macs(
+        {"x_embedder": "img", "y_embedder": "txt", "t_embedder": "", "fps_embedder": "", "t_block": "", "final_layer.linear": "img"}
+    ),
+    linears=tuple(_linears(path) for path in _LISTS),
+    takes_turns=True,
+)

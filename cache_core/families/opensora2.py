@@ -1,0 +1,81 @@
+"""Open-Sora 2 (MMDiTModel): FLUX's double and single blocks, over packed video and text.
+
+Stand-in: the host has no such class. Written from opensora/models/mmdit/model.py and layers.py of hpcaitech/Open-Sora and tested on a small
+model of that structure; a model is known by what is used here and by the names of its blocks' processors, which do the work of `forward`:
+with others (sequence parallelism) it is left alone. What FLUX's own blocks have not: q, k and v in layers of their own (`fused_qkv` false,
+as in the released checkpoint), where a single block computes q_proj, k_proj and v_mlp (v and the MLP's input side by side) instead of
+linear1; and `cond_in`, which adds the given picture's tokens to the embedded ones. The order of joint tokens is text, video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Cached, modulate
+from .counting import around_macs, blocks_macs
+from .flux import FLUX_AROUND
+from .flux_blocks import flux_like, has_flux_blocks
+from .flux_linears import flux_linears
+from .linears import LinearPart
+
+_JOINT = "txt+img"
+
+
+def _is_mmdit(model: nn.Module) -> bool:
+    """Whatever its class is called: FLUX's own blocks have no processors."""
+    if not has_flux_blocks(model, type(model).__name__, own_modulation=True) or not hasattr(model, "cond_in"):
+        return False
+    double, single = ([getattr(block, "_orig_mod", block) for block in blocks] for blocks in (model.double_blocks, model.single_blocks))  # type: ignore[union-attr]
+    has_projections = all(hasattr(block, "linear1") or hasattr(block, "v_mlp") for block in single)
+    return (
+        has_projections and _processors(double) == {"DoubleStreamBlockProcessor"} and _processors(single) == {"SingleStreamBlockProcessor"}
+    )
+
+
+def _processors(blocks: list[nn.Module]) -> set[str]:
+    return {type(getattr(block, "processor", None)).__name__ for block in blocks}
+
+
+def _v_and_mlp(block: Any) -> tuple[LinearPart, ...]:
+    return LinearPart("v", slice(0, block.hidden_size)), LinearPart("mlp", slice(block.hidden_size, None))
+
+
+_DOUBLE, _SINGLE = flux_linears(_JOINT)
+_LINEARS = (_DOUBLE, replace(_SINGLE, parts={**(_SINGLE.parts or {}), "v_mlp": _v_and_mlp}))
+_FLUX = flux_like(name="opensora2", matches=_is_mmdit, outside_macs=around_macs({**FLUX_AROUND, "cond_in": "img"}), joint=_JOINT)
+
+
+def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, ...]:
+    """Kept attention beside the MLP half of the chosen tokens."""
+    if hasattr(block, "linear1"):
+        fused = _FLUX.stacks[1].replay
+        assert fused is not None, "FLUX's blocks have a conservative form"
+        return fused(block, call, cached)
+    x, mod = call["x"], block.modulation(call["vec"])[0]
+    tokens = cached.choose(_JOINT, x.shape[1])
+    if tokens is None:
+        return (x + mod.gate * cached.whole("output"),)
+    projected = block.v_mlp(modulate(block.pre_norm(x[:, tokens]), mod.shift, mod.scale))  # v of the chosen tokens is dropped
+    mlp = block.mlp_act(projected[..., block.hidden_size :])
+    fresh = block.linear2(torch.cat((cached.chosen("attn", tokens), mlp), dim=-1))
+    return (x + mod.gate * cached.refreshed("output", tokens, fresh),)
+
+
+OPENSORA2 = replace(
+    _FLUX,
+    stacks=(_FLUX.stacks[0], replace(_FLUX.stacks[1], replay=_replay_single)),
+    macs=blocks_macs(
+        _LINEARS,
+        (("double_blocks", _JOINT, _JOINT), ("single_blocks", _JOINT, _JOINT)),
+        attrgetter("hidden_size"),
+        chosen=("img_mlp.", "txt_mlp.", "linear1", "linear2", "v_mlp"),
+        always=("img_mod.", "txt_mod.", "modulation."),
+    ),
+    linears=_LINEARS,
+)

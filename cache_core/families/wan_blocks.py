@@ -1,0 +1,59 @@
+"""Wan's block of self-attention, cross-attention, in HuMo audio attention, and feed-forward: its layers and its conservative evaluation.
+
+Source: comfy/ldm/wan/model.py (ComfyUI 0.3.75). x += gate·self_attn, x += cross_attn, x += audio attention, x += gate·ffn. HuMo's audio
+attention pairs the tokens of every frame with that frame's sound by their number, so there is none for chosen tokens: it stays as it was
+kept, like self-attention. The vectors `e` are (B, 6, C), or (B, T, 6, C) where a vector serves a frame or another run of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Cached, Site, modulate
+from .linears import StackLinears
+from .replaying import renewed
+from .video_blocks import CROSS, MLP, SELF, sites, spread
+
+_AUDIO = "audio attention"
+_STREAMS = MappingProxyType(
+    {
+        "cross_attn.k_img": "clip",
+        "cross_attn.v_img": "clip",
+        "cross_attn.k": "txt",
+        "cross_attn.v": "txt",
+        "audio_cross_attn_wrapper.audio_cross_attn.k": "audio",
+        "audio_cross_attn_wrapper.audio_cross_attn.v": "audio",
+        "audio_cross_attn_wrapper": "hearing",
+        "": "img",
+    }
+)
+SITES = (*sites("self_attn", "cross_attn", "ffn"), Site(_AUDIO, "audio_cross_attn_wrapper.audio_cross_attn", "hearing"))
+RENEWED = ("cross_attn", "ffn")  # what `replay` computes for the chosen tokens
+
+
+def wan_linears(path: str) -> StackLinears:
+    """The linear layers of a list of such blocks."""
+    return StackLinears(path=path, streams=_STREAMS)
+
+
+def replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    x, e = call["x"], call["e"]
+    table = block.modulation.to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
+    vectors = (table + e).chunk(6, dim=1) if e.ndim < 4 else (table.unsqueeze(0) + e).unbind(2)
+    _, _, gate_attn, shift, scale, gate = vectors
+    length, seen = x.shape[1], {name: call[name] for name in ("context_img_len", "transformer_options") if name in call}
+    tokens = cached.choose("img", length)
+
+    def feed_forward(at: Tensor) -> Tensor:
+        return block.ffn(modulate(block.norm2(x[:, at]), spread(shift, length, at), spread(scale, length, at)))
+
+    x = torch.addcmul(x, cached.whole(SELF), spread(gate_attn, length))
+    x = x + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(block.norm3(x[:, at]), call["context"], **seen))
+    if call.get("audio") is not None:
+        x = x + cached.whole(_AUDIO)
+    return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)

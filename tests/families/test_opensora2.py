@@ -1,0 +1,87 @@
+"""Open-Sora 2's blocks in both forms, with q, k and v in one layer and apart: conservative evaluations, layers, what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import test_flux_like as flux_like
+import torch
+from comfyui_duca.cache_core import find_family
+from comfyui_duca.cache_core.engine.linear_sites import find_linears
+from comfyui_duca.cache_core.families.opensora2 import OPENSORA2
+from stand_in_mmdit import DoubleStreamBlockProcessor
+from test_every_family import cached, kinds, network, report_of
+from test_flux_like import Variant
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from zoo_opensora import CASES, opensora2
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["apart", "fused"])
+def fused(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(fused):
+    return opensora2(fused)
+
+
+@pytest.fixture(scope="module")
+def variant(fused) -> Variant:
+    case = CASES[1]
+    return Variant(lambda: opensora2(fused), case.latent, case.cond)
+
+
+class Dense(flux_like.Dense):
+    """Also where no token is chosen: all of a sublayer is kept."""
+
+    def refreshed(self, value, key, *about):
+        return super().refreshed(value, key, *about) if flux_like.SHARE else self.whole(value, key)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
+def test_conservative_evaluations_are_those_of_the_models_blocks(variant, model, share, monkeypatch):
+    """Against hooks on blocks that all run: attention kept, some tokens' MLP new. Skips from conservative ones too."""
+    monkeypatch.setattr(flux_like, "SHARE", share)
+    monkeypatch.setattr(flux_like, "Dense", Dense)
+    flux_like.test_conservative_evaluations_are_those_of_the_hosts_blocks(variant, model, flux_like.sample(variant, model))
+
+
+def test_what_a_conservative_evaluation_costs_is_what_torch_counts(variant, model):
+    patched, flops = cached(model, "FFccFFcc"), [0]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        flux_like.sample(variant, patched, callback=lambda *_: flops.append(counter.get_total_flops()))
+    assert kinds(patched) == "FFccFFcc"
+    for step, evaluation in enumerate(report_of(patched).evaluations):
+        assert evaluation.macs == pytest.approx((flops[step + 1] - flops[step]) / 2, rel=0.03)
+
+
+def test_every_matrix_of_a_block_is_a_part(model, fused):
+    """The MLP's input is cut off from what it shares a layer with, and each layer is covered once."""
+    sites = {site.name: site for site in find_linears(OPENSORA2, network(model))}
+    parts = {name: [part.name for part in site.parts] for name, site in sites.items() if name.startswith("single_blocks.0.")}
+    own = {"linear1": ["q", "k", "v", "mlp"]} if fused else {"q_proj": ["all"], "k_proj": ["all"], "v_mlp": ["v", "mlp"]}
+    assert parts == {f"single_blocks.0.{layer}": names for layer, names in {**own, "linear2": ["all"]}.items()}
+    assert all(sum(site.outputs(part) for part in site.parts) == site.out_features for site in sites.values())
+
+
+class DistributedProcessor(DoubleStreamBlockProcessor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net.double_blocks[1], "processor", DistributedProcessor()),
+        lambda net: setattr(net.single_blocks[0], "processor", net.double_blocks[0].processor),
+        lambda net: delattr(net.single_blocks[1], "v_mlp"),
+        lambda net: delattr(net, "cond_in"),
+        lambda net: setattr(net, "double_blocks", torch.nn.ModuleList()),
+    ],
+    ids=["another processor", "the other list's", "no projection", "no given picture", "no blocks"],
+)
+def test_another_structure_is_left_alone(change):
+    net = network(opensora2())
+    assert find_family(net) is OPENSORA2
+    change(net)
+    assert find_family(net) is None
