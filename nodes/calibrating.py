@@ -63,6 +63,8 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
         raise ValueError(
             f"SVD Calibrator does not know the model {type(network).__name__}: only diffusion transformers that DuCa Cache knows"
         )
+    if not family.embed and not family.linears:
+        raise ValueError(f"there is nothing to calibrate in {family.name} models: their skipped evaluations are filled without it")
     if wishes.forecast and not family.embed:
         raise ValueError(f"{family.name} models have no calibrated forecast: calibrate low-rank factors only")
     if wishes.method and not family.linears:

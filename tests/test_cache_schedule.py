@@ -57,15 +57,17 @@ def plan(speedup: float, steps: int, warmup: int = 1, tail: int = 0, window: ran
     [
         (plan(1.0, 8), "FFFFFFFF"),
         (plan(8 / 7, 8), "FFFFFaFF"),  # of 1, 3 and 5 the last
-        (plan(2.0, 8), "FaFaFaaF"),  # 4; 2 and the last; then 1, 6, 3
+        (plan(2.0, 8), "FaFaFaaF"),  # 4; 2 and the last; then 6 (its turn 0.75) and 1 (0.81)
         (plan(8 / 3, 8), "FaaaFaaF"),
         (plan(4.0, 8), "FaaaFaaa"),
         (plan(8.0, 8), "Faaaaaaa"),
         (plan(3.5, 28), "FaFaFaaaFaaaFaaaFaaaFaaaFaaa"),  # 8, 16, 24, 4, 12, 20, then 2
         (plan(2.0, 28), "FFFFFaFaFaFaFaFaFaaaFaaaFaaF"),  # the last, 6, 1 (its turn 0.29), 10 (0.36), 3 (0.40), 14 (0.50)
+        (plan(8 / 5, 8), "FaFaFaFF"),
+        (plan(2.0, 12), "FaFaFaFaFaaF"),
         (plan(2.0, 6), "FaFaFa"),  # the last lies right behind the fifth, which came first
         (plan(2.0, 12, warmup=3), "FFFaFaFaaaFa"),  # 6 of 12: three, then distances 8, 4 and 2 from the third
-        (plan(1.7, 12, warmup=3), "FFFFFaFaaaFa"),  # distance 1 (its turn 0.39) before distance 6 (0.6)
+        (plan(1.7, 12, warmup=3), "FFFaFaFaFaFa"),  # distance 6 (its turn 0.6) before distance 1 (0.65)
         (plan(2.0, 12, tail=2), "FaFaFaaaFaFF"),
         (plan(6.0, 10, window=range(3, 8)), "FFFFaaaaFF"),
         (plan(3.0, 1), "F"),

@@ -25,6 +25,7 @@ class LinearSite:
 
     stack: path of the block's stack. index: of the block there. layer: dotted path inside the block.
     parts: the matrices it is made of. stream: whose tokens it works on. is_grouped: they come in groups (B·groups, L/groups, C).
+    batch: axis of the batch in its input and its output.
     """
 
     stack: str
@@ -36,6 +37,7 @@ class LinearSite:
     in_features: int
     out_features: int
     is_grouped: bool = False
+    batch: int = 0
 
     @property
     def name(self) -> str:
@@ -54,6 +56,10 @@ class LinearSite:
     def key(self, part: LinearPart) -> str:
         """Name of a part; its factors add .A and .B to it."""
         return f"{self.name}.{part.name}"
+
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """The layer's input or output as a view (B, …, C)."""
+        return tensor.movedim(self.batch, 0)
 
     def outputs(self, part: LinearPart) -> int:
         """Output channels of a part."""
@@ -192,6 +198,7 @@ def _sites_of_block(rule: StackLinears, index: int, block: nn.Module) -> list[Li
         if sites and layer.startswith(f"{sites[-1].layer}."):
             continue  # inside a wrapper that is itself called as the layer
         sizes = int(module.in_features), int(module.out_features)
-        grouped = layer.startswith(rule.grouped)
-        sites.append(LinearSite(rule.path, index, layer, module, rule.parts_of(block, layer), rule.stream(layer), *sizes, grouped))
+        parts, stream = rule.parts_of(block, layer), rule.stream(layer)
+        is_grouped = layer.startswith(rule.grouped)
+        sites.append(LinearSite(rule.path, index, layer, module, parts, stream, *sizes, is_grouped, rule.batch))
     return sites

@@ -70,7 +70,7 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
                 return forward(*args, **kwargs)
             projection = _project(site, tokens, _factors(call))  # before the call: fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
-            output = result.reshape(*tokens.shape[:2], result.shape[-1])
+            output = site.ordered(result).reshape(*tokens.shape[:2], result.shape[-1])
             for slot, y, z in zip(call.slots, call.rows(output), call.rows(projection)):
                 slot.remember_linear(site.output_key, y)
                 slot.remember_linear(site.projection_key, z)
@@ -94,7 +94,7 @@ def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Cal
             y = torch.cat(_features(call, site, site.output_key, store, tokens))  # a copy even of one: it is added to below
             z = torch.cat(_features(call, site, site.projection_key, store, tokens))
             _add_increment(site, tokens, _factors(call), y.flatten(0, 1), z.flatten(0, 1))
-            return y.reshape(*args[0].shape[:-1], -1)
+            return y.reshape(*site.ordered(args[0]).shape[:-1], -1).movedim(0, site.batch)
 
         return substituted
 
@@ -120,13 +120,13 @@ def _factor(factors: Factors, name: str, like: Tensor) -> Tensor:
 
 
 def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any]) -> Tensor | None:
-    """The layer's input as (B, L, in_features), if it has all tokens of its stream; they may lie in a grid (B, …, in_features).
+    """The layer's input as (B, L, in_features), if it has all tokens of its stream; they may lie in a grid.
 
     Groups of tokens are put side by side again, in whatever order they come: it is the same one for y_c and z_c.
     """
     if not args or not call.lengths or args[0].ndim < 3:
         return None
-    x, length = args[0].flatten(1, -2), stream_length(site.stream, call.lengths)
+    x, length = site.ordered(args[0]).flatten(1, -2), stream_length(site.stream, call.lengths)
     if site.is_grouped and x.shape[0] * x.shape[1] % length == 0:
         x = x.reshape(-1, length, x.shape[-1])
     is_known = x.ndim == 3 and x.shape[1:] == (length, site.in_features)

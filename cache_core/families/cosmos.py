@@ -1,8 +1,8 @@
 """Cosmos 1: blocks of self-attention, cross-attention to text and feed-forward; tokens lie in a grid (T, H, W, B, C), batch fourth.
 
 Source: comfy/ldm/cosmos/model.py, blocks.py (ComfyUI 0.3.75). Each of the three is x += gate·f(norm(x)·(1 + scale) + shift). The host
-adds a position embedding to the stream, in place, before every block; a skipped evaluation throws that away. Linear layers see the batch
-behind the tokens: calibrated evaluations do not know that form.
+adds a position embedding to the stream, in place, before every block; a skipped evaluation throws that away. Linear layers
+see the batch behind the tokens too, of attention (L, B, C).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .video_blocks import CROSS, MLP, SELF, sites
 
 # of every block: 0 self-attention, 1 cross-attention, 2 feed-forward
 _MODULATIONS = tuple(f"blocks.{i}.adaLN_modulation" for i in range(3))
-_COUNTED = StackLinears(
+_LINEARS = StackLinears(
     path="blocks",
     streams={"blocks.1.block.attn.to_k": "txt", "blocks.1.block.attn.to_v": "txt", "": "img"},
     skip=_MODULATIONS,
+    batch=-2,
 )
 
 
@@ -76,11 +77,12 @@ COSMOS = ModelFamily(
     input_channels=attrgetter("x_embedder.proj.1.in_features"),
     tokens=lambda _layer, given: given.flatten(1, -2),
     macs=blocks_macs(
-        (_COUNTED,),
+        (_LINEARS,),
         (("blocks", "img", "img"), ("blocks", "img", "txt")),
         attrgetter("model_channels"),
         chosen=("blocks.1.block", "blocks.2.block"),
         always=_MODULATIONS,
     ),
     outside_macs=around_macs({"x_embedder": "img", "t_embedder": "", "final_layer.adaLN_modulation": "", "final_layer.linear": "img"}),
+    linears=(_LINEARS,),
 )

@@ -109,4 +109,5 @@ HIDREAM = ModelFamily(
     input_channels=attrgetter("x_embedder.proj.in_features"),
     macs=_macs,
     outside_macs=_outside_macs,
+    linears=_LAYERS,
 )

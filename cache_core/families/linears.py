@@ -27,6 +27,7 @@ class StackLinears:
     streams: prefix of a layer's name -> the stream whose tokens it works on, first match; "" matches all.
     skip: prefixes of layers whose input is not per token (the conditioning vector: modulation).
     grouped: prefixes of layers whose tokens come in groups (B·groups, L/groups, C), always the same ones: a group a frame, or a position.
+    batch: axis of the batch in what the layers get and give: the first, but where the tokens lie before it in a grid (…, B, C).
     parts: layer -> its parts, given the block, for layers that are several matrices; others are one part, `WHOLE`.
         Together they cover the layer's outputs once.
     """
@@ -35,6 +36,7 @@ class StackLinears:
     streams: Mapping[str, str]
     skip: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
+    batch: int = 0
     parts: Mapping[str, Callable[[Any], tuple[LinearPart, ...]]] | None = None
 
     def stream(self, layer: str) -> str:

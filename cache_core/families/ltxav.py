@@ -10,21 +10,20 @@ blocks; the multiply-adds are counted with all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kinds import Kind
 from .as_read import blocks_take, has, takes
-from .base import Lengths, ModelFamily, Stack
+from .base import Lengths
 from .counting import around_macs, blocks_macs
 from .linears import StackLinears
-from .whole_output import whole_output
+from .whole_output import packed_output
 
+_WIDTH = 8  # divides the numbers of both latents
 _MODEL = ("x", "timestep", "context", "attention_mask", "frame_rate", "transformer_options", "keyframe_idxs", "kwargs")
 _BLOCK = (
     "x", "v_context", "a_context", "attention_mask", "v_timestep", "a_timestep", "v_pe", "a_pe", "v_cross_pe", "a_cross_pe",
@@ -67,44 +66,10 @@ _AROUND = around_macs(
 _CAPTIONS = around_macs({"caption_projection": "txt", "audio_caption_projection": "txt"})
 
 
-@dataclass(frozen=True)
-class _Packed(Stack):
-    """The whole model as a block that takes and returns one tensor: rows of as many numbers as the video has channels."""
-
-    def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        named = super().named(args, kwargs)
-        latents = named["x"]
-        return {**named, "x": _rows(latents), "latents": latents}
-
-    def returned(self, result: Any) -> tuple[Tensor, ...]:
-        return (_rows(result),)
-
-    def result(self, tensors: Sequence[Tensor]) -> Any:
-        """As the host packs it: it leaves a tensor as it is."""
-        return tensors[0].flatten(1).unsqueeze(1)
-
-
-def _is_pair(latents: Any) -> bool:
-    return isinstance(latents, (list, tuple)) and len(latents) == 2 and latents[1].numel() > 0
-
-
-def _rows(latents: Any) -> Tensor:
-    """(B, L, channels of the video); one number a row where that does not come out even."""
-    parts = list(latents) if isinstance(latents, (list, tuple)) else [latents]
-    packed, width = torch.cat([part.flatten(1) for part in parts], dim=1), parts[0].shape[1]
-    return packed.unflatten(1, (-1, width if packed.shape[1] % width == 0 else 1))
-
-
-def _why_not(call: Mapping[str, Any]) -> str:
-    if call.get("control") is not None:
-        return "a ControlNet, which a skipped evaluation would not see"
-    return "" if _is_pair(call["latents"]) else "a video without sound"
-
-
 def _counts(call: Mapping[str, Any], _lengths: Lengths) -> Lengths:
     """A token is one place of the video's grid, or one moment of the sound."""
     latents = call["latents"]
-    if not _is_pair(latents):
+    if latents is None:
         return {"video": 0, "audio": 0}
     return {"video": latents[0][0, 0].numel(), "audio": latents[1].shape[2]}
 
@@ -126,10 +91,4 @@ def _is_ltxav(model: nn.Module) -> bool:
     )
 
 
-def _ltxav() -> ModelFamily:
-    plain = whole_output("ltxav", _is_ltxav, attrgetter("in_channels"), _macs, parameters=_MODEL[:-1], counts=_counts)
-    parts = {field.name: getattr(plain.stacks[0], field.name) for field in fields(plain.stacks[0])}
-    return replace(plain, stacks=(_Packed(**{**parts, "channel": -1, "why_not": _why_not}),))
-
-
-LTXAV = _ltxav()
+LTXAV = packed_output("ltxav", _is_ltxav, _WIDTH, _macs, parameters=_MODEL[:-1], counts=_counts)

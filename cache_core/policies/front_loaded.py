@@ -10,6 +10,7 @@ from .base import check_counts
 _COARSE = 4  # steps between the full evaluations that a run is given first of all
 _LAST = 0.1  # how far the even steps have come, as a part of the run, when its last step is computed as well
 _ODD = 0.26  # how far they have come when the odd steps begin
+_BEHIND = 5.5  # steps by which the odd ones stay behind the even ones at least, in short runs
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,6 @@ def _turn(distance: int, length: int, is_last: bool) -> tuple[int, float]:
         return -spacing, part
     if is_last and distance % _COARSE > 1:  # right behind a coarse one it would be wasted
         return 0, _LAST
-    return 0, part if spacing == 2 else _ODD + 4 * part**1.5
+    if spacing == 2:
+        return 0, part
+    return 0, max(_ODD + 4 * part**1.5, (distance + _BEHIND) / length)

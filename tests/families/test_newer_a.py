@@ -285,7 +285,7 @@ def test_ltx_2_without_sound_is_computed_in_full(pair_model):
     patched = cached(pair_model, PLAN)
     result = sample_pair(patched, VIDEO_SHAPE)
     assert equal(result, sample_pair(pair_model, VIDEO_SHAPE)) and kinds(patched) == "F" * 8
-    assert any("a video without sound" in notice for notice in report_of(patched).notices)
+    assert any("latents that are not two" in notice for notice in report_of(patched).notices)
 
 
 @pytest.mark.parametrize("audio", [AUDIO_SHAPE, (1, 2, 5, 3)], ids=["rows of 16", "no even rows"])

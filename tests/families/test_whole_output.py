@@ -15,7 +15,9 @@ from comfyui_duca.cache_core.families.whole_output import whole_output
 from comfyui_duca.cache_core.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Chebyshev, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes import host
+from comfyui_duca.nodes.calibrating import Sampling, calibrate
 from comfyui_duca.nodes.report_text import report_text
 from making import text, tiny
 from test_every_family import STEPS, cached, kinds, network, report_of, sample
@@ -238,3 +240,11 @@ def test_the_hosts_loader_makes_the_structure_described():
     )  # fmt: skip
     assert find_family(network(loaded(made))).name == "hunyuan3d_2_1"
     assert type(network(loaded(made))).__name__ == "HunYuanDiTPlain"
+
+
+def test_there_is_nothing_to_calibrate(model):
+    """Neither form of it: asking for the other must not be what the user is told to do."""
+    sampling = Sampling([CASE.cond(0)], [CASE.cond(1)], torch.zeros(1, *CASE.latent), "euler", "simple", STEPS, 2.0, 0)
+    for wishes in (Wishes(), Wishes(forecast=False, method="svd")):
+        with pytest.raises(ValueError, match="nothing to calibrate in hunyuan3d_2_1 models"):
+            calibrate(model, sampling, wishes, "")
