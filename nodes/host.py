@@ -48,6 +48,9 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
 
     A model of no known family, or mode "off", comes back without one. Raises ValueError for a calibration of another checkpoint.
     """
+    if not hasattr(getattr(model, "model", None), "diffusion_model"):  # some packs pass networks of their own as MODEL
+        say(f"DuCa Cache serves models that ComfyUI samples; {type(model).__name__} is passed through unchanged.", options.node_id)
+        return model
     clone = detach(model)
     if settings.mode == "off":
         return clone

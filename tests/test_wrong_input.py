@@ -8,6 +8,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfyui_duca.cache_core import Settings
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.duca_cache import DucaCache
 from host import cached, kinds, last_report, sample
@@ -110,3 +111,10 @@ def test_noise_that_rises_between_evaluations_starts_the_cache_anew(said):
     for previous, level, kind in zip(levels, levels[1:], kinds(report)[1:]):
         assert level <= previous or kind == "F"
     assert sum("noise level rose" in text for text in said) == 1
+
+
+def test_a_network_that_the_host_does_not_sample_is_passed_through(said):
+    """As some packs return from a loader under the type MODEL."""
+    network = torch.nn.Linear(2, 2)
+    assert host.attach(network, Settings()) is network
+    assert said == ["DuCa Cache serves models that ComfyUI samples; Linear is passed through unchanged."]

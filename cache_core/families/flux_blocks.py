@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kinds import Kind
 from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights, modulate
 from .flux_linears import flux_linears
+from .replaying import finite
 
 
 def has_flux_blocks(model: nn.Module, class_name: str, own_modulation: bool) -> bool:
@@ -87,7 +88,7 @@ def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
     img_mods, txt_mods = (block.img_mod(vec), block.txt_mod(vec)) if hasattr(block, "img_mod") else vec
     img = _refresh_stream(block, "img", call["img"], img_mods, call.get("modulation_dims_img"), cached)
     txt = _refresh_stream(block, "txt", call["txt"], txt_mods, call.get("modulation_dims_txt"), cached)
-    return img, _finite(txt)
+    return img, finite(txt)
 
 
 def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cached: Cached) -> Tensor:
@@ -105,6 +106,8 @@ def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cach
 
 
 def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    if getattr(block, "yak_mlp", False):
+        raise UnsupportedCallError("a gated MLP inside linear1 (Ovis), which newer hosts have")
     x = call["x"]
     mod = call["vec"] if block.modulation is None else block.modulation(call["vec"])[0]
     rows = _rows(call.get("modulation_dims"), x)
@@ -117,7 +120,7 @@ def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cach
         mlp = block.mlp_act(projected[..., 3 * block.hidden_size :])
         fresh = block.linear2(torch.cat((cached.chosen("attn", tokens), mlp), dim=-1))
         output = cached.refreshed("output", tokens, fresh)
-    return (_finite(x + _taken(mod.gate, rows) * output),)
+    return (finite(x + _taken(mod.gate, rows) * output),)
 
 
 def _rows(dims: Any, x: Tensor) -> Tensor | None:
@@ -142,11 +145,6 @@ def _modulated(x: Tensor, mod: Any, rows: Tensor | None, tokens: Tensor) -> Tens
     """The chosen tokens x (B, k, C), shifted and scaled."""
     rows = None if rows is None else rows[tokens]
     return modulate(x, _taken(mod.shift, rows), _taken(mod.scale, rows))
-
-
-def _finite(x: Tensor) -> Tensor:
-    """float16 can overflow in deep blocks; the host clips there too."""
-    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
 
 
 def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:

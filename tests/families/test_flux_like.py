@@ -317,3 +317,16 @@ def test_kin_of_hunyuan_video_is_found_by_the_hosts_loader(make):
     """The structure that a checkpoint's own keys lead to is the one described."""
     model = loaded(make())
     assert find_family(network(model)).name == "hunyuan_video"
+
+
+def test_gated_layers_of_newer_hosts_single_blocks_are_not_replayed():
+    """Ovis' blocks carry this flag; this host's, which do not know it, compute as always."""
+    model = flux2()
+    case = next(case for case in every.CASES if case.name == "flux2")
+    plain = every.sample(case, model)
+    for block in network(model).single_blocks:
+        block.yak_mlp = True
+    patched = cached(model, "FcFcFcFc", Reuse())
+    assert torch.equal(every.sample(case, patched), plain)
+    assert kinds(patched) == "F" * STEPS
+    assert any("Ovis" in notice for notice in report_of(patched).notices)

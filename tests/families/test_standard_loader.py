@@ -1,0 +1,92 @@
+"""Small checkpoints in files, through the host's own loader, which finds family and dimensions by itself: DuCa Cache on what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import comfy.sd
+import comfy.supported_models as models
+import pytest
+import test_every_family as every
+import torch
+from comfy.model_patcher import ModelPatcher
+from making import Case, text, tiny
+from safetensors.torch import save_file
+from test_every_family import network, sample
+from zoo_flux_like import hunyuan3d, hunyuan_video
+from zoo_image import normal, with_more
+from zoo_video import WAN_LATENT, wan_model
+
+
+def wan() -> ModelPatcher:
+    return wan_model(models.WAN21_T2V, "t2v", dim=128, num_heads=1, freq_dim=256, ffn_dim=256, text_dim=4096, num_layers=2)
+
+
+def sd3() -> ModelPatcher:
+    """As many heads and blocks as its width has 64s, which is all that the loader looks at."""
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}}
+    model = tiny(
+        models.SD3, input_size=None, in_channels=16, out_channels=16, depth=2, adm_in_channels=32, num_patches=256, pos_embed_max_size=16,
+        qk_norm="rms", context_embedder_config=embedder, pos_embed_scaling_factor=None,
+    )  # fmt: skip
+    network(model).pos_embed.copy_(normal(3, 1, 256, 128))  # no parameter but a buffer
+    return model
+
+
+def ltxv() -> ModelPatcher:
+    return tiny(models.LTXV, image_model="ltxv", cross_attention_dim=128, attention_head_dim=4, num_attention_heads=32, num_layers=2)
+
+
+def pixart_sigma() -> ModelPatcher:
+    return tiny(
+        models.PixArtSigma, image_model="pixart_sigma", num_heads=16, patch_size=2, hidden_size=1152, in_channels=4, depth=1,
+        model_max_length=8, micro_condition=False,
+    )  # fmt: skip
+
+
+CASES = (
+    Case("wan", wan, WAN_LATENT, text(7, 4096), lambda m: m.blocks[-1]),
+    Case("sd3", sd3, (16, 24, 32), with_more(text(7, 24), pooled_output=(1, 32)), lambda m: m.joint_blocks[-1], 1),
+    Case("hunyuan_video", hunyuan_video, (16, 3, 8, 6), text(7, 24, pooled_output=torch.ones(1, 768)), lambda m: m.single_blocks[-1]),
+    Case("ltxv", ltxv, (128, 2, 4, 3), text(7, 4096, attention_mask=(torch.arange(7) < 5).int()[None]), lambda m: m.transformer_blocks[-1]),
+    Case("hunyuan3d", hunyuan3d, (64, 24), text(9, 24), lambda m: m.single_blocks[-1]),
+    Case("pixart", pixart_sigma, (4, 24, 48), text(7, 4096), lambda m: m.blocks[-1]),
+)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+class Loaded(NamedTuple):
+    written: dict[str, torch.Tensor]
+    model: ModelPatcher
+
+
+@pytest.fixture(scope="module")
+def loaded(case: Case, tmp_path_factory) -> Loaded:
+    written = {name: value.contiguous() for name, value in network(case.make()).state_dict().items()}
+    path = tmp_path_factory.mktemp("diffusion_models") / f"{case.name}.safetensors"
+    save_file(written, path)
+    model = comfy.sd.load_diffusion_model(str(path))
+    path.unlink()
+    return Loaded(written, model)
+
+
+def test_every_weight_is_that_of_the_file(loaded):
+    """What a checkpoint lacks would stay memory as it was found, and what the model lacks would be left over."""
+    weights = network(loaded.model).state_dict()
+    assert weights.keys() == loaded.written.keys()
+    assert all(torch.equal(weights[name], value) for name, value in loaded.written.items())
+
+
+def test_a_cache_on_it(case, loaded):
+    """The family is known, listening changes no bit, and a skipping run follows its plan and gives the last hidden state again."""
+    plain = sample(case, loaded.model)
+    assert torch.isfinite(plain).all() and plain.std() > 0.05
+    every.test_the_family_is_known_once(case, loaded.model)
+    every.test_listening_changes_nothing(case, loaded.model, plain)
+    every.test_skipping_repeats_the_hidden_state(case, loaded.model, plain, "FaaFaaFa")
