@@ -30,15 +30,14 @@ _MEANINGS = MappingProxyType(
         Kind.AGGRESSIVE: "no block runs: reused or forecast",
     }
 )
-_USUAL_STEPS = 28
 
 
 def preview(body: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to the page's request (JSON-ready both). Raises ValueError in words, a ScheduleTextError for a schedule's text."""
     asked = read(body)
-    steps = asked.steps or _USUAL_STEPS
+    steps = len(asked.steps)
     notes: list[str] = []
-    settings, opening = asked.settings, _opening(asked, steps)
+    settings, opening = asked.settings, _opening(asked)
     try:
         strategy = settings.strategy(opening)
     except ValueError as reason:
@@ -52,7 +51,7 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
         notes.append(parse(settings.schedule.text).mapping(steps))
     return {
         "steps": steps,
-        "assumed_steps": asked.steps is None,
+        "assumed_steps": asked.is_assumed,
         "plan": str(plan),
         "name": strategy.name,
         "counts": {kind.label: plan.count(kind) for kind in Kind},
@@ -64,20 +63,20 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _opening(asked: Asked, steps: int) -> Opening:
+def _opening(asked: Asked) -> Opening:
     """As a run would begin: exactly for a model that was sampled before, else with noise levels as far apart as the calibration's."""
     settings, known = asked.settings, asked.known
     network = known.network() if known is not None else None
     if known is not None and network is not None:
-        sigmas = _sigmas(known, asked.sampling, steps)
+        sigmas = _sigmas(known, asked.sampling, asked.total)[asked.steps.start : asked.steps.stop + 1]
         timeline = Timeline(sigmas.tolist(), host.model_times(known.sampling, sigmas))
         ends = [float(known.sampling.percent_to_sigma(part)) for part in settings.part]
         return Opening(network, known.family, timeline, timeline.window(*ends), known.device)
     calibration = settings.calibration
     forecast = calibration.forecast if calibration is not None else None
-    timeline = Timeline([*_spread(forecast, steps), 0.0])
-    first, last = (round(part * steps) for part in settings.part)
-    return Opening(nn.Module(), FAMILIES[0], timeline, range(first, last), torch.device("cpu"))
+    times = [*_spread(forecast, asked.total), 0.0][asked.steps.start : asked.steps.stop + 1]
+    window = [min(max(round(part * asked.total) - asked.steps.start, 0), len(asked.steps)) for part in settings.part]
+    return Opening(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"))
 
 
 def _sigmas(known: Known, sampling: Mapping[str, Any], steps: int) -> torch.Tensor:

@@ -18,20 +18,24 @@ from .duca_cache import DucaCache, settings_of
 from .live_runs import Known, live_runs
 
 _MOST_STEPS = 1000
+_USUAL_STEPS = 28
 
 
 class Asked(NamedTuple):
     """A request that was checked.
 
     known: of the node's last run. calibration: the file that was named, or found in that run. sampling: what the page found of the
-    sampler, by input name. steps: None where it found none.
+    sampler, by input name. steps: those of the sampler's schedule that it runs; is_assumed: the page found no number of them.
+    total: of the whole schedule, of which one of several samplers runs only a part.
     """
 
     settings: Settings
     known: Known | None
     calibration: Path | None
     sampling: Mapping[str, Any]
-    steps: int | None
+    steps: range
+    total: int
+    is_assumed: bool
 
 
 def read(body: Any) -> Asked:
@@ -55,10 +59,23 @@ def read(body: Any) -> Asked:
             raise ValueError(f"the calibration {path.name} cannot be used: {error}") from None
     given = body.get("sampling")
     sampling: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-    steps = sampling.get("steps")
-    if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= _MOST_STEPS):
+    total = _whole(sampling, "steps", _USUAL_STEPS)
+    if not 1 <= total <= _MOST_STEPS:
         raise ValueError(f"steps must be a whole number from 1 to {_MOST_STEPS}")
-    return Asked(settings, known, path, sampling, steps)
+    stop = min(_whole(sampling, "end_at_step", total), total)
+    start = _whole(sampling, "start_at_step", 0)
+    if not 0 <= start < stop:
+        raise ValueError(f"the sampler runs no step: from {start} to {stop} of {total}")
+    return Asked(settings, known, path, sampling, range(start, stop), total, sampling.get("steps") is None)
+
+
+def _whole(sampling: Mapping[str, Any], name: str, usual: int) -> int:
+    value = sampling.get(name)
+    if value is None:
+        return usual
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number")
+    return value
 
 
 def _schedule(given: Any) -> Schedule | None:

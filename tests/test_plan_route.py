@@ -46,6 +46,15 @@ def request(steps=28, schedule=None, node="none", calibration=None, **cache) -> 
     return {"node_id": node, "cache": cache, "schedule": schedule, "calibration": calibration, "sampling": {"steps": steps}}
 
 
+@pytest.mark.parametrize(("start", "stop", "plan"), [(0, 10, "FaaaFaaaFa"), (10, 10000, "FaaaFaaaFa"), (18, 20, "Fa")])
+def test_one_of_several_samplers_runs_a_part_of_the_steps(ask, start, stop, plan):
+    """As Wan 2.2's two experts do, 20 steps between them."""
+    body = request(20, speedup=3.5)
+    body["sampling"] |= {"start_at_step": start, "end_at_step": stop}
+    answer = ask(body)[1]
+    assert (answer["steps"], answer["plan"]) == (len(plan), plan)
+
+
 def test_a_plan_without_a_run(ask):
     status, answer = ask(request(speedup=3.5))
     assert status == 200
@@ -96,6 +105,9 @@ def test_a_wrong_character_is_pointed_at(ask):
         {"sampling": {"steps": 0}},
         {"sampling": {"steps": 10**9}},
         {"sampling": {"steps": "28"}},
+        {"sampling": {"steps": 28, "start_at_step": 28, "end_at_step": 10000}},
+        {"sampling": {"steps": 28, "end_at_step": 0}},
+        {"sampling": {"steps": 28, "start_at_step": "1"}},
         {"calibration": "../../etc/passwd"},
         {"calibration": "/etc/passwd"},
         {"calibration": 7},

@@ -106,7 +106,7 @@ function* nextNodes(node) {
 }
 
 function readSampler(node, found) {
-  take(node, ["steps", "sampler_name", "scheduler", "denoise"], found);
+  take(node, ["steps", "sampler_name", "scheduler", "denoise", "start_at_step", "end_at_step"], found);
   for (const [index, input] of (node.inputs ?? []).entries()) {
     if (input.type === "SIGMAS" || input.type === "SAMPLER") {
       const source = sourceOf(node, index);

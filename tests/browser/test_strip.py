@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from playwright.sync_api import Locator, expect
 
-from .comfy_page import DEMO, ComfyPage, everywhere, on_pages
+from .comfy_page import DEMO, WORKFLOWS, ComfyPage, everywhere, on_pages
 
 STEPS = 28  # of the demo workflow
 LONG = 400  # lasts longer than a reload
@@ -49,6 +50,18 @@ def test_slider_and_presets_change_the_plan(comfy: ComfyPage):
     expect(full).to_have_count(STEPS * 10 // 28)
     assert comfy.widget("DuCaCache", "speedup") == float(fast.get_attribute("data-speedup"))
     expect(strip.locator(".duca-text")).to_contain_text("10 full, 18 aggressive")
+
+
+@on_pages("shipped-classic", "newest-vue")
+def test_one_of_two_samplers_shows_the_steps_that_it_runs(comfy: ComfyPage):
+    """Wan 2.2's experts share 20 steps: ten each."""
+    path = next(path for path in WORKFLOWS if path.stem == "duca_wan22_t2v")
+    comfy.load(json.loads(path.read_text()), path.stem)
+    comfy.show("DuCaCache")
+    experts = comfy.ids("DuCaCache")
+    assert len(experts) == 2
+    for node in experts:
+        expect(comfy.page.locator(f".duca-strip[data-node-id='{node}'] .duca-cell")).to_have_count(10)
 
 
 @on_pages("shipped-classic", "newest-vue")

@@ -15,7 +15,7 @@ from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.predictors import Reuse
 from making import Case, text
 from test_every_family import Innovating, cached, kinds, network, repeated, report_of, sample
-from zoo_video import WAN_LATENT, clip_picture, seeded, wan_case, wan_model
+from zoo_video import clip_picture, seeded, wan_case, wan_model
 
 FRAMES = torch.ones(1, 1, 3, 8, 6)
 FRAMES[:, :, 0] = 0  # a first frame that is given
@@ -144,36 +144,6 @@ def test_only_the_last_sound_of_s2v_is_heard_in_a_skip():
     first, last = (calls_of(injector.q) for injector in network(model).audio_injector.injector)
     sample(case, cached(model, "FaaFaaaa"))
     assert (len(first), len(last)) == (2, 8)
-
-
-def test_two_experts():
-    """Two models, each with a sampler and a run of its own; the second starts in the middle of the schedule."""
-    case, low = zoo_video.CASES[0], zoo_video.wan_t2v()
-    high = zoo_video.wan_t2v()
-    for weight in network(high).parameters():
-        weight.data *= 1.1
-
-    def both(one, two):
-        noisy = run_part(case, one, torch.zeros(1, *WAN_LATENT), 0, 5, is_first=True)
-        return run_part(case, two, noisy, 5, 8, is_first=False)
-
-    plain = both(high, low)
-    one, two = cached(high, "FaFaF"), cached(low, "FaF")
-    result = both(one, two)
-    assert (kinds(one), kinds(two)) == ("FaFaF", "FaF")
-    assert not [text for patched in (one, two) for text in report_of(patched).notices if "fewer steps" not in text]
-    times = [[round(evaluation.sigma, 4) for evaluation in report_of(patched).evaluations] for patched in (one, two)]
-    assert min(times[0]) > max(times[1]) and not torch.equal(result, plain)
-    nothing_skipped = cached(high, "FFFFF"), cached(low, "FFF")
-    assert torch.equal(both(*nothing_skipped), plain)
-
-
-def run_part(case: Case, model, latent: torch.Tensor, start: int, end: int, is_first: bool) -> torch.Tensor:
-    noise = comfy.sample.prepare_noise(latent, 5) if is_first else torch.zeros_like(latent)
-    return comfy.sample.sample(
-        model, noise, 8, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, seed=5, disable_pbar=True, start_step=start,
-        last_step=end, disable_noise=not is_first, force_full_denoise=not is_first,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in zoo_video.CASES if case.name != "ace_step"], ids=lambda case: case.name)
