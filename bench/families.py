@@ -13,8 +13,9 @@ from common import ROOT, machine, publish, start, table
 start()
 sys.path.append(str(ROOT / "tests" / "families"))
 import torch
-from comfyui_duca.cache_core import find_family
+from comfyui_duca.cache_core import FAMILIES, find_family
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
+from comfyui_duca.cache_core.families import ModelFamily
 from test_every_family import STEPS, cached, full_rank, network, report_of, sample
 from zoo import CASES, Case
 
@@ -45,16 +46,23 @@ def row(case: Case) -> list[str]:
     conservative = f"{shares(case, model, 'FcFcFcFc')[1]['c']:.3f}" if family.is_conservative else "-"
     per_token = family.channels(network(model)) * 2
     return [
-        family.name, ", ".join(modes(family)), type(network(model)).__name__, difference(listened, plain), calibrated,
+        family.name, ", ".join(modes(family)), tested_on(network(model)), difference(listened, plain), calibrated,
         f"{per_token}", f"{costs['a']:.3f}", conservative,
     ]  # fmt: skip
 
 
-def modes(family) -> list[str]:
+def tested_on(model: torch.nn.Module) -> str:
+    """A class of ComfyUI's or of this pack's, or one written for the tests in the likeness of one that is not here."""
+    name, home = type(model).__name__, type(model).__module__.split(".")[0]
+    return name if home in ("comfy", "comfyui_duca") else f"{name} (stand-in)"
+
+
+def modes(family: ModelFamily) -> list[str]:
     return [
         name
         for name, has in (
-            ("forecast", True),
+            ("whole output", family.is_whole),
+            ("forecast", not family.is_whole),
             ("calibrated forecast", bool(family.embed)),
             ("ICC", bool(family.linears)),
             ("DuCa", family.is_conservative),
@@ -69,12 +77,23 @@ def main() -> None:
         "family", "modes", "tested on", "listening: difference", "ICC at full rank: difference", "bytes per token and anchor, 16 bit",
         "aggressive: share", "conservative: share",
     ]  # fmt: skip
-    about = f"Small random models of the host's classes, {STEPS} steps; {machine()}."
+    about = f"Small models with random weights, {STEPS} steps; {machine()}."
     publish("families", f"{about}\n\n{table(header, rows)}", ROOT / "docs" / "families.md")
-    marks = ("forecast", "calibrated forecast", "ICC", "DuCa")
-    short = list({r[0]: [r[0], *("yes" if mark in r[1].split(", ") else "-" for mark in marks)] for r in rows}.values())
-    publish("families", table(["family", *marks], short), ROOT / "README.md")
+    publish("families", overview({r[0] for r in rows if not r[2].endswith("(stand-in)")}), ROOT / "README.md")
     real_width.main()
+
+
+def overview(on_real_classes: set[str]) -> str:
+    """The README's table, of all families."""
+    marks = ("forecast", "calibrated forecast", "ICC", "DuCa")
+    rows = []
+    for family in FAMILIES:
+        has = modes(family)
+        cells = ["yes" if mark in has else "-" for mark in marks]
+        if family.is_whole:
+            cells[0] = "output only"
+        rows.append([family.name, *cells, "its own class" if family.name in on_real_classes else "a stand-in"])
+    return table(["family", *marks, "tested on"], rows)
 
 
 if __name__ == "__main__":

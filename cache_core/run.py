@@ -22,7 +22,7 @@ from .engine import (
     noting,
     skipping,
 )
-from .families import ModelFamily, UnsupportedCallError
+from .families import ModelFamily, UnknownInputError, UnsupportedCallError
 from .kinds import Kind, Plan
 from .meter import CallShape, Evaluation, RunReport, Stopwatch
 from .store import FeatureStore, StoreFullError
@@ -176,6 +176,9 @@ class CacheRun:
         try:
             with self._engine_for(kind, engine):
                 result = compute()
+        except UnknownInputError as reason:
+            self._fill_without_input(str(reason))
+            return self._carry_out(Kind.FULL, call, slots, compute)
         except UnsupportedCallError as reason:
             self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
             if kind is not Kind.FULL:
@@ -191,6 +194,12 @@ class CacheRun:
                 slot.reset(slot.signature)
         self._count(engine, kind, result.shape[0])
         return result
+
+    def _fill_without_input(self, reason: str) -> None:
+        """From here on; what was kept so far lacks the embedded input."""
+        self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
+        self._strategy = replace(self._strategy, predictor=self._strategy.predictor.without_input)
+        self._slots.start_anew(self._strategy.predictor.history)
 
     def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
         engine = self._engine_call(Kind.FULL, call, [])

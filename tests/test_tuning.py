@@ -139,7 +139,7 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
         plain = distances(choice.plan, None)
         assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
         expected, share = plain, None
-        for candidate in (0.5, 1.0):
+        for candidate in (0.25, 0.5):
             found = distances(choice.plan, candidate)
             surely = (found - plain).mean() > sure * (found - plain).std(ddof=1) / 2**0.5
             if surely and found.mean() > expected.mean():
@@ -150,11 +150,11 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
 @pytest.mark.parametrize(
     ("gains", "chosen"),
     [
-        ({0.5: [1.0, 0.8, 1.2, 1.0], 1.0: [0.5, 0.4, 0.6, 0.5]}, 0.5),
-        ({0.5: [1.0, 0.8, 1.2, 1.0], 1.0: [2.0, 2.1, 1.9, 2.0]}, 1.0),
-        ({0.5: [5.0, -3.0, 4.0, -2.0], 1.0: [0.0, 0.0, 0.0, 0.0]}, None),  # 1 dB on average, with a standard error of 2
-        ({0.5: [-1.0, -1.0, -1.0, -1.0], 1.0: [-2.0, -2.0, -2.0, -2.0]}, None),
-        ({0.5: [4.0, 0.1, 4.0, 0.1], 1.0: [0.5, 0.5, 0.5, 0.5]}, 1.0),  # more on average, but not surely
+        ({0.25: [1.0, 0.8, 1.2, 1.0], 0.5: [0.5, 0.4, 0.6, 0.5]}, 0.25),
+        ({0.25: [1.0, 0.8, 1.2, 1.0], 0.5: [2.0, 2.1, 1.9, 2.0]}, 0.5),
+        ({0.25: [5.0, -3.0, 4.0, -2.0], 0.5: [0.0, 0.0, 0.0, 0.0]}, None),  # 1 dB on average, with a standard error of 2
+        ({0.25: [-1.0, -1.0, -1.0, -1.0], 0.5: [-2.0, -2.0, -2.0, -2.0]}, None),
+        ({0.25: [4.0, 0.1, 4.0, 0.1], 0.5: [0.5, 0.5, 0.5, 0.5]}, 0.5),  # more on average, but not surely
     ],
 )
 def test_only_what_is_surely_better_is_chosen(gains, chosen):

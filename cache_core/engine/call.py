@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..families.base import ModelFamily, Stack, UnsupportedCallError, split_lengths, stream_slice
+from ..families.base import ModelFamily, Stack, UnknownInputError, split_lengths, stream_slice
 from .linear_sites import CalibratedLinears
 from .overrides import Forward, Override, around
 from .slot import Slot
@@ -83,7 +83,7 @@ class EngineCall:
             index, place = _find(stack, self.family.hidden, self.lengths)
             self.embedded = stack.flat(streams[index])[:, place].clone()  # blocks write into it
             if self.input is None or self.input.shape[1] != self.embedded.shape[1]:
-                raise UnsupportedCallError("tokens are added between the model's input and its blocks")
+                raise UnknownInputError("tokens are added between the model's input and its blocks")
         self.on_enter(self, stack.flat(streams[0]))
 
     def rows(self, tensor: Tensor) -> list[Tensor]:

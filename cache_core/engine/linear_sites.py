@@ -25,7 +25,7 @@ class LinearSite:
 
     stack: path of the block's stack. index: of the block there. layer: dotted path inside the block.
     parts: the matrices it is made of. stream: whose tokens it works on. is_grouped: they come in groups (B·groups, L/groups, C).
-    batch: axis of the batch in its input and its output.
+    in_pieces: it may get them in several calls. batch: axis of the batch in its input and its output.
     """
 
     stack: str
@@ -37,6 +37,7 @@ class LinearSite:
     in_features: int
     out_features: int
     is_grouped: bool = False
+    in_pieces: bool = False
     batch: int = 0
 
     @property
@@ -199,6 +200,6 @@ def _sites_of_block(rule: StackLinears, index: int, block: nn.Module) -> list[Li
             continue  # inside a wrapper that is itself called as the layer
         sizes = int(module.in_features), int(module.out_features)
         parts, stream = rule.parts_of(block, layer), rule.stream(layer)
-        is_grouped = layer.startswith(rule.grouped)
-        sites.append(LinearSite(rule.path, index, layer, module, parts, stream, *sizes, is_grouped, rule.batch))
+        is_grouped, in_pieces = layer.startswith(rule.grouped), layer.startswith(rule.pieces)
+        sites.append(LinearSite(rule.path, index, layer, module, parts, stream, *sizes, is_grouped, in_pieces, rule.batch))
     return sites

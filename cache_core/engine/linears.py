@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -60,20 +61,19 @@ def _factors(call: EngineCall) -> Factors:
 
 def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]:
     def make(forward: Forward) -> Forward:
-        has_run = False
+        numbers = count()
 
         def kept(*args: Any, **kwargs: Any) -> Any:
-            nonlocal has_run
-            tokens = None if has_run else _tokens(call, site, args)
-            has_run = True
+            number = next(numbers)
+            tokens = _tokens(call, site, args, number)
             if tokens is None:
                 return forward(*args, **kwargs)
             projection = _project(site, tokens, _factors(call))  # before the call: fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
             output = site.ordered(result).reshape(*tokens.shape[:2], result.shape[-1])
             for slot, y, z in zip(call.slots, call.rows(output), call.rows(projection)):
-                slot.remember_linear(site.output_key, y)
-                slot.remember_linear(site.projection_key, z)
+                slot.remember_linear(_numbered(site.output_key, number), y)
+                slot.remember_linear(_numbered(site.projection_key, number), z)
             return result
 
         return kept
@@ -83,16 +83,16 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
 
 def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Callable[[Forward], Forward]:
     def make(_forward: Forward) -> Forward:
-        has_run = False
+        numbers = count()
 
         def substituted(*args: Any, **_kwargs: Any) -> Tensor:
-            nonlocal has_run
-            tokens = _tokens(call, site, args)
-            if tokens is None or has_run:
+            number = next(numbers)
+            tokens = _tokens(call, site, args, number)
+            if tokens is None:
                 raise UnsupportedCallError(f"{site.name} is called with another shape or more than once")
-            has_run = True
-            y = torch.cat(_features(call, site, site.output_key, store, tokens))  # a copy even of one: it is added to below
-            z = torch.cat(_features(call, site, site.projection_key, store, tokens))
+            # copies even of one: y is added to below
+            y = torch.cat(_features(call, site, _numbered(site.output_key, number), store, tokens))
+            z = torch.cat(_features(call, site, _numbered(site.projection_key, number), store, tokens))
             _add_increment(site, tokens, _factors(call), y.flatten(0, 1), z.flatten(0, 1))
             return y.reshape(*site.ordered(args[0]).shape[:-1], -1).movedim(0, site.batch)
 
@@ -119,9 +119,15 @@ def _factor(factors: Factors, name: str, like: Tensor) -> Tensor:
     return factors[name].to(device=like.device, dtype=like.dtype, non_blocking=True)
 
 
-def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any]) -> Tensor | None:
-    """The layer's input as (B, L, in_features), if it has all tokens of its stream; they may lie in a grid.
+def _numbered(key: SiteKey, number: int) -> SiteKey:
+    """For the layer's call of this number: of a layer that gets its tokens in pieces, each is kept on its own."""
+    return (*key[:2], f"{key[2]}{number}") if number else key
 
+
+def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any], number: int) -> Tensor | None:
+    """The input of the layer's call of this number as (B, L, in_features); the tokens may lie in a grid.
+
+    None where it has not all tokens of its stream, or is not the first; but some layers get them in pieces.
     Groups of tokens are put side by side again, in whatever order they come: it is the same one for y_c and z_c.
     """
     if not args or not call.lengths or args[0].ndim < 3:
@@ -129,7 +135,8 @@ def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any]) -> Tensor |
     x, length = site.ordered(args[0]).flatten(1, -2), stream_length(site.stream, call.lengths)
     if site.is_grouped and x.shape[0] * x.shape[1] % length == 0:
         x = x.reshape(-1, length, x.shape[-1])
-    is_known = x.ndim == 3 and x.shape[1:] == (length, site.in_features)
+    is_known = x.ndim == 3 and x.shape[2] == site.in_features
+    is_known &= x.shape[1] <= length if site.in_pieces else number == 0 and x.shape[1] == length
     return x if is_known and x.shape[0] % len(call.slots) == 0 else None
 
 

@@ -29,7 +29,8 @@ class Slot:
     calibrated ones need of the linear layers.
 
     signature: shape, dtype and so on of the calls the features came from; another one starts anew.
-    last_used: index of the evaluation that last asked for it. predicted_bytes: what it will hold when its history is full.
+    history: hidden states that are kept at most. last_used: index of the evaluation that last asked for it.
+    predicted_bytes: what it will hold when its history is full.
     """
 
     def __init__(self, store: FeatureStore, history: int) -> None:
@@ -41,7 +42,7 @@ class Slot:
         self.linears: dict[SiteKey, Feature] = {}
         self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
         self._store = store
-        self._history = history
+        self.history = history
 
     def remember_hidden(self, time: float, hidden: Tensor, tokens: Tensor | None = None) -> None:
         """Adds an anchor: hidden (rows, L, C) and the input tokens (rows, L, d) where they are used.
@@ -50,7 +51,7 @@ class Slot:
         """
         if self.anchors and self.anchors[-1].time == time:
             self._drop(self.anchors.pop())
-        if len(self.anchors) == self._history:
+        if len(self.anchors) == self.history:
             self._drop(self.anchors.pop(0))
         self.anchors.append(Anchor(time, self._store.put(hidden), None if tokens is None else self._store.put(tokens)))
 
@@ -145,6 +146,14 @@ class SlotTable:
     @property
     def predicted_bytes(self) -> int:
         return sum(slot.predicted_bytes for slot in self._slots.values())
+
+    def start_anew(self, history: int) -> None:
+        """Gives every feature of every slot up; from here on each keeps at most `history` hidden states."""
+        self._history = history
+        for slot in self._slots.values():
+            slot.reset(slot.signature)
+            slot.history = history
+        self._store.trim()
 
     def clear(self) -> None:
         """Forgets every slot and frees the store."""

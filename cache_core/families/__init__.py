@@ -8,7 +8,7 @@ from .ace_step import ACE_STEP
 from .ace_step15 import ACE_STEP15
 from .anima import ANIMA
 from .aura import AURA
-from .base import Lengths, ModelFamily, Site, Stack, UnsupportedCallError
+from .base import Lengths, ModelFamily, Site, Stack, UnknownInputError, UnsupportedCallError
 from .chroma import CHROMA
 from .chroma_radiance import CHROMA_RADIANCE
 from .cogvideox import COGVIDEOX, COGVIDEOX_1_5
@@ -91,4 +91,4 @@ def find_family(model: nn.Module) -> ModelFamily | None:
     return next((family for family in FAMILIES if family.matches(model)), None)
 
 
-__all__ = ["FAMILIES", "Lengths", "ModelFamily", "Site", "Stack", "UnsupportedCallError", "find_family"]
+__all__ = ["FAMILIES", "Lengths", "ModelFamily", "Site", "Stack", "UnknownInputError", "UnsupportedCallError", "find_family"]

@@ -20,6 +20,10 @@ class UnsupportedCallError(Exception):
     """A block was called in a way that a replay or a skip does not know: compute this call in full instead."""
 
 
+class UnknownInputError(UnsupportedCallError):
+    """What the model was given cannot be told from what it added before its blocks."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One sublayer whose result a full evaluation keeps, before its gate.

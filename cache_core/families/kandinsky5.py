@@ -3,10 +3,10 @@
 Source: comfy/ldm/kandinsky5/model.py, of hosts newer than 0.3.75. Untested on the real host: read from source, tried on a stand-in.
 Blocks return a new tensor; all modulation is inside them, one vector a call. Text goes through two blocks of its own, which feed nothing
 but the cross-attention: a skipped evaluation leaves them out. The first layer gets the patches already, in a grid.
-There are no calibrated evaluations: above 8192 tokens, which every video has, the host calls the layers of self-attention and feed-forward
-several times each, with a part of the tokens. A version with sparse attention (`sparse_params`), which orders tokens in another way between
-the first layer and the blocks, is not this family. Trap: the host's own `original_block` for block patches names parameters that blocks
-do not have, so it fails with and without a cache.
+Above 8192 tokens, which every video has, the host calls some layers of self-attention and feed-forward several times each, every time with
+a part of the tokens. The text blocks run before tokens are counted: calibrated evaluations leave them to the host. A version with sparse
+attention (`sparse_params`), which orders tokens in another way between the first layer and the blocks, is not this family. Trap: the host's
+own `original_block` for block patches names parameters that blocks do not have, so it fails with and without a cache.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from .counting import around_macs, blocks_macs
 from .linears import StackLinears
 
 _VISUAL, _TEXT = "visual_transformer_blocks", "text_transformer_blocks"
+_IN_PIECES = ("self_attention.to_query", "self_attention.to_key", "feed_forward.")
 _LAYERS = (
-    StackLinears(_VISUAL, {"cross_attention.to_key": "txt", "cross_attention.to_value": "txt", "": "img"}, skip=("visual_modulation.",)),
+    StackLinears(
+        _VISUAL, {"cross_attention.to_key": "txt", "cross_attention.to_value": "txt", "": "img"}, ("visual_modulation.",), pieces=_IN_PIECES
+    ),
     StackLinears(_TEXT, {"": "txt"}, skip=("text_modulation.",)),
 )
 _ATTENTION = ((_VISUAL, "img", "img"), (_VISUAL, "img", "txt"), (_TEXT, "txt", "txt"))
@@ -69,5 +72,6 @@ KANDINSKY5 = ModelFamily(
             "out_layer.out_layer": "img",
         }
     ),
+    linears=_LAYERS[:1],
     idle=lambda model: tuple((block, _unrefined) for block in model.text_transformer_blocks),  # type: ignore[union-attr]
 )

@@ -27,6 +27,7 @@ class StackLinears:
     streams: prefix of a layer's name -> the stream whose tokens it works on, first match; "" matches all.
     skip: prefixes of layers whose input is not per token (the conditioning vector: modulation).
     grouped: prefixes of layers whose tokens come in groups (B·groups, L/groups, C), always the same ones: a group a frame, or a position.
+    pieces: prefixes of layers that may be called several times in an evaluation with some of their tokens each, always the same ones.
     batch: axis of the batch in what the layers get and give: the first, but where the tokens lie before it in a grid (…, B, C).
     parts: layer -> its parts, given the block, for layers that are several matrices; others are one part, `WHOLE`.
         Together they cover the layer's outputs once.
@@ -36,6 +37,7 @@ class StackLinears:
     streams: Mapping[str, str]
     skip: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
+    pieces: tuple[str, ...] = ()
     batch: int = 0
     parts: Mapping[str, Callable[[Any], tuple[LinearPart, ...]]] | None = None
 

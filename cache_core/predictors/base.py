@@ -28,6 +28,11 @@ class Predictor:
         """
         raise NotImplementedError
 
+    @property
+    def without_input(self) -> Predictor:
+        """What to take instead where the input is not known. Only with uses_input."""
+        raise NotImplementedError
+
     def correction(self, anchors: Sequence[float], time: float) -> Tensor:
         """A (d, C) float32: (input - Σ weight · anchor input) @ A is added to the combination. Only with uses_input."""
         raise NotImplementedError

@@ -43,6 +43,10 @@ class Calibrated(Predictor):
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:
         return list(self.fit(anchors, time).weights)
 
+    @property
+    def without_input(self) -> Predictor:
+        return self.prior
+
     def correction(self, anchors: Sequence[float], time: float) -> Tensor:
         return self.fit(anchors, time).correction @ self.statistics.basis.T
 

@@ -50,7 +50,7 @@ class Trials:
     references: the uncached latent of every prompt. told: called after every sampling.
     """
 
-    _SHARES: ClassVar[tuple[float, ...]] = (0.5, 1.0)
+    _SHARES: ClassVar[tuple[float, ...]] = (0.25, 0.5)  # more was never the best
     COUNT: ClassVar[int] = 1 + len(_SHARES)  # trials of one budget, each a sampling of all prompts
 
     def __init__(

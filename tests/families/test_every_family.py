@@ -168,6 +168,10 @@ class Innovating(Predictor):
     def correction(self, anchors, time):
         return self.matrix
 
+    @property
+    def without_input(self):
+        return Reuse()
+
 
 def test_the_input_is_kept_for_calibrated_forecasts(case, model):
     """Of width d and as many tokens as the hidden state; how the embedding sees it is no business of ours."""

@@ -1,15 +1,18 @@
-"""Calibrated evaluations where a family's layers are called in ways of their own: tokens before the batch, tokens chosen for experts."""
+"""Calibrated evaluations where layers are called in ways of their own: tokens before the batch, chosen for experts, in pieces."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models as models
 import pytest
+import stand_in_newer_a
 import test_every_family as every
 import torch
+import torch.nn.functional as F  # noqa: N812
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.calibration.low_rank import factorise_sites
@@ -21,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES
 from zoo_image import hidream, with_more
 
-NAMES = ("cosmos", "hidream")
+NAMES = ("cosmos", "hidream", "kandinsky5")
 RANK = 4
 
 
@@ -35,13 +38,17 @@ def model(case):
     return case.make()
 
 
-@pytest.fixture(scope="module")
-def linears(model) -> CalibratedLinears:
-    """Factors of small rank, which lose most of the increments."""
+def small_rank(model: ModelPatcher) -> CalibratedLinears:
+    """Factors which lose most of the increments."""
     family = find_family(network(model))
     sites = find_linears(family, network(model))
     factors, _ = factorise_sites(sites, RANK, "svd", None, torch.float32, torch.device("cpu"), exact=True)
     return CalibratedLinears.bind(family, network(model), factors)
+
+
+@pytest.fixture(scope="module")
+def linears(model) -> CalibratedLinears:
+    return small_rank(model)
 
 
 def test_costs_are_those_that_torch_counts(case, model, linears):
@@ -82,11 +89,15 @@ def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(c
 
 
 @pytest.mark.parametrize(
-    ("name", "hosts"), [("cosmos", ("adaLN_modulation",)), ("hidream", ("adaLN_modulation", "experts"))], ids=lambda value: str(value)[:8]
+    ("name", "hosts"),
+    [("cosmos", ("adaLN_modulation",)), ("hidream", ("adaLN_modulation", "experts")), ("kandinsky5", ("visual_modulation",))],
+    ids=NAMES,
 )
 def test_the_host_computes_what_is_no_layer_of_tokens_and_nothing_else(name, hosts, monkeypatch):
     case = next(case for case in CASES if case.name == name)
-    model, called = case.make(), []
+    model = case.make()
+    called: set[str] = set()
+    by_step: list[set[str]] = []
     family = find_family(network(model))
     layers = {
         f"{stack.path}.{index}.{path}": layer
@@ -94,12 +105,24 @@ def test_the_host_computes_what_is_no_layer_of_tokens_and_nothing_else(name, hos
         for path, layer in block.named_modules()
         if hasattr(layer, "in_features")
     }
+
+    def noting(path: str, forward):
+        def noted(x):
+            called.add(path)
+            return forward(x)
+
+        return noted
+
+    def finish_step(*_args) -> None:
+        by_step.append(set(called))
+        called.clear()
+
     for path, layer in layers.items():
-        monkeypatch.setitem(layer.__dict__, "forward", lambda x, path=path, forward=layer.forward: called.append(path) or forward(x))
-    patched, by_step = cached(model, "Fi", linears=every.full_rank(family, network(model))), []
-    sample(case, patched, 2, callback=lambda *_args: by_step.append(called.copy()) or called.clear())
-    assert kinds(patched) == "Fi" and set(by_step[0]) == set(layers)
-    assert set(by_step[1]) == {path for path in layers if any(f".{part}." in path for part in hosts)}
+        monkeypatch.setitem(layer.__dict__, "forward", noting(path, layer.forward))
+    patched = cached(model, "Fi", linears=every.full_rank(family, network(model)))
+    sample(case, patched, 2, callback=finish_step)
+    assert kinds(patched) == "Fi" and by_step[0] == set(layers)
+    assert by_step[1] == {path for path in layers if any(f".{part}." in path for part in hosts)}
 
 
 _TOLD = {"pooled_output": (1, 32), "conditioning_llama3": (1, 3, 5, 20)}
@@ -122,3 +145,52 @@ def test_other_models_of_hidream_at_full_rank(make, more):
     model = make()
     every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, sample(case, model))
     every.test_multiply_adds_are_those_that_torch_counts(case, model)
+
+
+def in_pieces(layer, x: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([layer(piece) for piece in x.chunk(count, dim=1)], dim=1)
+
+
+@pytest.fixture
+def dividing(monkeypatch) -> None:
+    """Kandinsky 5 as the host runs it above 8192 tokens: query and key of self-attention in two pieces, the feed-forward in four."""
+
+    def attention(self, x, context=None, freqs=None):
+        if context is not None:
+            return original(self, x, context, freqs)
+        parts = in_pieces(self.to_query, x, 2), in_pieces(self.to_key, x, 2), self.to_value(x)
+        q, k, v = (stand_in_newer_a.split(part, self.num_heads) for part in parts)
+        return self.out_layer(stand_in_newer_a.attend(self.query_norm(q) + freqs, self.key_norm(k) + freqs, v))
+
+    original, feed = stand_in_newer_a.KandinskyAttention.forward, stand_in_newer_a.KandinskyFeedForward.forward
+    monkeypatch.setattr(stand_in_newer_a.KandinskyAttention, "forward", attention)
+    monkeypatch.setattr(stand_in_newer_a.KandinskyFeedForward, "forward", lambda self, x: in_pieces(partial(feed, self), x, 4))
+
+
+def test_layers_that_get_their_tokens_in_pieces(dividing, monkeypatch):
+    """45 of them, which come out uneven. The text's feed-forward is divided here too: it is the host's in any case."""
+    case = next(case for case in CASES if case.name == "kandinsky5")._replace(latent=(4, 3, 6, 10))
+    model, lengths = case.make(), []
+    network(model).visual_transformer_blocks[0].feed_forward.in_layer.register_forward_hook(
+        lambda _m, given, _r: lengths.append(given[0].shape[1])
+    )
+    plain = sample(case, model)
+    assert lengths[:4] == [12, 12, 12, 9]
+    every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain)
+    linears = small_rank(model)
+    test_costs_are_those_that_torch_counts(case, model, linears)
+    test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, linears, monkeypatch)
+
+
+def test_tokens_divided_in_another_way_are_computed_in_full(dividing, monkeypatch):
+    case = next(case for case in CASES if case.name == "kandinsky5")
+    model = case.make()
+    plain, patched = sample(case, model), cached(model, "FFFFFFFi", linears=small_rank(model))
+
+    def divide(number, *_args):
+        if number == 6:
+            feed = stand_in_newer_a.KandinskyFeedForward
+            monkeypatch.setattr(feed, "forward", lambda self, x: self.out_layer(in_pieces(lambda y: F.gelu(self.in_layer(y)), x, 3)))
+
+    torch.testing.assert_close(sample(case, patched, callback=divide), plain, atol=1e-5, rtol=1e-4)
+    assert kinds(patched) == "FFFFFFFF" and any("nothing of this shape" in notice for notice in report_of(patched).notices)
