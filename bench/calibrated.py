@@ -136,6 +136,7 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
     return {
         "w, auto's plan": Settings(chosen=Strategy(auto, WeightsOnly(Calibrated(model)))),
         "w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model))),
+        "a quarter of w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model, 0.25))),
         "half w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model, 0.5))),
         "w and A, searched plan": Settings(chosen=Strategy(Given(searched), Calibrated(model))),
         "half w and A, searched plan": Settings(chosen=Strategy(Given(searched), Calibrated(model, 0.5))),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -123,14 +124,18 @@ def measuring(conds: Sequence[Hashable], sites: Iterable[LinearSite], *magnitude
 
     def listener(site: LinearSite) -> Callable[[Forward], Forward]:
         def make(forward: Forward) -> Forward:
+            numbers = count()
+
             def measured(*args: Any, **kwargs: Any) -> Any:
-                if not args or args[0].ndim != 3:
+                number = next(numbers)  # a layer that gets its tokens in pieces is called with others each time
+                if not args or args[0].ndim < 3:
                     return forward(*args, **kwargs)  # not per token: no calibrated evaluation will answer it either
-                x = args[0].clone()  # fp8 layers clamp their input in place
+                x = site.ordered(args[0]).flatten(1, -2).clone()  # fp8 layers clamp their input in place
                 result = forward(*args, **kwargs)
-                for cond, inputs, outputs in zip(conds, x.chunk(len(conds)), result.chunk(len(conds))):
+                y = site.ordered(result).flatten(1, -2)
+                for cond, inputs, outputs in zip(conds, x.chunk(len(conds)), y.chunk(len(conds))):
                     for each in magnitudes:
-                        each.add(site, cond, inputs, outputs)
+                        each.add(site, (cond, number), inputs, outputs)
                 return result
 
             return measured

@@ -83,10 +83,10 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
 
 def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Callable[[Forward], Forward]:
     def make(_forward: Forward) -> Forward:
-        numbers = count()
+        number = 0
 
         def substituted(*args: Any, **_kwargs: Any) -> Tensor:
-            number = next(numbers)
+            nonlocal number
             tokens = _tokens(call, site, args, number)
             if tokens is None:
                 raise UnsupportedCallError(f"{site.name} is called with another shape or more than once")
@@ -94,6 +94,7 @@ def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Cal
             y = torch.cat(_features(call, site, _numbered(site.output_key, number), store, tokens))
             z = torch.cat(_features(call, site, _numbered(site.projection_key, number), store, tokens))
             _add_increment(site, tokens, _factors(call), y.flatten(0, 1), z.flatten(0, 1))
+            number += 1
             return y.reshape(*site.ordered(args[0]).shape[:-1], -1).movedim(0, site.batch)
 
         return substituted

@@ -4,8 +4,8 @@ Source: comfy/ldm/hidream/model.py (ComfyUI 0.3.75). Traps: the host appends oth
 them off behind it, so every block sees the same number of text tokens and the stream lengths hold for all; the reference picture of E1 lies
 beside the image, inside the image stream. Routed experts get only the tokens chosen for them, flattened, other ones each step: there is
 nothing to add an increment to. Calibrated evaluations leave them, two thirds of an image token's weights, and their gate to the host and
-answer for all other layers. Experts are picked for each token on its own, so a conservative evaluation computes of some tokens what a
-full one would.
+answer for all other layers of tokens. Experts are picked for each token on its own, so a conservative evaluation computes of some tokens
+what a full one would.
 """
 
 from __future__ import annotations

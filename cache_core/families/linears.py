@@ -25,7 +25,8 @@ class StackLinears:
 
     path: of the stack, as `families.base.Stack` has it.
     streams: prefix of a layer's name -> the stream whose tokens it works on, first match; "" matches all.
-    skip: prefixes of layers whose input is not per token (the conditioning vector: modulation).
+    skip: prefixes of layers whose input is not per token (the conditioning vector: modulation) or not all tokens (experts). They are left
+        to the host, in calibrated evaluations too; multiply-adds count them once, for one vector.
     grouped: prefixes of layers whose tokens come in groups (B·groups, L/groups, C), always the same ones: a group a frame, or a position.
     pieces: prefixes of layers that may be called several times in an evaluation with some of their tokens each, always the same ones.
     batch: axis of the batch in what the layers get and give: the first, but where the tokens lie before it in a grid (…, B, C).

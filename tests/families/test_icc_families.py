@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core import find_family
-from comfyui_duca.cache_core.calibration.low_rank import factorise_sites
+from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, find_linears
 from making import Case, text, tiny
 from test_every_family import cached, kinds, network, report_of, sample
@@ -194,3 +194,31 @@ def test_tokens_divided_in_another_way_are_computed_in_full(dividing, monkeypatc
 
     torch.testing.assert_close(sample(case, patched, callback=divide), plain, atol=1e-5, rtol=1e-4)
     assert kinds(patched) == "FFFFFFFF" and any("nothing of this shape" in notice for notice in report_of(patched).notices)
+
+
+@pytest.mark.parametrize("name", ["cosmos", "cosmos_predict2", "anima", "kandinsky5"])
+def test_magnitudes_are_heard_wherever_batch_and_tokens_lie(name, dividing, monkeypatch):
+    """Cosmos' and Anima's feed-forward gets a grid, some of Kandinsky's layers get pieces, each to be compared with itself."""
+    case = next(case for case in CASES if case.name == name)
+    model = case.make()
+    sites, seen = find_linears(find_family(network(model)), network(model)), {}
+    plain, steps = Magnitudes(), Magnitudes(increments=True)
+    for site in sites:
+        heard = seen.setdefault(site.name, [])
+        site.module.register_forward_hook(lambda _m, args, result, heard=heard: heard.append((args[0].clone(), result.clone())))
+    original = network(model).forward
+
+    def measured(x, *args, **kwargs):
+        with measuring("ab"[: len(x)], sites, plain, steps):
+            return original(x, *args, **kwargs)
+
+    monkeypatch.setitem(network(model).__dict__, "forward", measured)
+    sample(case, model, 3)
+    for site in sites:
+        calls = seen[site.name]
+        each = len(calls) // 3
+        for side in (0, 1):
+            values = torch.cat([call[side].flatten(0, -2) for call in calls])
+            moved = torch.cat([(later[side] - before[side]).flatten(0, -2) for before, later in zip(calls, calls[each:])])
+            torch.testing.assert_close(plain.means(site)[side], values.double().abs().mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(steps.means(site)[side], moved.double().abs().mean(0), rtol=1e-3, atol=1e-6)
