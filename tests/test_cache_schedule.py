@@ -65,7 +65,8 @@ def plan(speedup: float, steps: int, warmup: int = 1, tail: int = 0, window: ran
         (plan(2.0, 28), "FFFFFaFaFaFaFaFaFaaaFaaaFaaF"),  # the last, 6, 1 (its turn 0.29), 10 (0.36), 3 (0.40), 14 (0.50)
         (plan(8 / 5, 8), "FaFaFaFF"),
         (plan(2.0, 12), "FaFaFaFaFaaF"),
-        (plan(2.0, 6), "FaFaFa"),  # the last lies right behind the fifth, which came first
+        (plan(2.0, 6), "FaFaFa"),  # the last lies right behind the fifth, which came first: its turn is 0.42
+        (plan(1.5, 6), "FaFaFF"),
         (plan(2.0, 12, warmup=3), "FFFaFaFaaaFa"),  # 6 of 12: three, then distances 8, 4 and 2 from the third
         (plan(1.7, 12, warmup=3), "FFFaFaFaFaFa"),  # distance 6 (its turn 0.6) before distance 1 (0.65)
         (plan(2.0, 12, tail=2), "FaFaFaaaFaFF"),

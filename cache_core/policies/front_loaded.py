@@ -49,8 +49,8 @@ def _turn(distance: int, length: int, is_last: bool) -> tuple[int, float]:
     part, spacing = distance / length, distance & -distance  # the largest power of two by which it divides
     if spacing >= _COARSE:
         return -spacing, part
-    if is_last and distance % _COARSE > 1:  # right behind a coarse one it would be wasted
-        return 0, _LAST
+    if is_last:  # right behind a coarse step it is worth less
+        return 0, _LAST if distance % _COARSE > 1 else max(2 * _LAST, 2.5 / length)
     if spacing == 2:
         return 0, part
     return 0, max(_ODD + 4 * part**1.5, (distance + _BEHIND) / length)
