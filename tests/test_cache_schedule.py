@@ -68,7 +68,7 @@ def plan(speedup: float, steps: int, warmup: int = 1, tail: int = 0, window: ran
         (plan(2.0, 6), "FaFaFa"),  # the last lies right behind the fifth, which came first: its turn is 0.42
         (plan(1.5, 6), "FaFaFF"),
         (plan(2.0, 12, warmup=3), "FFFaFaFaaaFa"),  # 6 of 12: three, then distances 8, 4 and 2 from the third
-        (plan(1.7, 12, warmup=3), "FFFaFaFaFaFa"),  # distance 6 (its turn 0.6) before distance 1 (0.65)
+        (plan(1.7, 12, warmup=3), "FFFaFaFaaaFF"),  # the last (its turn 0.25) before distance 6 (0.6)
         (plan(2.0, 12, tail=2), "FaFaFaaaFaFF"),
         (plan(6.0, 10, window=range(3, 8)), "FFFFaaaaFF"),
         (plan(3.0, 1), "F"),
