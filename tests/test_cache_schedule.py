@@ -65,10 +65,11 @@ def plan(speedup: float, steps: int, warmup: int = 1, tail: int = 0, window: ran
         (plan(2.0, 28), "FFFFFaFaFaFaFaFaFaaaFaaaFaaF"),  # the last, 6, 1 (its turn 0.29), 10 (0.36), 3 (0.40), 14 (0.50)
         (plan(8 / 5, 8), "FaFaFaFF"),
         (plan(2.0, 12), "FaFaFaFaFaaF"),
-        (plan(2.0, 6), "FaFaFa"),  # the last lies right behind the fifth, which came first: its turn is 0.42
-        (plan(1.5, 6), "FaFaFF"),
+        (plan(2.0, 6), "FaFaFa"),
+        (plan(2.0, 10), "FaFaFaFaFa"),  # the last, right behind the ninth, which came first, has to wait for the seventh
+        (plan(10 / 6, 10), "FaFaFaFaFF"),
         (plan(2.0, 12, warmup=3), "FFFaFaFaaaFa"),  # 6 of 12: three, then distances 8, 4 and 2 from the third
-        (plan(1.7, 12, warmup=3), "FFFaFaFaaaFF"),  # the last (its turn 0.25) before distance 6 (0.6)
+        (plan(1.7, 12, warmup=3), "FFFaFaFaFaFa"),  # and distance 6
         (plan(2.0, 12, tail=2), "FaFaFaaaFaFF"),
         (plan(6.0, 10, window=range(3, 8)), "FFFFaaaaFF"),
         (plan(3.0, 1), "F"),

@@ -10,7 +10,7 @@ from .base import check_counts
 _COARSE = 4  # steps between the full evaluations that a run is given first of all
 _LAST = 0.1  # how far the even steps have come, as a part of the run, when its last step is computed as well
 _ODD = 0.26  # how far they have come when the odd steps begin
-_BEHIND = 5.5  # steps by which the odd ones stay behind the even ones at least, in short runs
+_BEHIND = 5.5  # steps by which they stay behind the even ones at least, in short runs
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class FrontLoaded:
     step, and behind them, more slowly, those between. A lower budget spends less of the same list, so plans are nested.
 
     So gaps never shrink (after a short one no forecast reaches far), the beginning is dense where there is plenty, and the latent that
-    leaves the run comes from a full evaluation where there is a little. On the demo model this was not below gaps chosen for each
-    speed alone, which are not nested, but by 0.8 dB at 4.7x and 0.6 at 2x, and up to 2.4 above them (docs/benchmarks.md).
+    leaves the run comes from a full evaluation where there is a little. Against gaps chosen for each speed alone, which are not nested,
+    that is -0.6 to +2.4 dB on the demo model with 28 steps, and 0.9 to 1.9 below them with 12 (docs/benchmarks.md).
 
     speedup: steps divided by full evaluations, at least 1; round(steps / speedup) of them. warmup, tail: full steps at both ends of the
     run, which count towards these. Raises ValueError for a speedup below 1 or a negative count.
@@ -50,7 +50,7 @@ def _turn(distance: int, length: int, is_last: bool) -> tuple[int, float]:
     if spacing >= _COARSE:
         return -spacing, part
     if is_last:  # right behind a coarse step it is worth less
-        return 0, _LAST if distance % _COARSE > 1 else max(2 * _LAST, 2.5 / length)
+        return 0, _LAST if distance % _COARSE > 1 else max(2 * _LAST, (0.5 + _BEHIND) / length)
     if spacing == 2:
         return 0, part
     return 0, max(_ODD + 4 * part**1.5, (distance + _BEHIND) / length)
