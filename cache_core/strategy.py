@@ -140,9 +140,10 @@ class Settings:
         if self.calibration.forecast is None:
             return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
         predictor, refused = _filling(self.calibration.forecast, opening, round(opening.timeline.steps / self.speedup))
-        if predictor is AUTO:
+        if refused:
             return replace(uncalibrated, notices=refused)
-        return replace(uncalibrated, predictor=predictor, name=f"auto {self.speedup:g}x, calibrated")
+        did = "calibrated" if predictor is not AUTO else "calibrated: fills best as without"  # when that was tried out
+        return replace(uncalibrated, predictor=predictor, name=f"auto {self.speedup:g}x, {did}")
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
@@ -166,11 +167,9 @@ class Settings:
 def _filling(forecast: Forecast, opening: Opening, full: int) -> tuple[Predictor, tuple[str, ...]]:
     """What the calibration fills with, or the uncalibrated predictor and why."""
     try:
-        predictor = predictor_at(forecast, opening.timeline.times[:-1], full)
+        return predictor_at(forecast, opening.timeline.times[:-1], full), ()
     except NotCoveredError as reason:
         return AUTO, (f"the calibration is not used: {reason}",)
-    no_better = "the calibration is not used at this speed: filling as without it did as well when it was tried out"
-    return predictor, (no_better,) if predictor is AUTO else ()
 
 
 def row_macs(

@@ -153,9 +153,9 @@ PLAN = "FFaFaFaa"
 )
 def test_kinds_by_sampler_against_hand_worked_steps(model, sampler, steps_evaluated, monkeypatch):
     from comfyui_duca.cache_core import Plan
-    from comfyui_duca.cache_core.policies import GrowingGaps
+    from comfyui_duca.cache_core.policies import FrontLoaded
 
-    monkeypatch.setattr(GrowingGaps, "plan", lambda self, steps, window: Plan.parse(PLAN))
+    monkeypatch.setattr(FrontLoaded, "plan", lambda self, steps, window: Plan.parse(PLAN))
     patched = cached(model, **AUTO)
     sample(patched, sampler=sampler, steps=8)
     report = last_report(patched)

@@ -24,9 +24,9 @@ from test_fingerprint_on_host import load, with_lora
 
 
 def test_duca_cache_finds_it_by_itself(kept, model, said):
-    assert setting(model) == "auto 2x, calibrated"
-    assert setting(with_lora(model)) == "auto 2x, calibrated"
-    assert setting(load_demo_model(torch.bfloat16)) == "auto 2x, calibrated"
+    assert setting(model).startswith("auto 2x, calibrated")
+    assert setting(with_lora(model)).startswith("auto 2x, calibrated")
+    assert setting(load_demo_model(torch.bfloat16)).startswith("auto 2x, calibrated")
     assert "ICC cd_svd rank 8" in setting(model, mode="icc", speedup=1.2)
     assert not said
 
@@ -34,7 +34,7 @@ def test_duca_cache_finds_it_by_itself(kept, model, said):
 def test_with_a_lora_already_in_the_weights(kept, model):
     clone = with_lora(model)
     load(clone)
-    assert setting(clone) == "auto 2x, calibrated"
+    assert setting(clone).startswith("auto 2x, calibrated")
 
 
 def test_one_that_was_made_while_the_graph_existed(made, folder, model):
@@ -44,7 +44,7 @@ def test_one_that_was_made_while_the_graph_existed(made, folder, model):
     folder.mkdir()
     (folder / "new.safetensors").write_bytes(made)
     sample(cached, **SMALL)
-    assert last_report(cached).setting == "auto 2x, calibrated"
+    assert last_report(cached).setting.startswith("auto 2x, calibrated")
     (folder / "new.safetensors").unlink()
     sample(cached, **SMALL)
     assert last_report(cached).setting == "auto 2x"
@@ -76,7 +76,7 @@ def test_modes_that_look_run_again_when_a_file_comes_changes_or_goes(folder, tmp
 def test_other_schedules_are_covered_and_say_so(kept, model):
     cached = cache(model)
     sample(cached, steps=9, size=(16, 16))
-    assert last_report(cached).setting == "auto 2x, calibrated"
+    assert last_report(cached).setting.startswith("auto 2x, calibrated")
 
 
 @pytest.mark.parametrize("mode", ["forecast", "paper", "off"])
@@ -95,7 +95,7 @@ def test_another_checkpoints_is_not_found(kept, model, said):
 def test_an_explicit_one_is_used(kept, made, model, monkeypatch):
     calibration = LoadCalibration.execute(kept.name).result[0]
     kept.unlink()
-    assert setting(model, calibration=calibration) == "auto 2x, calibrated"
+    assert setting(model, calibration=calibration).startswith("auto 2x, calibrated")
     cached = cache(model, calibration, mode="icc", speedup=1.2)
     sample(cached, **SMALL)
     assert last_report(cached).count(Kind.CALIBRATED) > 0 and last_report(cached).is_complete

@@ -24,7 +24,7 @@ from test_fingerprint_on_host import with_lora
 
 IDS = (
     "DuCaCache", "DuCaCacheSchedule", "DuCaCacheReport", "DuCaCacheCompare", "DuCaCacheSweep", "DuCaSVDCalibrator", "DuCaLoadCalibration",
-    "DuCaPromptList", "DuCaDemoFlux",
+    "DuCaPromptList", "DuCaDemoFlux", "DuCaLoadDiT", "DuCaImageNetClass",
 )  # fmt: skip
 
 
