@@ -14,7 +14,7 @@ from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
 from .opening import Opening
-from .policies import AlwaysCompute, FixedInterval, FrontLoaded, GrowingGaps, IccCycle, Policy
+from .policies import AlwaysCompute, FixedInterval, FrontLoaded, IccCycle, Policy
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse
 from .schedule import Schedule, duca_cycle, shortest
 from .store import StoreFormat
@@ -161,7 +161,7 @@ class Settings:
     def _forecast_policy(self) -> Policy:
         if self.cycle_length:
             return FixedInterval(self.cycle_length, 3 if self.warmup is None else self.warmup, self.tail)
-        return GrowingGaps(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
+        return FrontLoaded(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
 
 
 def _filling(forecast: Forecast, opening: Opening, full: int) -> tuple[Predictor, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from comfyui_duca.cache_core.calibration.sidecar import About, Sidecar, read, wr
 from comfyui_duca.cache_core.calibration.statistics import ForecastModel
 from comfyui_duca.cache_core.calibration.use import NotCoveredError, predictor_at
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import GrowingGaps, IccCycle
+from comfyui_duca.cache_core.policies import FrontLoaded, IccCycle
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated
 from comfyui_duca.cache_core.schedule import Schedule
 from torch import nn
@@ -277,10 +277,18 @@ def test_mode_auto_follows_a_calibration():
     assert far.predictor is AUTO and "the calibration is not used" in far.notices[0]
 
 
+def test_a_calibration_that_was_no_better_says_so():
+    """Where none of its mixtures surely was, when they were tried out."""
+    forecast = forecast_of()
+    forecast = replace(forecast, choices=tuple(replace(choice, share=None) for choice in forecast.choices))
+    strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
+    assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: fills best as without") and not strategy.notices
+
+
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
     far = opening([3.0, 2.0, 1.0, 0.5])
     plain = Settings(speedup=2.0, tail=1).strategy(far)
-    assert plain.policy == GrowingGaps(2.0, tail=1) and plain.predictor == AUTO and not plain.notices
+    assert plain.policy == FrontLoaded(2.0, tail=1) and plain.predictor == AUTO and not plain.notices
     strategy = Settings(speedup=2.0, tail=1, calibration=calibration_of(forecast_of(), None)).strategy(far)
     assert strategy.notices and strategy == replace(plain, notices=strategy.notices)
     told = []
