@@ -165,10 +165,12 @@ def check_widgets(n: dict, widgets: list) -> None:
         choices = kind if isinstance(kind, list) else extra.get("options")
         where = f"{n['type']}.{name}"
         if choices is not None:
-            is_model_file = str(value).endswith((".safetensors", ".sft"))  # not on this machine
-            assert value in choices or is_model_file, where
+            is_file = str(value).endswith((".safetensors", ".sft", ".pt", ".png"))  # of the user's, not on this machine
+            assert value in choices or is_file, where
         elif kind in ("INT", "FLOAT"):
             assert extra.get("min", value) <= value <= extra.get("max", value), where
         if extra.get("control_after_generate"):
             assert values.pop(0) in ("fixed", "randomize", "increment", "decrement"), where
+        if extra.get("image_upload"):
+            assert values.pop(0) == "image", where
     assert not values, f"{n['type']} has widget values left over: {values}"
