@@ -62,10 +62,7 @@ def _replaying(call: EngineCall, store: FeatureStore, stack: Stack, index: int, 
     blocks = sum(other is stack for other, _, _ in call.placed)
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
-        named = stack.named(args, kwargs)
-        reason = stack.why_not(named)
-        if reason:
-            raise UnsupportedCallError(reason)
+        named = stack.checked(args, kwargs)
         features = BlockFeatures(call, store, stack, index, blocks, stack.inputs(args, kwargs)[0])
         assert stack.replay is not None, "plans with conservative evaluations are refused for families without"
         return stack.result(stack.replay(block, named, features))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.base import Stack, UnsupportedCallError
+from ..families.base import Stack
 from ..predictors import Predictor
 from ..store import FeatureStore
 from .call import EngineCall
@@ -69,9 +69,7 @@ def _passing(stack: Stack) -> Any:
 
 
 def _inputs(stack: Stack, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    reason = stack.why_not(stack.named(args, kwargs))
-    if reason:
-        raise UnsupportedCallError(reason)
+    stack.checked(args, kwargs)
     return stack.inputs(args, kwargs)
 
 

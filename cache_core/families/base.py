@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds import Kind
+from .as_read import has
 from .linears import StackLinears
 
 Lengths = Mapping[str, int]  # tokens of every stream, e.g. {"img": 4096, "txt": 512}
@@ -98,12 +99,20 @@ class Stack:
         return list(found.values() if isinstance(found, nn.ModuleDict) else found)
 
     def sites_of(self, block: nn.Module) -> list[Site]:
-        """Not every block of a list has every sublayer."""
-        return [site for site in self.sites if _has(block, site.module)]
+        """Not every block of a list has every sublayer. Asked by attributes: the names of a compiled block's modules are others."""
+        return [site for site in self.sites if has(block, site.module)]
 
     def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A block call's arguments by name."""
         return {**dict(zip(self.parameters, args)), **kwargs}
+
+    def checked(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A block call's arguments by name. Raises UnsupportedCallError where it must not be skipped or replayed."""
+        named = self.named(args, kwargs)
+        reason = self.why_not(named)
+        if reason:
+            raise UnsupportedCallError(reason)
+        return named
 
     def inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The token streams of a block call, in order."""
@@ -202,14 +211,6 @@ class ModelFamily:
         sites = [(site, block) for stack, _, block in self.placed(model) for site in stack.sites_of(block)]
         widths = [self.channels(model) if site.width is None else site.width(block) for site, block in sites]
         return [(stream_length(site.tokens, lengths), width) for (site, _), width in zip(sites, widths)]
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    """Asked by attributes, not by names of modules: those of a compiled block are others."""
-    try:
-        return attrgetter(path)(block) is not None
-    except AttributeError:
-        return False
 
 
 def stream_length(stream: str, lengths: Lengths) -> int:
