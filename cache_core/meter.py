@@ -54,7 +54,8 @@ class RunReport:
     """A finished run in plain numbers; it holds no tensors.
 
     setting: the strategy in words. plan: its text. predicted_bytes, peak_bytes: of the cache.
-    notices: what the user was told during the run. is_complete: False after a cancel or an error.
+    corrected: full evaluations that made up for skipped ones. notices: what the user was told during the run.
+    is_complete: False after a cancel or an error.
     shape: None where no call reached the model's blocks.
     """
 
@@ -64,6 +65,7 @@ class RunReport:
     evaluations: list[Evaluation] = field(default_factory=list)
     predicted_bytes: int = 0
     peak_bytes: int = 0
+    corrected: int = 0
     notices: list[str] = field(default_factory=list)
     is_complete: bool = False
     shape: CallShape | None = None

@@ -12,10 +12,14 @@ from .timeline import Timeline
 
 
 class Opening(NamedTuple):
-    """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs."""
+    """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
+
+    is_euler: whether the sampler takes plain steps along the direction of one evaluation each.
+    """
 
     network: nn.Module
     family: ModelFamily
     timeline: Timeline
     window: range
     device: torch.device
+    is_euler: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .corrector import Corrector
 from .engine import (
     CalibratedLinears,
     EngineCall,
@@ -75,6 +76,7 @@ class CacheRun:
         self._choice = TokenChoice(strategy.token_share, strategy.seed)
         self._stopwatch = Stopwatch(device)
         self._say, self._choose_device, self._told = say, choose_device, told
+        self._corrector = Corrector(timeline, self.plan) if strategy.corrects else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._linears: CalibratedLinears | None = None  # of the model that is called, from the first call that needs them
         self._macs: dict[tuple, float] = {}
@@ -114,6 +116,10 @@ class CacheRun:
             self._evaluation.cache_bytes = self.store.bytes
             self._told(self._evaluation)
 
+    def corrected(self, latent: Tensor, denoised: Tensor) -> Tensor:
+        """After an evaluation of `latent`, for all conds and guidance together: what the sampler is to get for its answer."""
+        return denoised if self._corrector is None else self._corrector.answer(self._evaluation, latent, denoised)
+
     def cond_batch(self) -> None:
         """Before each pass over the conds; the first of an evaluation is the sampler's own, others are guidance (SLG, PAG …)."""
         self._slots.next_pass()
@@ -145,6 +151,9 @@ class CacheRun:
         self.report.peak_bytes = self.store.peak_bytes
         self.report.is_complete = is_complete
         self._slots.clear()
+        if self._corrector is not None:
+            self.report.corrected = self._corrector.corrected
+            self._corrector.clear()
         self._linears = None
         if is_complete:  # after an error the device may not answer, and the error matters more than its times
             for evaluation, (start, end) in zip(self.report.evaluations, self._marks):

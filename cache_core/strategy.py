@@ -30,6 +30,7 @@ class Strategy:
 
     storage: where features live. name: what a report calls it. linears: what plans with calibrated evaluations need.
     first_only: of several evaluations of one step, only the first is of the plan's kind; the others are aggressive.
+    corrects: whether full evaluations make up for what was skipped before them; only for Euler's method (see Corrector).
     notices: what the user is to be told when a run with it begins.
     """
 
@@ -41,6 +42,7 @@ class Strategy:
     name: str = "all full"
     linears: CalibratedLinears | None = None
     first_only: bool = False
+    corrects: bool = False
     notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class Settings:
         """What the mode fills with, at the schedule's times."""
         policy, notices = schedule.policy(opening, self.token_share, self.calibration)
         predictor: Predictor = PREDICTORS[self.predictor]() if self.mode == "forecast" else Reuse()
+        common["corrects"] = self.mode == "auto" and opening.is_euler
         calibration = self.calibration or schedule.calibration
         if self.mode == "auto":
             plan = policy.plan(opening.timeline.steps, opening.window)
@@ -134,7 +137,8 @@ class Settings:
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The plan that does best in general, filled by what did best in the calibration where it covers the run."""
-        uncalibrated = Strategy(FrontLoaded(self.speedup, tail=self.tail), AUTO, name=f"auto {self.speedup:g}x", **common)
+        policy, name = FrontLoaded(self.speedup, tail=self.tail), f"auto {self.speedup:g}x"
+        uncalibrated = Strategy(policy, AUTO, name=name, corrects=opening.is_euler, **common)
         if self.calibration is None:
             return uncalibrated
         if self.calibration.forecast is None:
@@ -143,7 +147,7 @@ class Settings:
         if refused:
             return replace(uncalibrated, notices=refused)
         did = "calibrated" if predictor is not AUTO else "calibrated: fills best as without"  # when that was tried out
-        return replace(uncalibrated, predictor=predictor, name=f"auto {self.speedup:g}x, {did}")
+        return replace(uncalibrated, predictor=predictor, name=f"{name}, {did}")
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The given cycle length, or the shortest one whose estimated cost meets the speedup."""

@@ -75,9 +75,9 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
     def sample(prompt: int, make: Callable[[Opening], CacheRun]) -> torch.Tensor:
         listening = plain.clone()
 
-        def open_run(patcher: ModelPatcher, levels: torch.Tensor) -> CacheRun:
+        def open_run(patcher: ModelPatcher, levels: torch.Tensor, sampler: Any) -> CacheRun:
             sigmas.append(levels.tolist())
-            return make(host.opening(patcher, levels))
+            return make(host.opening(patcher, levels, sampler))
 
         host.listen(listening, open_run, lambda run, result: run.close(result is not None))
         return sampling.run(listening, prompt).float().cpu()

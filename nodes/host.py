@@ -28,6 +28,7 @@ from .run_book import RunBook
 KEY = "duca_cache"
 _RUN = "duca_cache.run"  # where a run travels in transformer_options; dotted, as some models splat that dict as kwargs
 _FEW_STEPS = 8  # below this, fewer steps were the better choice in docs/benchmarks.md
+_OpenRun = Callable[[ModelPatcher, torch.Tensor, Any], Any]
 _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
 
 
@@ -64,8 +65,8 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
 
     live: dict[CacheRun, LiveRun] = {}
 
-    def open_run(patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
-        return _open_run(patcher, finder, options, sigmas, live)
+    def open_run(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any) -> CacheRun | None:
+        return _open_run(patcher, finder, options, sigmas, sampler, live)
 
     def finished(run: CacheRun, result: torch.Tensor | None) -> None:
         report = run.close(is_complete=result is not None)
@@ -79,10 +80,11 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
     return clone
 
 
-def listen(model: ModelPatcher, open_run: Callable[[ModelPatcher, torch.Tensor], Any], finished: Callable[[Any, Any], None]) -> None:
+def listen(model: ModelPatcher, open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> None:
     """Makes every sampling of `model` ask `open_run` for a run (or None) and hand it over to `finished` at the end.
 
-    A run has `evaluation`, `cond_batch` and `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent,
+    open_run: given the patcher, the noise levels and the host's sampler. A run has `evaluation`, `corrected`, `cond_batch` and
+    `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent,
     or None for it after a cancel or an error.
     """
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(open_run, finished))
@@ -115,12 +117,12 @@ def unknown_model(model: ModelPatcher) -> str:
     return f"DuCa Cache does not know the model {name}; it is passed through unchanged, without a cache."
 
 
-def _sampling(open_run: Callable[[ModelPatcher, torch.Tensor], Any], finished: Callable[[Any, Any], None]) -> Callable[..., torch.Tensor]:
+def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Callable[..., torch.Tensor]:
     """The OUTER_SAMPLE wrapper: one run per sampling, ended however the sampling ends."""
 
     def outer_sample(executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
         guider = executor.class_obj
-        run = open_run(guider.model_patcher, sigmas)
+        run = open_run(guider.model_patcher, sigmas, sampler)
         if run is None:
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         shared_options = guider.model_options
@@ -137,15 +139,18 @@ def _sampling(open_run: Callable[[ModelPatcher, torch.Tensor], Any], finished: C
     return outer_sample
 
 
-def opening(patcher: ModelPatcher, sigmas: torch.Tensor, start: float = 0.0, end: float = 1.0) -> Opening:
-    """What a run begins with; start, end: the part of the sampling that may be skipped. Raises ValueError in words for the user."""
+def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any = None, start: float = 0.0, end: float = 1.0) -> Opening:
+    """What a run of the host's `sampler` begins with; start, end: the part of the sampling that may be skipped.
+
+    Raises ValueError in words for the user.
+    """
     family = find_family(patcher.model.diffusion_model)
     if family is None:
         raise ValueError(unknown_model(patcher))
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
-    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device)
+    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, _is_euler(sampler))
 
 
 def _open_run(
@@ -153,12 +158,13 @@ def _open_run(
     finder: calibrations.Finder,
     options: HostOptions,
     sigmas: torch.Tensor,
+    sampler: Any,
     live: dict[CacheRun, LiveRun],
 ) -> CacheRun | None:
     """A run for these noise levels, entered in `live` if a node asked for it; None (said to the user) where the cache must stand aside."""
     settings = finder.settings_for(patcher)
     try:
-        begun = opening(patcher, sigmas, *settings.part)
+        begun = opening(patcher, sigmas, sampler, *settings.part)
     except ValueError as reason:
         say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", options.node_id)
         return None
@@ -190,6 +196,12 @@ def _open_run(
     return run
 
 
+def _is_euler(sampler: Any) -> bool:
+    """Whether it is the host's Euler sampler (DDIM is the same one there) and adds no noise between steps."""
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", "") == "sample_euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
+
+
 def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
     """The model's time at each noise level, scaled so that the noisiest is 1."""
     levels = torch.cat((torch.as_tensor(sampling.sigma_max).reshape(1).to(sigmas), sigmas))
@@ -203,7 +215,8 @@ def _predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model
         return executor(x, timestep, model_options, seed)
     # One number read per evaluation, as the kind depends on it. On a GPU this waits for the previous evaluation.
     with run.evaluation(float(timestep.flatten()[0])):
-        return executor(x, timestep, model_options, seed)
+        denoised = executor(x, timestep, model_options, seed)
+    return run.corrected(x, denoised)
 
 
 def _calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict):

@@ -17,6 +17,7 @@ def report_text(report: RunReport, verbose: bool = False) -> str:
         f"{report.setting} on {report.family}{'' if report.is_complete else ' (run not finished)'}",
         f"plan         {report.plan}",
         f"evaluations  {len(evaluations)}: {counts}",
+        *([f"corrected    {report.corrected} full evaluations made up for those skipped before them"] if report.corrected else []),
         f"compute      {report.compute_speedup:.2f}x less",
         f"time         {report.total_ms / 1000:.2f} s, {report.time_speedup:.2f}x faster than all full",
         f"cache        {report.peak_bytes / _MIB:.1f} MiB (predicted {report.predicted_bytes / _MIB:.1f}), freed",
@@ -39,6 +40,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
             for e in report.evaluations
         ],
         "counts": {kind.label: report.count(kind) for kind in Kind},
+        "corrected": report.corrected,
         "compute_speedup": report.compute_speedup,
         "time_speedup": report.time_speedup,
         "total_ms": report.total_ms,

@@ -122,7 +122,7 @@ def record(model, steps=6, prompts=("red apple", "castle")):
     runs = []
     recorded = model.clone()
 
-    def open_run(patcher, sigmas):
+    def open_run(patcher, sigmas, sampler):
         timeline = Timeline(sigmas.tolist(), host.model_times(patcher.get_model_object("model_sampling"), sigmas))
         opening = Opening(patcher.model.diffusion_model, FLUX, timeline, range(timeline.steps), patcher.load_device)
         # only predictors that use the input make it be kept

@@ -61,7 +61,8 @@ _ALLOWED = {
     "opening": {"families", "timeline"},
     "schedule": {"calibration", "opening", "policies", "schedule_text"},
     "strategy": {"calibration", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
-    "run": {"engine", "families", "meter", "store", "strategy", "timeline"},
+    "corrector": {"kinds", "meter", "timeline"},
+    "run": {"corrector", "engine", "families", "meter", "store", "strategy", "timeline"},
     "costs": {"families", "meter", "schedule", "strategy"},
     "tuning": {"calibration", "engine", "families", "opening", "policies", "predictors", "run", "strategy", "tuning"},
 }

@@ -24,7 +24,11 @@ def sampler_of(model, **more):
 
     def sampled(prompt, make):
         clone = model.clone()
-        host.listen(clone, lambda patcher, sigmas: make(host.opening(patcher, sigmas)), lambda run, result: run.close(result is not None))
+
+        def open_run(patcher, sigmas, sampler):
+            return make(host.opening(patcher, sigmas, sampler))
+
+        host.listen(clone, open_run, lambda run, result: run.close(result is not None))
         return drawn(clone, prompt, **{name: value[prompt] if isinstance(value, list) else value for name, value in more.items()})
 
     return sampled

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ class Trials:
             strategy = strategies[prompt % len(strategies)]
 
             def make(opening: Opening, strategy: Strategy = strategy) -> CacheRun:
-                return CacheRun(strategy, opening.timeline, opening.window, opening.family, opening.device)
+                used = replace(strategy, corrects=opening.is_euler)
+                return CacheRun(used, opening.timeline, opening.window, opening.family, opening.device)
 
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()

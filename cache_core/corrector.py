@@ -1,0 +1,84 @@
+"""Makes up, at a full evaluation, for what the skipped ones before it got wrong."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .kinds import Kind, Plan
+from .meter import Evaluation
+from .timeline import Timeline
+
+
+class Corrector:
+    """The corrector to the predictors, as in predictor-corrector methods for differential equations; for Euler's method.
+
+    A step from noise level σ to σ' takes the latent x to x + (σ' - σ)·d, with the direction d = (x - denoised) / σ. Skipped steps
+    take a forecast d̂. The full evaluation behind a gap knows the direction at its other end, and what lies between two ends is known
+    better (d̃, on the line between them) than what lies beyond one. So x is off by about
+
+        e = Σ over the gap of (σ_j+1 - σ_j)·(d̃_j - d̂_j)
+
+    The full evaluation already saw that as noise, and takes it away as it takes noise away, until the next full evaluation, at σ_next,
+    sees the latent again. What would be left of it, e·σ_next/σ, is added to the next latent, by way of this one's denoised latent.
+    Nothing here is fitted; docs/benchmarks.md has what it is worth.
+
+    timeline, plan: of the run. corrected: full evaluations corrected so far. Keeps two tensors of the latent's size.
+    """
+
+    def __init__(self, timeline: Timeline, plan: Plan) -> None:
+        self._timeline, self._plan = timeline, plan
+        self.corrected = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all directions: nothing is corrected before two more full evaluations."""
+        self._last = -1  # step of the last evaluation
+        self._before: Tensor | None = None  # direction at the last full one
+        self._gap: list[int] = []  # steps skipped since
+        self._taken: Tensor | None = None  # Σ (σ_j+1 - σ_j)·d̂_j over them
+
+    def answer(self, evaluation: Evaluation, latent: Tensor, denoised: Tensor) -> Tensor:
+        """What the sampler is to get in place of `denoised`: itself, but at a full evaluation behind a gap. Neither is written to."""
+        step, kinds = evaluation.step, {evaluation.planned, evaluation.kind}
+        if step != self._last + 1 or not (kinds == {Kind.AGGRESSIVE} or evaluation.planned is Kind.FULL):
+            self.clear()
+        if not evaluation.calls:  # another node answered: nobody knows how
+            self.clear()
+            return denoised
+        self._last = step
+        direction = (latent - denoised) / self._timeline.sigmas[step]
+        if evaluation.planned is not Kind.FULL:
+            self._skipped(step, direction)
+            return denoised
+        error, share = self._error(step, direction), self._share(step)
+        self._before, self._gap, self._taken = direction, [], None
+        if error is None or not share:
+            return denoised
+        self.corrected += 1
+        return denoised + share * error
+
+    def _skipped(self, step: int, direction: Tensor) -> None:
+        if self._before is None:
+            return
+        taken = self._change(step) * direction
+        self._taken = taken if self._taken is None else self._taken + taken
+        self._gap.append(step)
+
+    def _error(self, step: int, direction: Tensor) -> Tensor | None:
+        """How far the latent should be from where it is; None where nothing was skipped."""
+        if self._before is None or self._taken is None:
+            return None
+        start, *gap, end = self._timeline.times[self._gap[0] - 1 : step + 1]
+        changes = [self._change(j) for j in self._gap]
+        after = sum(change * (time - start) / (end - start) for change, time in zip(changes, gap))
+        return (sum(changes) - after) * self._before + after * direction - self._taken
+
+    def _share(self, step: int) -> float:
+        """Of the error, what is added to `denoised`; the next latent is r·x + (1 - r)·denoised with r = σ_step+1 / σ_step."""
+        sigmas, steps = self._timeline.sigmas, self._timeline.steps
+        seen_again = next((j for j in range(step + 1, steps) if self._plan[j] is Kind.FULL), steps)
+        change = sigmas[step] - sigmas[step + 1]
+        return sigmas[seen_again] / change if change else 0.0
+
+    def _change(self, step: int) -> float:
+        return self._timeline.sigmas[step + 1] - self._timeline.sigmas[step]
