@@ -124,6 +124,7 @@ def uncalibrated(full: int) -> dict[str, Settings | None]:
         "Chebyshev, even gaps": Settings(chosen=Strategy(even, Chebyshev(history=100))),
         "Taylor 1, auto's plan": Settings(chosen=Strategy(auto, Taylor(1))),
         "Chebyshev, auto's plan": Settings(chosen=Strategy(auto, Chebyshev(history=100))),
+        "auto's plan and predictor, nothing corrected": Settings(chosen=Strategy(auto, AUTO)),
         "**auto, uncalibrated**": Settings(speedup=STEPS / full),
     }
 
@@ -133,13 +134,17 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
     assert forecast is not None
     model, auto = forecast.model, FrontLoaded(STEPS / full)
     searched = search_for(model, 1.0, forecast.step_times, range(STEPS)).plan(full)
+    chosen = {
+        "w, auto's plan": Strategy(auto, WeightsOnly(Calibrated(model))),
+        "w and A, auto's plan": Strategy(auto, Calibrated(model)),
+        "a quarter of w and A, auto's plan": Strategy(auto, Calibrated(model, 0.25)),
+        "half w and A, auto's plan": Strategy(auto, Calibrated(model, 0.5)),
+        "w and A, searched plan": Strategy(Given(searched), Calibrated(model)),
+        "half w and A, searched plan": Strategy(Given(searched), Calibrated(model, 0.5)),
+    }
     return {
-        "w, auto's plan": Settings(chosen=Strategy(auto, WeightsOnly(Calibrated(model)))),
-        "w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model))),
-        "a quarter of w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model, 0.25))),
-        "half w and A, auto's plan": Settings(chosen=Strategy(auto, Calibrated(model, 0.5))),
-        "w and A, searched plan": Settings(chosen=Strategy(Given(searched), Calibrated(model))),
-        "half w and A, searched plan": Settings(chosen=Strategy(Given(searched), Calibrated(model, 0.5))),
+        **{name: Settings(chosen=replace(strategy, corrects=True)) for name, strategy in chosen.items()},
+        "w and A, searched plan, nothing corrected": Settings(chosen=chosen["w and A, searched plan"]),
         "**auto, calibrated** (tried out)": Settings(speedup=STEPS / full, calibration=learned),
     }
 

@@ -88,6 +88,7 @@ def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
     rows: dict[str, Settings | None] = {
         "no cache, fewer steps": None,
         "**auto**": Settings(speedup=STEPS / full),
+        "auto, nothing corrected": Settings(chosen=Strategy(FrontLoaded(STEPS / full), AUTO)),
         "Taylor 1, same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Taylor(1))),
         "Chebyshev (Spectrum), same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Chebyshev(history=100))),
         "Chebyshev, gaps n(k/K)^1.35": Settings(chosen=Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100))),
