@@ -228,6 +228,24 @@ def test_parts_are_factorised_apart(network, sites, method):
         assert energy[name] == pytest.approx(squares[:16].sum() / squares.sum(), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e-4, 1e4], ids=str)
+def test_factors_fit_into_half_precision_however_small_the_increments(network, sites, size):
+    """One channel in four hardly moves at all; divided by its weight, B would be beyond 65504."""
+    chosen, magnitudes = [s for s in sites if s.name == "double_blocks.0.img_attn.proj"], Magnitudes(increments=True)
+    (site,) = chosen
+    moved = size * torch.rand(1, 1, site.in_features + site.out_features, generator=torch.Generator().manual_seed(1))
+    moved[..., ::4] *= 1e-9
+    for x in (torch.zeros_like(moved), moved):
+        magnitudes.add(site, "a", x[..., : site.in_features], x[..., site.in_features :])
+
+    def product(dtype: torch.dtype) -> torch.Tensor:
+        factors, _ = factorise_sites(chosen, 16, "cd_svd", magnitudes, dtype, CPU, call_dtype=torch.float32)
+        return factors[f"{site.name}.all.A"].double() @ factors[f"{site.name}.all.B"].double()
+
+    half, exact = product(torch.float16), product(torch.float64)
+    assert (half - exact).norm() < 2e-3 * exact.norm()
+
+
 # -- magnitudes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ _AMPLITUDE = 256.0  # of the identity: far above the bias, so that half precisio
 _PROBES = 4
 _FLOOR = 1e-3  # of the largest channel weight, as in the authors' code
 _OVERSAMPLING, _ITERATIONS = 32, 4
+_LARGEST = 1024.0  # entry of B in a file: half precision ends at 65504, and increments, which it divides by, are small
 _SMALL = 1024  # up to here an exact decomposition takes less than a second
 
 
@@ -223,8 +224,9 @@ def factorise_sites(
         means = magnitudes.means(site) if magnitudes is not None and method != "svd" else (None, None)
         for part, (a, b, energy) in _factorise_parts(site, rank, method, means, call_dtype or dtype, device, exact):
             energies[site.key(part)] = energy
-            factors[f"{site.key(part)}.A"] = a.to("cpu", dtype)
-            factors[f"{site.key(part)}.B"] = b.to("cpu", dtype)
+            excess = max(1.0, float(b.abs().max()) / _LARGEST)  # A = W·diag(r)·V is then as much too small as B is too large
+            factors[f"{site.key(part)}.A"] = (a * excess).to("cpu", dtype)
+            factors[f"{site.key(part)}.B"] = (b / excess).to("cpu", dtype)
         if progress is not None:
             progress(done, len(sites))
     return factors, energies
