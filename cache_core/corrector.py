@@ -19,10 +19,11 @@ class Corrector:
         e = Σ over the gap of (σ_j+1 - σ_j)·(d̃_j - d̂_j)
 
     The full evaluation already saw that as noise, and takes it away as it takes noise away, until the next full evaluation, at σ_next,
-    sees the latent again. What would be left of it, e·σ_next/σ, is added to the next latent, by way of this one's denoised latent.
+    sees the latent again. What would be left of it then, e·σ_next/σ, is what the steps up to there are to add to x. They do so by
+    way of their denoised latents, all by the same amount: in a preview one step alone would show it many times as large.
     Nothing here is fitted; docs/benchmarks.md has what it is worth.
 
-    timeline, plan: of the run. corrected: full evaluations corrected so far. Keeps two tensors of the latent's size.
+    timeline, plan: of the run. corrected: full evaluations corrected so far. Keeps three tensors of the latent's size.
     """
 
     def __init__(self, timeline: Timeline, plan: Plan) -> None:
@@ -36,9 +37,10 @@ class Corrector:
         self._before: Tensor | None = None  # direction at the last full one
         self._gap: list[int] = []  # steps skipped since
         self._taken: Tensor | None = None  # Σ (σ_j+1 - σ_j)·d̂_j over them
+        self._shift: Tensor | None = None  # of denoised latents, up to the next full evaluation
 
     def answer(self, evaluation: Evaluation, latent: Tensor, denoised: Tensor) -> Tensor:
-        """What the sampler is to get in place of `denoised`: itself, but at a full evaluation behind a gap. Neither is written to."""
+        """What the sampler is to get in place of `denoised`: itself, but from a full evaluation behind a gap on. Neither is written to."""
         step, kinds = evaluation.step, {evaluation.planned, evaluation.kind}
         if step != self._last + 1 or not (kinds == {Kind.AGGRESSIVE} or evaluation.planned is Kind.FULL):
             self.clear()
@@ -47,15 +49,14 @@ class Corrector:
             return denoised
         self._last = step
         direction = (latent - denoised) / self._timeline.sigmas[step]
-        if evaluation.planned is not Kind.FULL:
+        if evaluation.planned is Kind.FULL:
+            error, share = self._error(step, direction), self._share(step)
+            self._before, self._gap, self._taken = direction, [], None
+            self._shift = share * error if error is not None and share else None
+            self.corrected += self._shift is not None
+        else:
             self._skipped(step, direction)
-            return denoised
-        error, share = self._error(step, direction), self._share(step)
-        self._before, self._gap, self._taken = direction, [], None
-        if error is None or not share:
-            return denoised
-        self.corrected += 1
-        return denoised + share * error
+        return denoised if self._shift is None else denoised + self._shift
 
     def _skipped(self, step: int, direction: Tensor) -> None:
         if self._before is None:
@@ -74,11 +75,13 @@ class Corrector:
         return (sum(changes) - after) * self._before + after * direction - self._taken
 
     def _share(self, step: int) -> float:
-        """Of the error, what is added to `denoised`; the next latent is r·x + (1 - r)·denoised with r = σ_step+1 / σ_step."""
+        """Of the error, what is added to each denoised latent; it reaches the next latent as 1 - σ_j+1 / σ_j of itself."""
         sigmas, steps = self._timeline.sigmas, self._timeline.steps
-        seen_again = next((j for j in range(step + 1, steps) if self._plan[j] is Kind.FULL), steps)
-        change = sigmas[step] - sigmas[step + 1]
-        return sigmas[seen_again] / change if change else 0.0
+        seen_again = next((j for j in range(step + 1, steps) if self._plan[j] is Kind.FULL), None)
+        if seen_again is None:  # what leaves the run, denoised or not, is as the model answers it
+            return 0.0
+        reached = sum(1 - sigmas[j + 1] / sigmas[j] for j in range(step, seen_again))
+        return sigmas[seen_again] / sigmas[step] / reached if reached else 0.0
 
     def _change(self, step: int) -> float:
         return self._timeline.sigmas[step + 1] - self._timeline.sigmas[step]

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -198,8 +199,8 @@ def _open_run(
 
 def _is_euler(sampler: Any) -> bool:
     """Whether it is the host's Euler sampler (DDIM is the same one there) and adds no noise between steps."""
-    function = getattr(sampler, "sampler_function", None)
-    return getattr(function, "__name__", "") == "sample_euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
+    is_euler = getattr(sampler, "sampler_function", None) is comfy.k_diffusion.sampling.sample_euler
+    return is_euler and not sampler.extra_options.get("s_churn")
 
 
 def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:

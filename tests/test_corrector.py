@@ -15,7 +15,7 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from host import cached, last_report, psnr, sample
 
-SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.0]
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
 
 def evaluation(step: int, plan: str, kind: Kind | None = None, calls: int = 1) -> Evaluation:
@@ -40,41 +40,46 @@ def answers(plan: str, directions, changed=()) -> list[float]:
 def test_a_gap_is_made_up_for_by_the_hand_worked_amount():
     """The forecast direction was 1 where the line from 1 to 3 has 2: the latent should be 0.2 lower, a third of which
     the model takes away before the next full evaluation. So the next latent must be 0.2 · 2/3 lower."""
-    plain, corrected = [0.0, 0.0, 0.0, 0.0], answers("FaFF", [1, 1, 3, 5])
-    assert corrected[:2] == plain[:2] and corrected[3] == 0
+    corrected = answers("FaFFF", [1, 1, 3, 5, 0])
+    assert corrected[:2] == [0, 0] and corrected[3:] == [0, 0]
     latent = 0.6 * 3
     after = latent + (0.4 - 0.6) * (latent - corrected[2]) / 0.6
     assert after - (latent + (0.4 - 0.6) * 3) == pytest.approx(-0.2 * 2 / 3)
 
 
-def test_what_the_model_takes_away_by_itself_is_not_added():
-    near, never = (answers(plan, [1, 1, 3, 5])[2] for plan in ("FaFF", "FaFa"))
-    assert near == pytest.approx(-0.4)  # σ_next 0.4, over the step's 0.2, times -0.2
-    assert never == 0.0  # nothing sees the latent again before it is finished
+def test_the_steps_up_to_the_next_full_one_share_it():
+    """A denoised latent that is c higher makes the next latent (1 - σ'/σ)·c higher: 1/3 and 1/2 of it here."""
+    first, second = answers("FaFaF", [1, 1, 3, 3, 0])[2:4]
+    assert first == second
+    assert first / 3 + second / 2 == pytest.approx(-0.2 * 1 / 3)
+
+
+def test_what_leaves_the_run_is_as_the_model_answers_it():
+    assert answers("FaFaa", [1, 1, 3, 3, 3]) == answers("FaaaF", [1, 1, 3, 3, 9]) == [0, 0, 0, 0, 0]
 
 
 def test_forecasts_that_were_right_are_left_alone():
-    assert answers("FaFF", [1, 2, 3, 4]) == pytest.approx([0, 0, 0, 0])
+    assert answers("FaFFF", [1, 2, 3, 4, 5]) == pytest.approx([0, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {1: evaluation(1, "FaFF", Kind.FULL)},  # a cond that had nothing kept yet
+        {1: evaluation(1, "FaFFF", Kind.FULL)},  # a cond that had nothing kept yet
         {1: evaluation(1, "FcFF")},  # closer to the truth than a line is
-        {0: evaluation(0, "FaFF", calls=0)},  # another node answered
+        {0: evaluation(0, "FaFFF", calls=0)},  # another node answered
     ],
     ids=["mixed", "conservative", "not ours"],
 )
 def test_what_is_not_a_forecast_between_two_full_evaluations_is_not_corrected(changed):
-    assert answers("FaFF", [1, 1, 3, 5], changed) == [0, 0, 0, 0]
+    assert answers("FaFFF", [1, 1, 3, 5, 0], changed) == [0, 0, 0, 0, 0]
 
 
 def test_evaluations_out_of_order_start_anew():
-    corrector = Corrector(Timeline(SIGMAS), Plan.parse("FaFF"))
+    corrector = Corrector(Timeline(SIGMAS), Plan.parse("FaFFF"))
     latents = [torch.ones(1), torch.ones(1), torch.ones(1) * 3]
     for step in (0, 1, 1, 2):
-        result = corrector.answer(evaluation(step, "FaFF"), latents[step], torch.zeros(1))
+        result = corrector.answer(evaluation(step, "FaFFF"), latents[step], torch.zeros(1))
     assert float(result) == 0 and corrector.corrected == 0
 
 
