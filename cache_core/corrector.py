@@ -41,15 +41,15 @@ class Corrector:
 
     def answer(self, evaluation: Evaluation, latent: Tensor, denoised: Tensor) -> Tensor:
         """What the sampler is to get in place of `denoised`: itself, but from a full evaluation behind a gap on. Neither is written to."""
-        step, kinds = evaluation.step, {evaluation.planned, evaluation.kind}
-        if step != self._last + 1 or not (kinds == {Kind.AGGRESSIVE} or evaluation.planned is Kind.FULL):
+        step, is_full = evaluation.step, evaluation.planned is Kind.FULL
+        if step != self._last + 1:
             self.clear()
-        if not evaluation.calls:  # another node answered: nobody knows how
+        if not evaluation.calls or not (is_full or evaluation.skipped):  # another node answered, or it is no forecast
             self.clear()
             return denoised
         self._last = step
         direction = (latent - denoised) / self._timeline.sigmas[step]
-        if evaluation.planned is Kind.FULL:
+        if is_full:
             error, share = self._error(step, direction), self._share(step)
             self._before, self._gap, self._taken = direction, [], None
             self._shift = share * error if error is not None and share else None

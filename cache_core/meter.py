@@ -19,7 +19,7 @@ class Evaluation:
 
     planned: the kind its step has in the plan. kind: the costliest kind that a model call of it really was.
     macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
-    ms: wall time. cache_bytes: kept after it.
+    skipped: calls that were aggressive. ms: wall time. cache_bytes: kept after it.
     """
 
     index: int
@@ -28,6 +28,7 @@ class Evaluation:
     planned: Kind
     kind: Kind = Kind.AGGRESSIVE
     calls: int = 0
+    skipped: int = 0
     macs: float = 0.0
     full_macs: float = 0.0
     ms: float = 0.0
@@ -37,6 +38,7 @@ class Evaluation:
         cheapest_first = (Kind.AGGRESSIVE, Kind.CONSERVATIVE, Kind.CALIBRATED, Kind.FULL)
         self.kind = max(self.kind, kind, key=cheapest_first.index)
         self.calls += 1
+        self.skipped += kind is Kind.AGGRESSIVE
         self.macs += macs
         self.full_macs += full_macs
 

@@ -20,7 +20,8 @@ SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
 def evaluation(step: int, plan: str, kind: Kind | None = None, calls: int = 1) -> Evaluation:
     planned = Plan.parse(plan)[step]
-    return Evaluation(step, step, SIGMAS[step], planned, kind or planned, calls)
+    kind = kind or planned
+    return Evaluation(step, step, SIGMAS[step], planned, kind, calls, skipped=calls if kind is Kind.AGGRESSIVE else 0)
 
 
 def answers(plan: str, directions, changed=()) -> list[float]:
@@ -65,11 +66,11 @@ def test_forecasts_that_were_right_are_left_alone():
 @pytest.mark.parametrize(
     "changed",
     [
-        {1: evaluation(1, "FaFFF", Kind.FULL)},  # a cond that had nothing kept yet
+        {1: evaluation(1, "FaFFF", Kind.FULL)},  # when no memory was left
         {1: evaluation(1, "FcFF")},  # closer to the truth than a line is
         {0: evaluation(0, "FaFFF", calls=0)},  # another node answered
     ],
-    ids=["mixed", "conservative", "not ours"],
+    ids=["computed", "conservative", "not ours"],
 )
 def test_what_is_not_a_forecast_between_two_full_evaluations_is_not_corrected(changed):
     assert answers("FaFFF", [1, 1, 3, 5, 0], changed) == [0, 0, 0, 0, 0]

@@ -129,7 +129,7 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
     def distances(plan: Plan, share: float | None) -> np.ndarray:
         found = []
         for prompt, other in enumerate(others):
-            patched = cached(model, chosen=Strategy(Given(plan), predictor_of(other.model, share)))
+            patched = cached(model, chosen=Strategy(Given(plan), predictor_of(other.model, share), corrects=True))
             found.append(psnr(drawn(patched, prompt), references[prompt]))
         return np.array(found)
 
@@ -182,7 +182,8 @@ def test_a_calibration_brings_its_choices_to_a_run(model, learned):
     about = About("flux", "m", "euler", "simple", STEPS, 2.5, (1.0,) * 7, learned.times, (24, 24), 2, (100, 101), 0, "", {}, "2026-01-02")
     for choice, speedup in zip(learned.forecast.choices, QUICK.speedups):
         patched = cached(model, speedup=speedup, calibration=Calibration(about, fingerprint_of(model), learned.forecast))
-        latent, strategy = drawn(patched, 0), Strategy(Given(choice.plan), predictor_of(learned.forecast.model, choice.share))
+        latent, predictor = drawn(patched, 0), predictor_of(learned.forecast.model, choice.share)
+        strategy = Strategy(Given(choice.plan), predictor, corrects=True)
         assert kinds(last_report(patched)) == str(choice.plan)
         assert torch.equal(latent, drawn(cached(model, chosen=strategy), 0))
 
