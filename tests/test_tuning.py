@@ -121,7 +121,9 @@ def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
 @pytest.mark.parametrize("sure", [0.0, 2.0])
 def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure):
     """Every candidate is met again here: learned from one prompt by a calibration of its own, sampled on the other."""
+    worth = 0.5 if sure else 0.0
     monkeypatch.setattr(trials, "_SURE", sure)
+    monkeypatch.setattr(trials, "_WORTH", worth)
     learned = calibrator(model).run()
     references = [drawn(model, prompt) for prompt in range(2)]
     others = [calibrator(model, prompts=[1 - prompt]).run().forecast for prompt in range(2)]
@@ -141,7 +143,7 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
         expected, share = plain, None
         for candidate in (0.25, 0.5):
             found = distances(choice.plan, candidate)
-            surely = (found - plain).mean() > sure * (found - plain).std(ddof=1) / 2**0.5
+            surely = (found - plain).mean() > max(worth, sure * (found - plain).std(ddof=1) / 2**0.5)
             if surely and found.mean() > expected.mean():
                 expected, share = found, candidate
         assert choice.psnr == pytest.approx(expected.mean(), abs=1e-3) and choice.share == share
@@ -154,7 +156,8 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
         ({0.25: [1.0, 0.8, 1.2, 1.0], 0.5: [2.0, 2.1, 1.9, 2.0]}, 0.5),
         ({0.25: [5.0, -3.0, 4.0, -2.0], 0.5: [0.0, 0.0, 0.0, 0.0]}, None),  # 1 dB on average, with a standard error of 2
         ({0.25: [-1.0, -1.0, -1.0, -1.0], 0.5: [-2.0, -2.0, -2.0, -2.0]}, None),
-        ({0.25: [4.0, 0.1, 4.0, 0.1], 0.5: [0.5, 0.5, 0.5, 0.5]}, 0.5),  # more on average, but not surely
+        ({0.25: [4.0, 0.1, 4.0, 0.1], 0.5: [0.6, 0.6, 0.6, 0.6]}, 0.5),  # more on average, but not surely
+        ({0.25: [0.4, 0.4, 0.4, 0.4], 0.5: [0.3, 0.3, 0.3, 0.3]}, None),  # surely, but not worth it
     ],
 )
 def test_only_what_is_surely_better_is_chosen(gains, chosen):
