@@ -66,10 +66,12 @@ class Corrector:
         self._gap.append(step)
 
     def _error(self, step: int, direction: Tensor) -> Tensor | None:
-        """How far the latent should be from where it is; None where nothing was skipped."""
+        """How far the latent should be from where it is; None where nothing was skipped, or no time passed."""
         if self._before is None or self._taken is None:
             return None
         start, *gap, end = self._timeline.times[self._gap[0] - 1 : step + 1]
+        if start == end:  # models with discrete timesteps have one for several small noise levels
+            return None
         changes = [self._change(j) for j in self._gap]
         after = sum(change * (time - start) / (end - start) for change, time in zip(changes, gap))
         return (sum(changes) - after) * self._before + after * direction - self._taken

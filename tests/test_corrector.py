@@ -76,6 +76,14 @@ def test_what_is_not_a_forecast_between_two_full_evaluations_is_not_corrected(ch
     assert answers("FaFFF", [1, 1, 3, 5, 0], changed) == [0, 0, 0, 0, 0]
 
 
+def test_small_noise_levels_may_share_a_timestep():
+    times, plan = [1.0, 0.5, 0.5, 0.5, 0.0, 0.0], "FFaFF"
+    corrector = Corrector(Timeline(SIGMAS, times), Plan.parse(plan))
+    for step, direction in enumerate([1, 1, 5, 9, 0]):
+        latent = torch.tensor([SIGMAS[step] * direction])
+        assert float(corrector.answer(evaluation(step, plan), latent, torch.zeros(1))) == 0
+
+
 def test_evaluations_out_of_order_start_anew():
     corrector = Corrector(Timeline(SIGMAS), Plan.parse("FaFFF"))
     latents = [torch.ones(1), torch.ones(1), torch.ones(1) * 3]
