@@ -34,9 +34,9 @@ class Corrector:
     def clear(self) -> None:
         """Forgets all directions: nothing is corrected before two more full evaluations."""
         self._last = -1  # step of the last evaluation
-        self._before: Tensor | None = None  # direction at the last full one
-        self._gap: list[int] = []  # steps skipped since
-        self._taken: Tensor | None = None  # Σ (σ_j+1 - σ_j)·d̂_j over them
+        self._full = -1  # step of the last full one
+        self._before: Tensor | None = None  # direction there
+        self._taken: Tensor | None = None  # Σ (σ_j+1 - σ_j)·d̂_j over the steps skipped since
         self._shift: Tensor | None = None  # of denoised latents, up to the next full evaluation
 
     def answer(self, evaluation: Evaluation, latent: Tensor, denoised: Tensor) -> Tensor:
@@ -51,28 +51,22 @@ class Corrector:
         direction = (latent - denoised) / self._timeline.sigmas[step]
         if is_full:
             error, share = self._error(step, direction), self._share(step)
-            self._before, self._gap, self._taken = direction, [], None
+            self._full, self._before, self._taken = step, direction, None
             self._shift = share * error if error is not None and share else None
             self.corrected += self._shift is not None
-        else:
-            self._skipped(step, direction)
+        elif self._before is not None:
+            taken = self._change(step) * direction
+            self._taken = taken if self._taken is None else self._taken + taken
         return denoised if self._shift is None else denoised + self._shift
-
-    def _skipped(self, step: int, direction: Tensor) -> None:
-        if self._before is None:
-            return
-        taken = self._change(step) * direction
-        self._taken = taken if self._taken is None else self._taken + taken
-        self._gap.append(step)
 
     def _error(self, step: int, direction: Tensor) -> Tensor | None:
         """How far the latent should be from where it is; None where nothing was skipped, or no time passed."""
         if self._before is None or self._taken is None:
             return None
-        start, *gap, end = self._timeline.times[self._gap[0] - 1 : step + 1]
+        start, *gap, end = self._timeline.times[self._full : step + 1]
         if start == end:  # models with discrete timesteps have one for several small noise levels
             return None
-        changes = [self._change(j) for j in self._gap]
+        changes = [self._change(j) for j in range(self._full + 1, step)]
         after = sum(change * (time - start) / (end - start) for change, time in zip(changes, gap))
         return (sum(changes) - after) * self._before + after * direction - self._taken
 

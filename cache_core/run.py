@@ -54,7 +54,7 @@ class CacheRun:
     strategy: what to do. timeline: the sampler's noise levels. window: steps in which skipping is allowed.
     family: of the model. device: where the model runs. say: told every notice once, in words for the user.
     choose_device: for storage left to us: given the bytes needed, the device to keep them on (None: the model's).
-    told: hears of every evaluation when it is over; its time is known only at the end of the run.
+    told: hears of every evaluation when it is over; its time is known only at the end of the run. is_euler: see Opening.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class CacheRun:
         say: Callable[[str], None] = lambda _text: None,
         choose_device: Callable[[int], torch.device | None] | None = None,
         told: Callable[[Evaluation], None] = lambda _evaluation: None,
+        is_euler: bool = False,
     ) -> None:
         self.plan = strategy.policy.plan(timeline.steps, window)
         _check(strategy, self.plan, family)
@@ -76,7 +77,7 @@ class CacheRun:
         self._choice = TokenChoice(strategy.token_share, strategy.seed)
         self._stopwatch = Stopwatch(device)
         self._say, self._choose_device, self._told = say, choose_device, told
-        self._corrector = Corrector(timeline, self.plan) if strategy.corrects else None
+        self._corrector = Corrector(timeline, self.plan) if strategy.corrects and is_euler else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._linears: CalibratedLinears | None = None  # of the model that is called, from the first call that needs them
         self._macs: dict[tuple, float] = {}

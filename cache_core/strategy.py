@@ -30,7 +30,7 @@ class Strategy:
 
     storage: where features live. name: what a report calls it. linears: what plans with calibrated evaluations need.
     first_only: of several evaluations of one step, only the first is of the plan's kind; the others are aggressive.
-    corrects: whether full evaluations make up for what was skipped before them; only for Euler's method (see Corrector).
+    corrects: whether full evaluations make up for what was skipped before them, where the sampler is Euler's (see Corrector).
     notices: what the user is to be told when a run with it begins.
     """
 
@@ -118,7 +118,7 @@ class Settings:
         """What the mode fills with, at the schedule's times."""
         policy, notices = schedule.policy(opening, self.token_share, self.calibration)
         predictor: Predictor = PREDICTORS[self.predictor]() if self.mode == "forecast" else Reuse()
-        common["corrects"] = self.mode == "auto" and opening.is_euler
+        common["corrects"] = self.mode == "auto"
         calibration = self.calibration or schedule.calibration
         if self.mode == "auto":
             plan = policy.plan(opening.timeline.steps, opening.window)
@@ -138,7 +138,7 @@ class Settings:
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The plan that does best in general, filled by what did best in the calibration where it covers the run."""
         policy, name = FrontLoaded(self.speedup, tail=self.tail), f"auto {self.speedup:g}x"
-        uncalibrated = Strategy(policy, AUTO, name=name, corrects=opening.is_euler, **common)
+        uncalibrated = Strategy(policy, AUTO, name=name, corrects=True, **common)
         if self.calibration is None:
             return uncalibrated
         if self.calibration.forecast is None:

@@ -85,8 +85,7 @@ def listen(model: ModelPatcher, open_run: _OpenRun, finished: Callable[[Any, Any
     """Makes every sampling of `model` ask `open_run` for a run (or None) and hand it over to `finished` at the end.
 
     open_run: given the patcher, the noise levels and the host's sampler. A run has `evaluation`, `corrected`, `cond_batch` and
-    `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent,
-    or None for it after a cancel or an error.
+    `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent, or None for it after a cancel or an error.
     """
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(open_run, finished))
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
@@ -140,7 +139,7 @@ def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Calla
     return outer_sample
 
 
-def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any = None, start: float = 0.0, end: float = 1.0) -> Opening:
+def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: float = 0.0, end: float = 1.0) -> Opening:
     """What a run of the host's `sampler` begins with; start, end: the part of the sampling that may be skipped.
 
     Raises ValueError in words for the user.
@@ -189,6 +188,7 @@ def _open_run(
         say=lambda text: say(f"DuCa Cache: {text}.", options.node_id),
         choose_device=choose_device if options.choose_device else None,
         told=told,
+        is_euler=begun.is_euler,
     )
     if options.node_id is not None:
         live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, finder.found)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -80,14 +79,14 @@ class Trials:
     def _try(self, plan: Plan, share: float | None) -> _Trial:
         """Samples all prompts."""
         others = [*self._halves[1:], self._halves[0]]
-        strategies = [Strategy(Given(plan), predictor_of(model, share)) for model in others]
+        strategies = [Strategy(Given(plan), predictor_of(model, share), corrects=True) for model in others]
         distances = []
         for prompt, reference in enumerate(self._references):
             strategy = strategies[prompt % len(strategies)]
 
             def make(opening: Opening, strategy: Strategy = strategy) -> CacheRun:
-                used = replace(strategy, corrects=opening.is_euler)
-                return CacheRun(used, opening.timeline, opening.window, opening.family, opening.device)
+                timeline, window = opening.timeline, opening.window
+                return CacheRun(strategy, timeline, window, opening.family, opening.device, is_euler=opening.is_euler)
 
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()
