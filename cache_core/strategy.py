@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .calibration.calibration import Calibration, Forecast
-from .calibration.use import NotCoveredError, predictor_at
+from .calibration.calibration import Calibration, Choice, Forecast
+from .calibration.use import NotCoveredError, check_covered, choice_at, predictor_of, searched_plan
 from .engine import CalibratedLinears
 from .families import ModelFamily
 from .families.base import Lengths, stream_length
 from .kinds import Kind, Plan
 from .opening import Opening
-from .policies import AlwaysCompute, FixedInterval, FrontLoaded, IccCycle, Policy
+from .policies import AlwaysCompute, FixedInterval, FrontLoaded, Given, IccCycle, Policy
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse
 from .schedule import Schedule, duca_cycle, shortest
 from .store import StoreFormat
@@ -124,7 +124,8 @@ class Settings:
             plan = policy.plan(opening.timeline.steps, opening.window)
             predictor = AUTO
             if calibration is not None and calibration.forecast is not None:
-                predictor, refused = _filling(calibration.forecast, opening, plan.count(Kind.FULL))
+                choice, refused = _tried(calibration.forecast, opening, plan.count(Kind.FULL))
+                predictor = predictor_of(calibration.forecast.model, choice.share if choice is not None else None)
                 notices += refused
         linears = None
         if (
@@ -136,18 +137,26 @@ class Settings:
         return Strategy(policy, predictor, name=schedule.name, linears=linears, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
-        """The plan that does best in general, filled by what did best in the calibration where it covers the run."""
-        policy, name = FrontLoaded(self.speedup, tail=self.tail), f"auto {self.speedup:g}x"
+        """The plan that does best in general, filled without calibration; or what did best in the calibration where it covers the run."""
+        policy: Policy = FrontLoaded(self.speedup, tail=self.tail)
+        name = f"auto {self.speedup:g}x"
         uncalibrated = Strategy(policy, AUTO, name=name, corrects=True, **common)
         if self.calibration is None:
             return uncalibrated
-        if self.calibration.forecast is None:
+        forecast = self.calibration.forecast
+        if forecast is None:
             return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
-        predictor, refused = _filling(self.calibration.forecast, opening, round(opening.timeline.steps / self.speedup))
-        if refused:
+        full = max(1, round(opening.timeline.steps / self.speedup))
+        choice, refused = _tried(forecast, opening, full)
+        if choice is None:
             return replace(uncalibrated, notices=refused)
-        did = "calibrated" if predictor is not AUTO else "calibrated: fills best as without"  # when that was tried out
-        return replace(uncalibrated, predictor=predictor, name=f"{name}, {did}")
+        if choice.is_searched and opening.is_euler:  # on others nothing makes up for the forecasts, and none was tried there
+            times = opening.timeline.times[:-1]
+            window = range(opening.window.start, min(opening.window.stop, len(times) - self.tail))
+            policy = Given(searched_plan(forecast, times, window, full, is_corrected=True))
+        predictor = predictor_of(forecast.model, choice.share)
+        did = "calibrated" if choice.is_searched or choice.share is not None else "calibrated: does best as without"  # when tried out
+        return replace(uncalibrated, policy=policy, predictor=predictor, name=f"{name}, {did}")
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
@@ -168,12 +177,13 @@ class Settings:
         return FrontLoaded(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
 
 
-def _filling(forecast: Forecast, opening: Opening, full: int) -> tuple[Predictor, tuple[str, ...]]:
-    """What the calibration fills with, or the uncalibrated predictor and why."""
+def _tried(forecast: Forecast, opening: Opening, full: int) -> tuple[Choice | None, tuple[str, ...]]:
+    """What did best when that was tried out, or None and why."""
     try:
-        return predictor_at(forecast, opening.timeline.times[:-1], full), ()
+        check_covered(forecast, opening.timeline.times[:-1])
     except NotCoveredError as reason:
-        return AUTO, (f"the calibration is not used: {reason}",)
+        return None, (f"the calibration is not used: {reason}",)
+    return choice_at(forecast, opening.timeline.steps, full), ()
 
 
 def row_macs(

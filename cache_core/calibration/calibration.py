@@ -23,24 +23,27 @@ class Choice:
 
     plan: over the steps of the calibrated schedule. share: of calibrated weights in its predictor; None is the uncalibrated one.
     psnr, uncalibrated: mean over the calibration prompts against the uncached latents, in dB, of this and of the uncalibrated setting.
+    is_searched: whether the plan is the search's, and not the one that does best in general.
     """
 
     plan: Plan
     share: float | None
     psnr: float
     uncalibrated: float
+    is_searched: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
     """model: statistics with sensitivities. step_times: the model's time at every step of the calibrated schedule.
 
-    choices: by number of full evaluations, most first. orders: what was found out about runs, by their times: a page asks often.
+    choices: by number of full evaluations, most first. plans, orders: what was searched for runs, by their times: a page asks often.
     """
 
     model: ForecastModel
     step_times: tuple[float, ...]
     choices: tuple[Choice, ...]
+    plans: dict[tuple, Plan] = field(default_factory=dict, repr=False)
     orders: dict[tuple, list[int]] = field(default_factory=dict, repr=False)
 
 
@@ -99,7 +102,7 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
     model, choices = forecast.model, forecast.choices
     sensitivity = model.sensitivity if model.sensitivity is not None else torch.ones(len(model.times), dtype=torch.float64)
     numbers = [[_KINDS.index(kind) for kind in choice.plan.kinds] for choice in choices]
-    results = [[-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated] for c in choices]
+    results = [[-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated, float(c.is_searched)] for c in choices]
     return {
         "gram": model.gram,
         "uu": model.uu,
@@ -115,9 +118,9 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
 def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
     model = ForecastModel(about.times, *(tensors[name] for name in ("gram", "uu", "uz", "basis", "sensitivity")))
     choices = []
-    for numbers, (share, psnr, uncalibrated) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
+    for numbers, (share, psnr, uncalibrated, is_searched) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
         if not all(number in range(len(_KINDS)) for number in numbers):
             raise ValueError("a plan of this calibration has kinds that this version does not know")
         plan = Plan(tuple(_KINDS[int(number)] for number in numbers))
-        choices.append(Choice(plan, None if share < 0 else share, psnr, uncalibrated))
+        choices.append(Choice(plan, None if share < 0 else share, psnr, uncalibrated, bool(is_searched)))
     return Forecast(model, tuple(tensors["step_times"].tolist()), tuple(choices))

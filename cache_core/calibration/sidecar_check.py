@@ -38,7 +38,7 @@ _FORECAST = MappingProxyType(
         "sensitivity": ("n", ("F64",)),
         "step_times": ("k", ("F64",)),
         "plans": ("pk", ("F32",)),
-        "results": ("p3", ("F64",)),
+        "results": ("p4", ("F64",)),
     }
 )
 

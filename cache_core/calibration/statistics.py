@@ -142,17 +142,13 @@ class ForecastModel:
         known = gram[:-1, :-1]
         return torch.linalg.solve(known + _RIDGE_W * torch.diag(known.diagonal()), gram[:-1, -1]).tolist()
 
-    def plain_error(self, anchors: Sequence[float], time: float) -> float:
-        """Expected square per token, over channels, of a forecast with the best weights and no correction; much faster than `fit`."""
-        mix = np.zeros((len(anchors) + 1, len(self.times)))
-        for row, at in enumerate((*anchors, time)):
-            for node, share in self._nodes(at):
+    def products(self, times: Sequence[float]) -> np.ndarray:
+        """(m, m) mean inner products per token of the hidden states at m times."""
+        mix = np.zeros((len(times), len(self.times)))
+        for row, time in enumerate(times):
+            for node, share in self._nodes(time):
                 mix[row, node] += share
-        gram = mix @ self.gram.numpy() @ mix.T
-        known = gram[:-1, :-1]
-        weights = np.linalg.solve(known + _RIDGE_W * np.diag(known.diagonal()), gram[:-1, -1])
-        c = np.append(-weights, 1.0)
-        return max(float(c @ gram @ c), 0.0)
+        return mix @ self.gram.numpy() @ mix.T
 
     def fit(self, anchors: Sequence[float], time: float, weights: Sequence[float] | None = None) -> Fit:
         """What is left to correct once the hidden states at `anchors` are combined with `weights`, by default the best ones."""

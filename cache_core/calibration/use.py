@@ -5,60 +5,64 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..kinds import Kind, Plan
+from ..policies import FrontLoaded
 from ..predictors import AUTO, Calibrated, Predictor
-from .calibration import Forecast
+from .calibration import Choice, Forecast
 from .search import PlanSearch
 from .statistics import ForecastModel
 
-_SEARCHED = 40  # steps whose order is searched at most
+_MADE_UP = 0.5  # of a forecast's error, by correcting: the cost then goes best with what plans are worth; 0.3 and 0.8 do nearly as well
+_MIDDLE = 2.0  # speedup of the plan that nested ones grow and shrink from
 
 
 class NotCoveredError(Exception):
     """The calibration knows nothing of what a run asks for."""
 
 
-def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full: int) -> Plan:
-    """The `full` steps whose loss is expected to harm most, in the order in which a search would give them up: a plan with fewer is
-    always a part of one with more. The first step and those outside `window` are full in any case.
+def check_covered(forecast: Forecast, times: Sequence[float]) -> None:
+    """Raises NotCoveredError for times outside the calibrated ones."""
+    outside = [time for time in times if not forecast.model.covers(time)]
+    if outside:
+        reach = f"{forecast.model.times[0]:.3g} to {forecast.model.times[-1]:.3g}"
+        raise NotCoveredError(f"it was made for the model's times {reach}, and this run also asks for {outside[0]:.3g}")
 
-    What is expected of a forecast is its error with the best weights and no correction: a search asks for thousands. Of more than
-    40 steps, every n-th is searched and those between come after, as finding an order takes time with the cube of the steps.
-    Raises NotCoveredError for times outside the calibrated ones.
+
+def choice_at(forecast: Forecast, steps: int, full: int) -> Choice:
+    """What did best when calibrating with about the same share of full evaluations as `full` of `steps`."""
+    share = full / steps
+    return min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / len(choice.plan) - share))
+
+
+def searched_plan(forecast: Forecast, times: Sequence[float], window: range, full: int, is_corrected: bool) -> Plan:
+    """The best plan found with `full` full evaluations, for a run at `times` (one per step).
+
+    The first step and those outside `window` are full in any case. is_corrected: whether the run makes up for its forecasts (see
+    Corrector). Raises NotCoveredError for times outside the calibrated ones.
     """
-    _check_covered(forecast.model, times)
-    steps, asked = len(times), (tuple(times), window)
+    check_covered(forecast, times)
+    asked = (tuple(times), window, full, is_corrected)
+    if asked not in forecast.plans:
+        search = search_for(forecast.model, times, window, is_corrected)
+        forecast.plans[asked] = search.plan(FrontLoaded(max(len(times) / full, 1.0)).plan(len(times), window))
+    return forecast.plans[asked]
+
+
+def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full: int, is_corrected: bool) -> Plan:
+    """The same, but always a part of the plan with one more: nearly as good as the best for its number, and a slider walks along them."""
+    check_covered(forecast, times)
+    steps, asked = len(times), (tuple(times), window, is_corrected)
     if asked not in forecast.orders:
-        forecast.orders[asked] = _order(forecast.model, times, window)
-    order = forecast.orders[asked]
+        search = search_for(forecast.model, times, window, is_corrected)
+        forecast.orders[asked] = search.order(FrontLoaded(_MIDDLE).plan(steps, window))
     chosen = {0, *(step for step in range(steps) if step not in window)}
-    chosen.update([step for step in order if step not in chosen][: max(0, full - len(chosen))])
+    chosen.update([step for step in forecast.orders[asked] if step not in chosen][: max(0, full - len(chosen))])
     return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))
 
 
-def _order(model: ForecastModel, times: Sequence[float], window: range) -> list[int]:
-    """Steps by how late a search would give them up."""
-    coarse = range(0, len(times), -(-len(times) // _SEARCHED))
-    inside = range(*(len([step for step in coarse if step < end]) for end in (window.start, window.stop)))
-    taken = [times[step] for step in coarse]
-    return [coarse[step] for step in _quick_search(model, taken, inside).order()] + [step for step in window if step not in coarse]
-
-
-def predictor_at(forecast: Forecast, times: Sequence[float], full: int) -> Predictor:
-    """What fills best in a run at `times` (one per step) with about this many full evaluations.
-
-    That is what did best at about the same share of them when calibrating. Raises NotCoveredError for times outside the calibrated ones.
-    """
-    _check_covered(forecast.model, times)
-    share = full / len(times)
-    nearest = min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / len(choice.plan) - share))
-    return predictor_of(forecast.model, nearest.share)
-
-
-def _check_covered(model: ForecastModel, times: Sequence[float]) -> None:
-    outside = [time for time in times if not model.covers(time)]
-    if outside:
-        reach = f"{model.times[0]:.3g} to {model.times[-1]:.3g}"
-        raise NotCoveredError(f"it was made for the model's times {reach}, and this run also asks for {outside[0]:.3g}")
+def search_for(model: ForecastModel, times: Sequence[float], window: range, is_corrected: bool) -> PlanSearch:
+    """A search by what the uncalibrated forecast misses, whose sensitivities were measured with it."""
+    made_up = _MADE_UP if is_corrected else 0.0
+    return PlanSearch(model.products(times), model.harm(times), AUTO.weights, times, window, AUTO.history, made_up)
 
 
 def predictor_of(model: ForecastModel, share: float | None) -> Predictor:
@@ -76,13 +80,3 @@ def error_of(model: ForecastModel, share: float | None) -> Callable[[Sequence[fl
         return calibrated.fit(anchors, time).error
 
     return error
-
-
-def _quick_search(model: ForecastModel, times: Sequence[float], window: range) -> PlanSearch:
-    """A search by what the best weights miss: rough, but a sampling does not wait for it."""
-    return PlanSearch(model.plain_error, model.harm(times), times, window, AUTO.history)
-
-
-def search_for(model: ForecastModel, share: float | None, times: Sequence[float], window: range) -> PlanSearch:
-    """A search by what that predictor is expected to miss."""
-    return PlanSearch(error_of(model, share), model.harm(times), times, window, AUTO.history)

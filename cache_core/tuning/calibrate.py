@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ..calibration.calibration import Factors, Forecast
 from ..calibration.low_rank import Magnitudes, factorise_sites, measuring
 from ..calibration.statistics import ForecastModel, Moments, stretches
+from ..calibration.use import error_of
 from ..engine.linear_sites import find_linears
 from ..families import ModelFamily
 from ..kinds import Kind, Plan
 from ..opening import Opening
 from ..policies import AlwaysCompute, Given
-from ..predictors import AUTO, Calibrated, Predictor, Reuse
+from ..predictors import AUTO, Predictor, Reuse
 from ..run import ModelCall
 from ..strategy import Strategy
 from .tape import Sample, Tape, TapedRun
@@ -28,7 +29,7 @@ from .trials import Trials
 
 _NODES = 32  # evaluations whose statistics are kept at most: they enter squared, and vary slowly
 _TOKENS = 1024  # of every cond, chosen at random
-_HARM_PROMPTS = 4  # whose pictures tell what an error does to them
+_HARM_PROMPTS = 8  # whose pictures tell what an error does to them: with four, searched plans came out up to 2 dB apart
 _HARM_STRIDE = 3  # steps from one that is measured to the next
 _SEED = 0
 
@@ -147,7 +148,7 @@ class Calibrator:
         moments = self._halves[0]
         for other in self._halves[1:]:
             moments.absorb(other)
-        model = replace(moments.compress(self._times, self._wishes.directions), sensitivity=harms.mean(0))
+        model = replace(moments.compress(self._times, self._wishes.directions), sensitivity=harms.log().mean(0).exp())
         step_times = opening.timeline.times[:-1]
         budgets = _budgets(len(step_times), self._wishes.speedups)
         done = 0
@@ -158,7 +159,7 @@ class Calibrator:
             self._told("trying out", done, total)
 
         total = len(budgets) * self._prompts * Trials.COUNT
-        trials = Trials(halves, len(step_times), opening.window, self._sample, self._references, told)
+        trials = Trials(halves, model, opening, self._sample, self._references, told)
         choices = tuple(trials.choose(full) for full in budgets)
         if not choices:
             raise ValueError(f"with {len(step_times)} steps there is nothing to skip: calibrate with more")
@@ -167,31 +168,34 @@ class Calibrator:
     def _measured(self, half: int, opening: Opening) -> ForecastModel:
         """Of one half of the prompts, with its sensitivity.
 
-        s_i = mean ‖x_final − x_final,full‖² / e_i with only step i forecast, at every third step. Between those it is interpolated on
-        a log scale, per square of the time that a step stands for: recorded nodes may be further apart than steps.
+        s_i = ‖x_final − x_final,full‖² / e_i with only step i forecast, uncalibrated, at every third step, and e_i what that misses
+        on average; the geometric mean over prompts, as single ones are far more sensitive than others. Between those steps it is
+        interpolated on a log scale, per square of the time that a step stands for: recorded nodes may be further apart than steps.
         """
         model = self._halves[half].compress(self._times, self._wishes.directions)
         times, steps = opening.timeline.times[:-1], opening.timeline.steps
         measured = sorted({*range(1, steps, _HARM_STRIDE), steps - 1} & set(opening.window) - {0})
         if not measured:
             return replace(model, sensitivity=torch.ones(len(model.times), dtype=torch.float64))
-        predictor, halves = Calibrated(model), len(self._halves)
+        halves = len(self._halves)
         prompts = range(half, self._prompts, halves)[: _HARM_PROMPTS // halves]
         total = halves * len(prompts) * len(measured)
-        squares = np.zeros(len(measured))
+        logs = np.zeros(len(measured))
         for number, prompt in enumerate(prompts):
             _, tape = self._taped(prompt, self._full())  # again, so that one tape at a time is kept
             for place, step in enumerate(measured):
                 done = (half * len(prompts) + number) * len(measured) + place
                 self._told("measuring sensitivity", min(done, total), total)
                 plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(steps)))
-                strategy = Strategy(Given(plan), predictor, name="sensitivity")
+                strategy = Strategy(Given(plan), AUTO, name="sensitivity")
                 latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
-                squares[place] += float((latent.float() - self._references[prompt].float()).square().mean()) / len(prompts)
-        errors = [predictor.fit(times[:step][-AUTO.history :], times[step]).error for step in measured]
-        density = np.maximum(squares, 1e-30) / np.maximum(errors, 1e-30) / np.square(stretches(times))[measured]
-        logs = np.interp(model.times, [times[step] for step in reversed(measured)], np.log(density)[::-1])
-        return replace(model, sensitivity=torch.from_numpy(np.exp(logs) * np.square(stretches(model.times))))
+                square = float((latent.float() - self._references[prompt].float()).square().mean())
+                logs[place] += np.log(max(square, 1e-30)) / len(prompts)
+        error = error_of(model, None)
+        errors = [error(times[:step][-AUTO.history :], times[step]) for step in measured]
+        logs -= np.log(np.maximum(errors, 1e-30)) + 2 * np.log(np.asarray(stretches(times))[measured])
+        over_time = np.interp(model.times, [times[step] for step in reversed(measured)], logs[::-1])
+        return replace(model, sensitivity=torch.from_numpy(np.exp(over_time) * np.square(stretches(model.times))))
 
     def _factors(self, opening: Opening) -> Factors:
         tensors, energy = factorise_sites(
