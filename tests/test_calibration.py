@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.calibration.calibration import Calibration, Choice,
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.cache_core.calibration.sidecar import About, Sidecar, read, write
 from comfyui_duca.cache_core.calibration.statistics import ForecastModel
-from comfyui_duca.cache_core.calibration.use import NotCoveredError, predictor_at
+from comfyui_duca.cache_core.calibration.use import NotCoveredError, check_covered, choice_at, searched_plan
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import FrontLoaded, IccCycle
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated
@@ -123,7 +123,7 @@ def forecast_of(model=None, *choices: Choice) -> Forecast:
     choices = choices or (
         Choice(Plan.parse("FFaFaFaFa"), 0.5, 34.5, 33.25),
         Choice(Plan.parse("FaaFaaaFa"), None, 30.125, 30.125),
-        Choice(Plan.parse("Faaaaaaaa"), 0.0, 20.0, 19.0),
+        Choice(Plan.parse("Faaaaaaaa"), 0.0, 20.0, 19.0, is_searched=True),
     )
     return Forecast(model_of() if model is None else model, STEP_TIMES, choices)
 
@@ -238,30 +238,28 @@ def full_steps(plan: Plan) -> list[int]:
 
 
 @pytest.mark.parametrize("steps", [K, 6, 25])
-def test_the_nearest_choice_says_what_fills(steps):
-    """By share of full evaluations: five, three and two of ten."""
-    forecast, times = forecast_of(), np.linspace(1.0, 0.2, steps).tolist()
+def test_the_nearest_choice_is_taken(steps):
+    """By share of full evaluations."""
+    forecast = forecast_of()
+    shares = [choice.plan.count(Kind.FULL) / K for choice in forecast.choices]
     for full in range(1, steps + 1):
-        nearest = min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / K - full / steps))
-        predictor = predictor_at(forecast, times, full)
-        if nearest.share is None:
-            assert predictor is AUTO
-        else:
-            assert isinstance(predictor, Calibrated) and (predictor.statistics, predictor.share) == (forecast.model, nearest.share)
+        nearest = int(np.argmin([abs(share - full / steps) for share in shares]))
+        assert choice_at(forecast, steps, full) is forecast.choices[nearest]
 
 
 @pytest.mark.parametrize("times", [[1.4, 0.8, 0.3], [1.0, 0.5, -0.05]])
 def test_times_outside_the_calibrated_ones_are_not_covered(times):
     """Recorded from 1 to 0.1, and covered 0.1 further at both ends."""
-    with pytest.raises(NotCoveredError, match=r"1 to 0\.1"):
-        predictor_at(forecast_of(), times, 2)
-    predictor_at(forecast_of(), [1.09, 0.5, 0.01], 2)
+    for asks in (check_covered, lambda forecast, times: searched_plan(forecast, times, range(3), 2, True)):
+        with pytest.raises(NotCoveredError, match=r"1 to 0\.1"):
+            asks(forecast_of(), times)
+        asks(forecast_of(), [1.09, 0.5, 0.01])
 
 
-def opening(times, network=None, window=None) -> Opening:
+def opening(times, network=None, window=None, is_euler=True) -> Opening:
     steps = len(times)
     timeline = Timeline([*times, 0.0], [*times, 0.0])
-    return Opening(network or nn.Module(), FLUX, timeline, range(steps) if window is None else window, CPU)
+    return Opening(network or nn.Module(), FLUX, timeline, range(steps) if window is None else window, CPU, is_euler)
 
 
 def test_mode_auto_follows_a_calibration():
@@ -277,12 +275,27 @@ def test_mode_auto_follows_a_calibration():
     assert far.predictor is AUTO and "the calibration is not used" in far.notices[0]
 
 
+def test_mode_auto_takes_a_searched_plan_where_that_did_best():
+    """With two full evaluations of nine and more; the corrector it counts on is for Euler samplers alone."""
+    forecast, general = forecast_of(), FrontLoaded(K / 4, tail=2)
+    forecast = replace(forecast, choices=tuple(replace(choice, is_searched=True) for choice in forecast.choices))
+    settings = Settings(speedup=K / 4, tail=2, calibration=calibration_of(forecast, None))
+    strategy = settings.strategy(opening(STEP_TIMES))
+    plan = strategy.policy.plan(K, range(K))
+    assert plan == searched_plan(forecast, STEP_TIMES, range(K - 2), 4, True) != general.plan(K, range(K))
+    assert plan.count(Kind.FULL) == 4 and plan[K - 2] is plan[K - 1] is Kind.FULL and strategy.name.endswith("x, calibrated")
+    part = opening(STEP_TIMES, window=range(3, 8))
+    windowed = settings.strategy(part).policy.plan(K, part.window)
+    assert all(windowed[step] is Kind.FULL for step in (0, 1, 2, 7, 8))
+    assert settings.strategy(opening(STEP_TIMES, is_euler=False)).policy == general
+
+
 def test_a_calibration_that_was_no_better_says_so():
-    """Where none of its mixtures surely was, when they were tried out."""
+    """Where nothing of it surely was, when it was tried out."""
     forecast = forecast_of()
     forecast = replace(forecast, choices=tuple(replace(choice, share=None) for choice in forecast.choices))
     strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
-    assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: fills best as without") and not strategy.notices
+    assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: does best as without") and not strategy.notices
 
 
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():

@@ -11,10 +11,11 @@ import torch
 from comfyui_duca.cache_core import Kind, Opening, Plan, Timeline
 from comfyui_duca.cache_core.calibration.calibration import Calibration
 from comfyui_duca.cache_core.calibration.sidecar import About
-from comfyui_duca.cache_core.calibration.use import predictor_of
+from comfyui_duca.cache_core.calibration.use import predictor_of, search_for
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import AlwaysCompute, FrontLoaded, Given
+from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Calibrator, Wishes, calibrate, trials
 from comfyui_duca.cache_core.tuning.tape import TapedRun
@@ -94,12 +95,14 @@ def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, 
     monkeypatch.setattr(calibrate, "_NODES", nodes)
     monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # to save time
     forecast = calibrator(model, prompts=[1]).run().forecast
-    times, predictor, reference = forecast.step_times, predictor_of(forecast.model, 1.0), drawn(model, 1)
+    times, reference = forecast.step_times, drawn(model, 1)
     harms = []
     for step in (1, 4, 5):
         plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(STEPS)))
-        change = drawn(cached(model, chosen=Strategy(Given(plan), predictor)), 1) - reference
-        harms.append(float(change.double().square().mean()) / predictor.fit(times[max(0, step - 5) : step], times[step]).error)
+        change = drawn(cached(model, chosen=Strategy(Given(plan), AUTO)), 1) - reference
+        seen = times[max(0, step - 5) : step]
+        missed = forecast.model.fit(seen, times[step], AUTO.weights(seen, times[step])).plain_error
+        harms.append(float(change.double().square().mean()) / missed)
     at, per_time = [times[step] for step in (5, 4, 1)], np.log(np.divide(harms, spans(times)[[1, 4, 5]] ** 2))[::-1]
     kept = forecast.model.times
     assert kept == (times if nodes == 32 else tuple(times[step] for step in (0, 2, 3, 5)))
@@ -110,12 +113,12 @@ def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, 
 
 
 def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
-    """Statistics add up, sensitivities are averaged."""
+    """Statistics add up, of sensitivities it is the geometric mean."""
     monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)
     halves = [calibrator(model, prompts=[prompt]).run().forecast.model for prompt in range(2)]
     whole = learned.forecast.model
     torch.testing.assert_close(whole.gram, (halves[0].gram + halves[1].gram) / 2)
-    torch.testing.assert_close(whole.sensitivity, (halves[0].sensitivity + halves[1].sensitivity) / 2)
+    torch.testing.assert_close(whole.sensitivity, (halves[0].sensitivity * halves[1].sensitivity).sqrt())
 
 
 @pytest.mark.parametrize("sure", [0.0, 2.0])
@@ -128,36 +131,48 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
     references = [drawn(model, prompt) for prompt in range(2)]
     others = [calibrator(model, prompts=[1 - prompt]).run().forecast for prompt in range(2)]
 
-    def distances(plan: Plan, share: float | None) -> np.ndarray:
+    def distances(plans: list[Plan], share: float | None) -> np.ndarray:
         found = []
-        for prompt, other in enumerate(others):
+        for prompt, (other, plan) in enumerate(zip(others, plans)):
             patched = cached(model, chosen=Strategy(Given(plan), predictor_of(other.model, share), corrects=True))
             found.append(psnr(drawn(patched, prompt), references[prompt]))
         return np.array(found)
 
+    def searched(model, general: Plan) -> Plan:
+        return search_for(model, learned.forecast.step_times, range(STEPS), True).plan(general)
+
     for choice in learned.forecast.choices:
-        full = choice.plan.count(Kind.FULL)
-        assert choice.plan == FrontLoaded(STEPS / full).plan(STEPS, range(STEPS))
-        plain = distances(choice.plan, None)
+        general = FrontLoaded(STEPS / choice.plan.count(Kind.FULL)).plan(STEPS, range(STEPS))
+        plain = distances([general] * 2, None)
         assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
-        expected, share = plain, None
-        for candidate in (0.25, 0.5):
-            found = distances(choice.plan, candidate)
+        plans = [searched(other.model, general) for other in others]
+        candidates = [(plans, None), (plans, 0.5), ([general] * 2, 0.5)] if plans != [general] * 2 else [([general] * 2, 0.5)]
+        expected, best = plain, ([general] * 2, None)
+        for candidate in candidates:
+            if candidate[0] == [general] * 2 and best[0] == plans != [general] * 2:
+                continue  # calibrated weights have been tried on the better plan
+            found = distances(*candidate)
             surely = (found - plain).mean() > max(worth, sure * (found - plain).std(ddof=1) / 2**0.5)
             if surely and found.mean() > expected.mean():
-                expected, share = found, candidate
-        assert choice.psnr == pytest.approx(expected.mean(), abs=1e-3) and choice.share == share
+                expected, best = found, candidate
+        assert choice.psnr == pytest.approx(expected.mean(), abs=1e-3) and choice.share == best[1]
+        assert choice.is_searched == (best[0] == plans != [general] * 2)
+        assert choice.plan == (searched(learned.forecast.model, general) if choice.is_searched else general)
+
+
+GENERAL, SEARCHED, HALF, BOTH = (False, None), (True, None), (False, 0.5), (True, 0.5)
 
 
 @pytest.mark.parametrize(
     ("gains", "chosen"),
     [
-        ({0.25: [1.0, 0.8, 1.2, 1.0], 0.5: [0.5, 0.4, 0.6, 0.5]}, 0.25),
-        ({0.25: [1.0, 0.8, 1.2, 1.0], 0.5: [2.0, 2.1, 1.9, 2.0]}, 0.5),
-        ({0.25: [5.0, -3.0, 4.0, -2.0], 0.5: [0.0, 0.0, 0.0, 0.0]}, None),  # 1 dB on average, with a standard error of 2
-        ({0.25: [-1.0, -1.0, -1.0, -1.0], 0.5: [-2.0, -2.0, -2.0, -2.0]}, None),
-        ({0.25: [4.0, 0.1, 4.0, 0.1], 0.5: [0.6, 0.6, 0.6, 0.6]}, 0.5),  # more on average, but not surely
-        ({0.25: [0.4, 0.4, 0.4, 0.4], 0.5: [0.3, 0.3, 0.3, 0.3]}, None),  # surely, but not worth it
+        ({SEARCHED: [1.0, 0.8, 1.2, 1.0], BOTH: [0.9, 0.7, 1.1, 0.9]}, SEARCHED),
+        ({SEARCHED: [1.0, 0.8, 1.2, 1.0], BOTH: [2.0, 2.1, 1.9, 2.0]}, BOTH),
+        ({SEARCHED: [0.3, 0.3, 0.3, 0.3], BOTH: [0.8, 0.7, 0.8, 0.7]}, BOTH),
+        ({SEARCHED: [5.0, -3.0, 4.0, -2.0], BOTH: [0.0, 0.0, 0.0, 0.0]}, GENERAL),  # 1 dB on average, with a standard error of 2
+        ({SEARCHED: [-1.0, -1.0, -1.0, -1.0], BOTH: [0.1, 0.1, 0.1, 0.1], HALF: [0.9, 0.8, 0.8, 0.9]}, HALF),
+        ({SEARCHED: [0.6, 0.6, 0.6, 0.6], BOTH: [4.0, 0.1, 4.0, 0.1]}, SEARCHED),  # more on average, but not surely
+        ({SEARCHED: [0.4, 0.4, 0.4, 0.4], BOTH: [0.3, 0.3, 0.3, 0.3], HALF: [0.4, 0.4, 0.4, 0.4]}, GENERAL),  # surely, but not worth it
     ],
 )
 def test_only_what_is_surely_better_is_chosen(gains, chosen):
@@ -165,20 +180,42 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
     generator = torch.Generator().manual_seed(0)
     references = [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(4)]
     noise = torch.randn(1, 3, 8, 8, generator=generator)
-    halves = [random_forecast(seed, 6).model for seed in range(2)]
-    begun = Opening(torch.nn.Module(), FLUX, Timeline(np.linspace(1, 0, 7).tolist()), range(6), torch.device("cpu"))
+    halves, whole = [random_forecast(seed, 6).model for seed in (0, 1)], random_forecast(2, 6).model
+    timeline = Timeline(np.linspace(1, 0, 7).tolist())
+    begun = Opening(torch.nn.Module(), FLUX, timeline, range(6), torch.device("cpu"), is_euler=True)
+    general = FrontLoaded(2.0).plan(6, range(6))
+    searched = [search_for(model, timeline.times[:-1], range(6), True).plan(general) for model in (*halves, whole)]
+    assert general not in searched and searched[0] != searched[1]
     met = []
 
     def sampled(prompt, make):
-        predictor = make(begun)._strategy.predictor
-        share = getattr(predictor, "share", None)
+        strategy = make(begun)._strategy
+        share, plan = getattr(strategy.predictor, "share", None), strategy.policy.plan(6, range(6))
         if share is not None:
-            met.append(predictor.statistics is halves[1 - prompt % 2])
-        return references[prompt] + noise * 0.1 * 10 ** (-(gains[share][prompt] if share is not None else 0.0) / 20)
+            assert strategy.predictor.statistics is halves[1 - prompt % 2]
+        assert strategy.corrects and plan in (general, searched[1 - prompt % 2])
+        met.append((plan != general, share))
+        gain = gains[met[-1]][prompt] if met[-1] != GENERAL else 0.0
+        return references[prompt] + noise * 0.1 * 10 ** (-gain / 20)
 
-    choice = trials.Trials(halves, 6, range(6), sampled, references).choose(2)
-    assert choice.share == chosen and all(met) and len(met) == 8
-    assert choice.psnr - choice.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen else 0.0, abs=1e-3)
+    choice = trials.Trials(halves, whole, begun, sampled, references).choose(3)
+    assert (choice.is_searched, choice.share) == chosen
+    assert choice.plan == (searched[2] if choice.is_searched else general)
+    assert set(met) == {GENERAL, *gains}, "calibrated weights are tried on the better plan alone"
+    assert choice.psnr - choice.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != GENERAL else 0.0, abs=1e-3)
+
+
+def test_searched_plans_are_not_tried_where_nothing_is_corrected():
+    """On a sampler other than Euler's."""
+    halves, timeline = [random_forecast(seed, 6).model for seed in (0, 1)], Timeline(np.linspace(1, 0, 7).tolist())
+    begun, met = Opening(torch.nn.Module(), FLUX, timeline, range(6), torch.device("cpu")), set()
+
+    def sampled(prompt, make):
+        met.add(str(make(begun)._strategy.policy.plan(6, range(6))))
+        return torch.ones(1)
+
+    choice = trials.Trials(halves, halves[0], begun, sampled, [torch.zeros(1)] * 2).choose(3)
+    assert met == {str(FrontLoaded(2.0).plan(6, range(6)))} and not choice.is_searched
 
 
 def test_a_calibration_brings_its_choices_to_a_run(model, learned):

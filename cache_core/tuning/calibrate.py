@@ -182,7 +182,7 @@ class Calibrator:
         total = halves * len(prompts) * len(measured)
         logs = np.zeros(len(measured))
         for number, prompt in enumerate(prompts):
-            _, tape = self._taped(prompt, self._full())  # again, so that one tape at a time is kept
+            _, tape = self._taped(prompt, Strategy(AlwaysCompute(), AUTO))  # again, so that one tape at a time is kept
             for place, step in enumerate(measured):
                 done = (half * len(prompts) + number) * len(measured) + place
                 self._told("measuring sensitivity", min(done, total), total)
