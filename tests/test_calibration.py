@@ -17,7 +17,7 @@ from comfyui_duca.cache_core.calibration.statistics import ForecastModel
 from comfyui_duca.cache_core.calibration.use import NotCoveredError, check_covered, choice_at, searched_plan
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import FrontLoaded, IccCycle
-from comfyui_duca.cache_core.predictors import AUTO, Calibrated
+from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.schedule import Schedule
 from torch import nn
 

@@ -57,7 +57,7 @@ def sidecar(seed: int = 0) -> Sidecar:
         "sensitivity": torch.rand(N, generator=g, dtype=torch.float64),
         "step_times": torch.rand(K, generator=g, dtype=torch.float64),
         "plans": torch.randint(3, (P, K), generator=g).float(),
-        "results": torch.rand(P, 3, generator=g, dtype=torch.float64),
+        "results": torch.rand(P, 4, generator=g, dtype=torch.float64),
     }
     icc = {"energy": torch.rand(2, generator=g)}
     for part, out, inner, rank in (("double.0.img_attn.qkv.q", 7, 6, 5), ("single.1.linear1.mlp", 9, 4, 3)):
@@ -304,7 +304,7 @@ def _forged(path: Path, change) -> None:
         "step_times": lambda a, s, f, t: t.update({"forecast.step_times": torch.ones(N, dtype=torch.float64)}),
         "a plan's length": lambda a, s, f, t: t.update({"forecast.plans": torch.ones(P, K + 1)}),
         "a plan without results": lambda a, s, f, t: t.update({"forecast.plans": torch.ones(P + 1, K)}),
-        "results": lambda a, s, f, t: t.update({"forecast.results": torch.ones(P, 4, dtype=torch.float64)}),
+        "results": lambda a, s, f, t: t.update({"forecast.results": torch.ones(P, 3, dtype=torch.float64)}),
         "no plans": lambda a, s, f, t: (s["forecast"].pop("plans"), t.pop("forecast.plans")),
         "energy": lambda a, s, f, t: t.update({"icc.energy": torch.ones(3)}),
         "energy's form": lambda a, s, f, t: t.update({"icc.energy": torch.ones(2, 1)}),

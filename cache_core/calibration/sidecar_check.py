@@ -194,7 +194,7 @@ def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
     _same("forecast", tensors, _FORECAST)
     if len(about.sigmas) != about.steps + 1:
         raise RefusedError(f"{about.steps} steps have {len(about.sigmas)} noise levels", CALIBRATE)
-    sizes = {"n": len(about.times), "k": about.steps, "3": 3}
+    sizes = {"n": len(about.times), "k": about.steps, "4": 4}
     for name, (letters, dtypes) in _FORECAST.items():
         info = tensors[name]
         if len(info.shape) != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, info.shape)):
