@@ -21,7 +21,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfyui_duca.cache_core import Kind, Settings
 from comfyui_duca.cache_core.calibration.calibration import Calibration, Factors
 from comfyui_duca.cache_core.calibration.sidecar import read, write
-from comfyui_duca.cache_core.calibration.use import search_for
+from comfyui_duca.cache_core.calibration.use import nested_plan, searched_plan
 from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoaded, Given
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated, Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
@@ -132,19 +132,22 @@ def uncalibrated(full: int) -> dict[str, Settings | None]:
 def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
     forecast = learned.forecast
     assert forecast is not None
-    model, auto = forecast.model, FrontLoaded(STEPS / full)
-    searched = search_for(model, 1.0, forecast.step_times, range(STEPS)).plan(full)
+    model, auto, times, steps = forecast.model, FrontLoaded(STEPS / full), forecast.step_times, range(STEPS)
+    searched = Given(searched_plan(forecast, times, steps, full, True))
+    nested = Given(nested_plan(forecast, times, steps, full, True))
+    uncorrected = Given(searched_plan(forecast, times, steps, full, False))
     chosen = {
         "w, auto's plan": Strategy(auto, WeightsOnly(Calibrated(model))),
         "w and A, auto's plan": Strategy(auto, Calibrated(model)),
-        "a quarter of w and A, auto's plan": Strategy(auto, Calibrated(model, 0.25)),
         "half w and A, auto's plan": Strategy(auto, Calibrated(model, 0.5)),
-        "w and A, searched plan": Strategy(Given(searched), Calibrated(model)),
-        "half w and A, searched plan": Strategy(Given(searched), Calibrated(model, 0.5)),
+        "uncalibrated forecast, searched plan": Strategy(searched, AUTO),
+        "w and A, searched plan": Strategy(searched, Calibrated(model)),
+        "half w and A, searched plan": Strategy(searched, Calibrated(model, 0.5)),
+        "half w and A, nested searched plan": Strategy(nested, Calibrated(model, 0.5)),
     }
     return {
         **{name: Settings(chosen=replace(strategy, corrects=True)) for name, strategy in chosen.items()},
-        "w and A, searched plan, nothing corrected": Settings(chosen=chosen["w and A, searched plan"]),
+        "half w and A, plan searched for it, nothing corrected": Settings(chosen=Strategy(uncorrected, Calibrated(model, 0.5))),
         "**auto, calibrated** (tried out)": Settings(speedup=STEPS / full, calibration=learned),
     }
 
