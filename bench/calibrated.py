@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfyui_duca.cache_core import Kind, Settings
-from comfyui_duca.cache_core.calibration.calibration import Calibration, Factors
+from comfyui_duca.cache_core.calibration.calibration import STARTS, Calibration, Factors
 from comfyui_duca.cache_core.calibration.sidecar import read, write
 from comfyui_duca.cache_core.calibration.use import nested_plan, searched_plan
 from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoaded, Given
@@ -133,9 +133,9 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
     forecast = learned.forecast
     assert forecast is not None
     model, auto, times, steps = forecast.model, FrontLoaded(STEPS / full), forecast.step_times, range(STEPS)
-    searched = Given(searched_plan(forecast, times, steps, full, True))
+    searched, other = (Given(searched_plan(forecast, times, steps, full, start, True)) for start in STARTS)
     nested = Given(nested_plan(forecast, times, steps, full, True))
-    uncorrected = Given(searched_plan(forecast, times, steps, full, False))
+    uncorrected = Given(searched_plan(forecast, times, steps, full, STARTS[0], False))
     chosen = {
         "w, auto's plan": Strategy(auto, WeightsOnly(Calibrated(model))),
         "w and A, auto's plan": Strategy(auto, Calibrated(model)),
@@ -143,6 +143,7 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
         "uncalibrated forecast, searched plan": Strategy(searched, AUTO),
         "w and A, searched plan": Strategy(searched, Calibrated(model)),
         "half w and A, searched plan": Strategy(searched, Calibrated(model, 0.5)),
+        "half w and A, plan searched from even gaps": Strategy(other, Calibrated(model, 0.5)),
         "half w and A, nested searched plan": Strategy(nested, Calibrated(model, 0.5)),
     }
     return {

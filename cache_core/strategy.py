@@ -150,12 +150,12 @@ class Settings:
         choice, refused = _tried(forecast, opening, full)
         if choice is None:
             return replace(uncalibrated, notices=refused)
-        if choice.is_searched and opening.is_euler:  # on others nothing makes up for the forecasts, and none was tried there
+        if choice.searched_from and opening.is_euler:  # on others nothing makes up for the forecasts, and none was tried there
             times = opening.timeline.times[:-1]
             window = range(opening.window.start, min(opening.window.stop, len(times) - self.tail))
-            policy = Given(searched_plan(forecast, times, window, full, is_corrected=True))
+            policy = Given(searched_plan(forecast, times, window, full, choice.searched_from, is_corrected=True))
         predictor = predictor_of(forecast.model, choice.share)
-        did = "calibrated" if choice.is_searched or choice.share is not None else "calibrated: does best as without"  # when tried out
+        did = "calibrated" if choice.searched_from or choice.share is not None else "calibrated: does best as without"  # when tried out
         return replace(uncalibrated, policy=policy, predictor=predictor, name=f"{name}, {did}")
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:

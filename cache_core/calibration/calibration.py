@@ -14,6 +14,8 @@ from .fingerprint import Fingerprint
 from .sidecar import About, Sidecar
 from .statistics import ForecastModel
 
+STARTS = ("general", "even gaps")  # of searches for plans
+_SEARCHED_FROM = ("", *STARTS)  # by their number in a sidecar's results
 _KINDS = (Kind.AGGRESSIVE, Kind.FULL, Kind.CALIBRATED)  # by their number in a sidecar's plans
 
 
@@ -23,14 +25,14 @@ class Choice:
 
     plan: over the steps of the calibrated schedule. share: of calibrated weights in its predictor; None is the uncalibrated one.
     psnr, uncalibrated: mean over the calibration prompts against the uncached latents, in dB, of this and of the uncalibrated setting.
-    is_searched: whether the plan is the search's, and not the one that does best in general.
+    searched_from: where the search for the plan began, one of STARTS; "" for the plan that does best in general.
     """
 
     plan: Plan
     share: float | None
     psnr: float
     uncalibrated: float
-    is_searched: bool = False
+    searched_from: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,9 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
     model, choices = forecast.model, forecast.choices
     sensitivity = model.sensitivity if model.sensitivity is not None else torch.ones(len(model.times), dtype=torch.float64)
     numbers = [[_KINDS.index(kind) for kind in choice.plan.kinds] for choice in choices]
-    results = [[-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated, float(c.is_searched)] for c in choices]
+    results = [
+        [-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated, float(_SEARCHED_FROM.index(c.searched_from))] for c in choices
+    ]
     return {
         "gram": model.gram,
         "uu": model.uu,
@@ -118,9 +122,11 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
 def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
     model = ForecastModel(about.times, *(tensors[name] for name in ("gram", "uu", "uz", "basis", "sensitivity")))
     choices = []
-    for numbers, (share, psnr, uncalibrated, is_searched) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
+    for numbers, (share, psnr, uncalibrated, start) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
         if not all(number in range(len(_KINDS)) for number in numbers):
             raise ValueError("a plan of this calibration has kinds that this version does not know")
+        if start not in range(len(_SEARCHED_FROM)):
+            raise ValueError("a plan of this calibration was found in a way that this version does not know")
         plan = Plan(tuple(_KINDS[int(number)] for number in numbers))
-        choices.append(Choice(plan, None if share < 0 else share, psnr, uncalibrated, bool(is_searched)))
+        choices.append(Choice(plan, None if share < 0 else share, psnr, uncalibrated, _SEARCHED_FROM[int(start)]))
     return Forecast(model, tuple(tensors["step_times"].tolist()), tuple(choices))

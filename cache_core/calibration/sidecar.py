@@ -11,7 +11,7 @@ Tensors are named `<section>.<name>`. A file has one or both sections, and alway
 | | sensitivity | (n,) | float64 | how much a step's error weighs in the final image |
 | | step_times | (k,) | float64 | the model's time at every step of the calibrated schedule |
 | | plans | (p, k) | float32 | what did best per budget: 0 skipped, 1 full, 2 calibrated |
-| | results | (p, 4) | float64 | share of calibrated weights (-1: none), PSNR, that of the uncalibrated setting, 1 if the plan is searched |
+| | results | (p, 4) | float64 | share of calibrated weights (-1: none), PSNR, uncalibrated PSNR, start of the search (0: none) |
 | icc | energy | (parts,) | float32 | share of each part's square norm that its factors keep, by name |
 | | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any below | columns by importance, most important first |
 | | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any below | |

@@ -33,17 +33,30 @@ def choice_at(forecast: Forecast, steps: int, full: int) -> Choice:
     return min(forecast.choices, key=lambda choice: abs(choice.plan.count(Kind.FULL) / len(choice.plan) - share))
 
 
-def searched_plan(forecast: Forecast, times: Sequence[float], window: range, full: int, is_corrected: bool) -> Plan:
-    """The best plan found with `full` full evaluations, for a run at `times` (one per step).
+def start_plan(start: str, steps: int, window: range, full: int) -> Plan:
+    """Where a search begins: at the plan that does best in general ("general") or at even gaps ("even gaps").
+
+    It goes down to the nearest valley, so other starts lead elsewhere, and which is the better plan only samplings can tell.
+    """
+    if start == "general":
+        return FrontLoaded(max(steps / full, 1.0)).plan(steps, window)
+    free = [step for step in window if step > 0]
+    count = min(max(0, full - (steps - len(free))), len(free))
+    skipped = set(free).difference(free[int((place + 0.5) * len(free) / count)] for place in range(count))
+    return Plan(tuple(Kind.AGGRESSIVE if step in skipped else Kind.FULL for step in range(steps)))
+
+
+def searched_plan(forecast: Forecast, times: Sequence[float], window: range, full: int, start: str, is_corrected: bool) -> Plan:
+    """The best plan found from a start with `full` full evaluations, for a run at `times` (one per step).
 
     The first step and those outside `window` are full in any case. is_corrected: whether the run makes up for its forecasts (see
     Corrector). Raises NotCoveredError for times outside the calibrated ones.
     """
     check_covered(forecast, times)
-    asked = (tuple(times), window, full, is_corrected)
+    asked = (tuple(times), window, full, start, is_corrected)
     if asked not in forecast.plans:
         search = search_for(forecast.model, times, window, is_corrected)
-        forecast.plans[asked] = search.plan(FrontLoaded(max(len(times) / full, 1.0)).plan(len(times), window))
+        forecast.plans[asked] = search.plan(start_plan(start, len(times), window, full))
     return forecast.plans[asked]
 
 
@@ -53,7 +66,7 @@ def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full:
     steps, asked = len(times), (tuple(times), window, is_corrected)
     if asked not in forecast.orders:
         search = search_for(forecast.model, times, window, is_corrected)
-        forecast.orders[asked] = search.order(FrontLoaded(_MIDDLE).plan(steps, window))
+        forecast.orders[asked] = search.order(start_plan("general", steps, window, max(1, round(steps / _MIDDLE))))
     chosen = {0, *(step for step in range(steps) if step not in window)}
     chosen.update([step for step in forecast.orders[asked] if step not in chosen][: max(0, full - len(chosen))])
     return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))

@@ -12,12 +12,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calibration.calibration import Choice
+from ..calibration.calibration import STARTS, Choice
 from ..calibration.statistics import ForecastModel
-from ..calibration.use import predictor_of, search_for
+from ..calibration.use import predictor_of, search_for, start_plan
 from ..kinds import Plan
 from ..opening import Opening
-from ..policies import FrontLoaded, Given
+from ..policies import Given
 from ..run import CacheRun
 from ..strategy import Strategy
 from .tape import Sample
@@ -27,12 +27,11 @@ _WORTH = 0.5  # dB that it must gain: 0.3 dB, two standard errors, were -0.05 on
 
 
 class _Trial(NamedTuple):
-    """is_searched: whether the plan is the search's. share: of calibrated weights, None for the uncalibrated predictor.
-
-    distances: PSNR of every prompt, in dB.
+    """start: of the search for its plans, "" for the plan that does best in general. share: of calibrated weights, None for the
+    uncalibrated predictor. distances: PSNR of every prompt, in dB.
     """
 
-    is_searched: bool
+    start: str
     share: float | None
     distances: list[float]
 
@@ -54,7 +53,7 @@ class Trials:
     """
 
     SHARE: ClassVar[float] = 0.5  # of calibrated weights; a quarter and all of them were never better by more than 0.1 dB
-    COUNT: ClassVar[int] = 4  # trials of one budget at most, each a sampling of all prompts
+    COUNT: ClassVar[int] = 2 + len(STARTS)  # trials of one budget at most, each a sampling of all prompts
 
     def __init__(
         self,
@@ -71,34 +70,33 @@ class Trials:
     def choose(self, full: int) -> Choice:
         """The best plan and predictor for `full` full evaluations; those that need no calibration where none are surely better.
 
-        Searched plans count on correcting, so they are for Euler samplers. Calibrated weights are tried on the plan that does best
-        in general only where searched plans did no better than that.
+        Searched plans count on correcting, so they are for Euler samplers. Calibrated weights are tried on the best plan alone.
         """
-        steps = self._opening.timeline.steps
-        general = FrontLoaded(steps / full).plan(steps, self._opening.window)
-        uncalibrated = best = self._try([general] * len(self._halves), False, None)
-        searched = [self._searched(half, general) for half in self._others()]
-        if any(plan != general for plan in searched):
-            for share in (None, self.SHARE):
-                best = self._better(best, self._try(searched, True, share), uncalibrated)
-        if best is uncalibrated:
-            best = self._better(best, self._try([general] * len(self._halves), False, self.SHARE), uncalibrated)
-        plan = self._searched(self._whole, general) if best.is_searched else general
-        return Choice(plan, best.share, best.psnr, uncalibrated.psnr, best.is_searched)
-
-    @staticmethod
-    def _better(best: _Trial, trial: _Trial, uncalibrated: _Trial) -> _Trial:
-        return trial if trial.psnr > best.psnr and trial.is_surely_above(uncalibrated) else best
+        steps, parts = self._opening.timeline.steps, self._others()
+        general = start_plan("general", steps, self._opening.window, full)
+        plans = {"": [general] * len(parts)}
+        for start in STARTS if self._opening.is_euler else ():
+            found = [self._searched(model, start, full) for model in parts]
+            if found not in plans.values():
+                plans[start] = found
+        trials = [self._try(found, start, None) for start, found in plans.items()]
+        uncalibrated, best = trials[0], max(trials, key=lambda trial: trial.psnr)
+        trials.append(self._try(plans[best.start], best.start, self.SHARE))
+        sure = [uncalibrated, *(trial for trial in trials if trial.is_surely_above(uncalibrated))]
+        chosen = max(sure, key=lambda trial: trial.psnr)
+        plan = self._searched(self._whole, chosen.start, full) if chosen.start else general
+        return Choice(plan, chosen.share, chosen.psnr, uncalibrated.psnr, chosen.start)
 
     def _others(self) -> list[ForecastModel]:
         """What the prompts of each part are sampled with."""
         return [*self._halves[1:], self._halves[0]]
 
-    def _searched(self, model: ForecastModel, start: Plan) -> Plan:
-        times = self._opening.timeline.times[:-1]
-        return search_for(model, times, self._opening.window, True).plan(start) if self._opening.is_euler else start
+    def _searched(self, model: ForecastModel, start: str, full: int) -> Plan:
+        timeline, window = self._opening.timeline, self._opening.window
+        search = search_for(model, timeline.times[:-1], window, is_corrected=True)
+        return search.plan(start_plan(start, timeline.steps, window, full))
 
-    def _try(self, plans: Sequence[Plan], is_searched: bool, share: float | None) -> _Trial:
+    def _try(self, plans: Sequence[Plan], start: str, share: float | None) -> _Trial:
         """Samples all prompts. plans: of every part."""
         strategies = [
             Strategy(Given(plan), predictor_of(model, share), corrects=True) for plan, model in zip(plans, self._others(), strict=True)
@@ -113,7 +111,7 @@ class Trials:
 
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()
-        return _Trial(is_searched, share, distances)
+        return _Trial(start, share, distances)
 
 
 def psnr(latent: Tensor, reference: Tensor) -> float:
