@@ -10,11 +10,11 @@ import pytest
 import torch
 from comfyui_duca.cache_core import CacheRun, Kind, Opening, Plan, Settings, Timeline
 from comfyui_duca.cache_core.calibration.__main__ import main
-from comfyui_duca.cache_core.calibration.calibration import Calibration, Choice, Factors, Forecast
+from comfyui_duca.cache_core.calibration.calibration import STARTS, Calibration, Choice, Factors, Forecast
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.cache_core.calibration.sidecar import About, Sidecar, read, write
 from comfyui_duca.cache_core.calibration.statistics import ForecastModel
-from comfyui_duca.cache_core.calibration.use import NotCoveredError, check_covered, choice_at, searched_plan
+from comfyui_duca.cache_core.calibration.use import NotCoveredError, check_covered, choice_at, searched_plan, start_plan
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import FrontLoaded, IccCycle
 from comfyui_duca.cache_core.predictors import AUTO
@@ -123,7 +123,7 @@ def forecast_of(model=None, *choices: Choice) -> Forecast:
     choices = choices or (
         Choice(Plan.parse("FFaFaFaFa"), 0.5, 34.5, 33.25),
         Choice(Plan.parse("FaaFaaaFa"), None, 30.125, 30.125),
-        Choice(Plan.parse("Faaaaaaaa"), 0.0, 20.0, 19.0, is_searched=True),
+        Choice(Plan.parse("Faaaaaaaa"), 0.0, 20.0, 19.0, "even gaps"),
     )
     return Forecast(model_of() if model is None else model, STEP_TIMES, choices)
 
@@ -230,6 +230,14 @@ def test_a_plan_that_begins_with_a_skip_is_refused():
         Calibration.from_sidecar(Sidecar(whole.about, whole.fingerprint, whole.sections))
 
 
+def test_a_search_that_is_not_known_is_refused():
+    """As a later version might begin one elsewhere."""
+    whole = calibration_of(forecast_of(), None).to_sidecar()
+    whole.sections["forecast"]["results"][0, 3] = 3.0
+    with pytest.raises(ValueError, match="a way that this version does not know"):
+        Calibration.from_sidecar(Sidecar(whole.about, whole.fingerprint, whole.sections))
+
+
 # -- what is recommended ------------------------------------------------------------------------------------------------------
 
 
@@ -250,10 +258,26 @@ def test_the_nearest_choice_is_taken(steps):
 @pytest.mark.parametrize("times", [[1.4, 0.8, 0.3], [1.0, 0.5, -0.05]])
 def test_times_outside_the_calibrated_ones_are_not_covered(times):
     """Recorded from 1 to 0.1, and covered 0.1 further at both ends."""
-    for asks in (check_covered, lambda forecast, times: searched_plan(forecast, times, range(3), 2, True)):
+    for asks in (check_covered, lambda forecast, times: searched_plan(forecast, times, range(3), 2, "general", True)):
         with pytest.raises(NotCoveredError, match=r"1 to 0\.1"):
             asks(forecast_of(), times)
         asks(forecast_of(), [1.09, 0.5, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("start", "window", "full", "expected"),
+    [
+        ("even gaps", range(10), 4, "FaFaaFaaFa"),  # the middles of three equal parts of nine steps
+        ("even gaps", range(10), 1, "Faaaaaaaaa"),
+        ("even gaps", range(10), 10, "FFFFFFFFFF"),
+        ("even gaps", range(3, 8), 7, "FFFaFaFaFF"),  # five of them are full in any case
+        ("even gaps", range(3, 8), 3, "FFFaaaaaFF"),
+        ("general", range(10), 4, str(FrontLoaded(2.5).plan(10, range(10)))),
+        ("general", range(10), 12, "FFFFFFFFFF"),
+    ],
+)
+def test_searches_start_with_the_number_of_full_evaluations(start, window, full, expected):
+    assert str(start_plan(start, 10, window, full)) == expected
 
 
 def opening(times, network=None, window=None, is_euler=True) -> Opening:
@@ -275,14 +299,15 @@ def test_mode_auto_follows_a_calibration():
     assert far.predictor is AUTO and "the calibration is not used" in far.notices[0]
 
 
-def test_mode_auto_takes_a_searched_plan_where_that_did_best():
-    """With two full evaluations of nine and more; the corrector it counts on is for Euler samplers alone."""
+@pytest.mark.parametrize("start", STARTS)
+def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
+    """From where its search began; the corrector it counts on is for Euler samplers alone."""
     forecast, general = forecast_of(), FrontLoaded(K / 4, tail=2)
-    forecast = replace(forecast, choices=tuple(replace(choice, is_searched=True) for choice in forecast.choices))
+    forecast = replace(forecast, choices=tuple(replace(choice, searched_from=start) for choice in forecast.choices))
     settings = Settings(speedup=K / 4, tail=2, calibration=calibration_of(forecast, None))
     strategy = settings.strategy(opening(STEP_TIMES))
     plan = strategy.policy.plan(K, range(K))
-    assert plan == searched_plan(forecast, STEP_TIMES, range(K - 2), 4, True) != general.plan(K, range(K))
+    assert plan == searched_plan(forecast, STEP_TIMES, range(K - 2), 4, start, True) != general.plan(K, range(K))
     assert plan.count(Kind.FULL) == 4 and plan[K - 2] is plan[K - 1] is Kind.FULL and strategy.name.endswith("x, calibrated")
     part = opening(STEP_TIMES, window=range(3, 8))
     windowed = settings.strategy(part).policy.plan(K, part.window)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_duca.cache_core import Kind, Opening, Plan, Timeline
-from comfyui_duca.cache_core.calibration.calibration import Calibration
+from comfyui_duca.cache_core.calibration.calibration import STARTS, Calibration
 from comfyui_duca.cache_core.calibration.sidecar import About
 from comfyui_duca.cache_core.calibration.statistics import ForecastModel
-from comfyui_duca.cache_core.calibration.use import predictor_of, search_for
+from comfyui_duca.cache_core.calibration.use import predictor_of, search_for, start_plan
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import AlwaysCompute, FrontLoaded, Given
@@ -122,11 +122,11 @@ def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
     torch.testing.assert_close(whole.sensitivity, (halves[0].sensitivity * halves[1].sensitivity).sqrt())
 
 
-@pytest.mark.parametrize("sure", [0.0, 2.0])
-def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure):
+@pytest.mark.parametrize("sure_by", [0.0, 2.0])
+def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure_by):
     """Every candidate is met again here: learned from one prompt by a calibration of its own, sampled on the other."""
-    worth = 0.5 if sure else 0.0
-    monkeypatch.setattr(trials, "_SURE", sure)
+    worth = 0.5 if sure_by else 0.0
+    monkeypatch.setattr(trials, "_SURE", sure_by)
     monkeypatch.setattr(trials, "_WORTH", worth)
     learned = calibrator(model).run()
     references = [drawn(model, prompt) for prompt in range(2)]
@@ -139,46 +139,49 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
             found.append(psnr(drawn(patched, prompt), references[prompt]))
         return np.array(found)
 
-    def searched(model, general: Plan) -> Plan:
-        return search_for(model, learned.forecast.step_times, range(STEPS), True).plan(general)
+    def searched(model, start: str, full: int) -> Plan:
+        return search_for(model, learned.forecast.step_times, range(STEPS), True).plan(start_plan(start, STEPS, range(STEPS), full))
 
     for choice in learned.forecast.choices:
-        general = FrontLoaded(STEPS / choice.plan.count(Kind.FULL)).plan(STEPS, range(STEPS))
-        plain = distances([general] * 2, None)
+        full = choice.plan.count(Kind.FULL)
+        plans = {"": [FrontLoaded(STEPS / full).plan(STEPS, range(STEPS))] * 2}
+        plans |= {start: [searched(other.model, start, full) for other in others] for start in STARTS}
+        found = {(start, None): distances(pair, None) for start, pair in plans.items()}
+        plain = found["", None]
         assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
-        plans = [searched(other.model, general) for other in others]
-        candidates = [(plans, None), (plans, 0.5), ([general] * 2, 0.5)] if plans != [general] * 2 else [([general] * 2, 0.5)]
-        expected, best = plain, ([general] * 2, None)
-        for candidate in candidates:
-            if candidate[0] == [general] * 2 and best[0] == plans != [general] * 2:
-                continue  # calibrated weights have been tried on the better plan
-            found = distances(*candidate)
-            surely = (found - plain).mean() > max(worth, sure * (found - plain).std(ddof=1) / 2**0.5)
-            if surely and found.mean() > expected.mean():
-                expected, best = found, candidate
-        assert choice.psnr == pytest.approx(expected.mean(), abs=1e-3) and choice.share == best[1]
-        assert choice.is_searched == (best[0] == plans != [general] * 2)
-        assert choice.plan == (searched(learned.forecast.model, general) if choice.is_searched else general)
+        best = max(plans, key=lambda start: round(found[start, None].mean(), 3))
+        found[best, 0.5] = distances(plans[best], 0.5)
+        gains = {trial: result - plain for trial, result in found.items()}
+        sure = [t for t, gain in gains.items() if gain.mean() > max(worth, sure_by * gain.std(ddof=1) / 2**0.5)]
+        start, share = max([("", None), *sure], key=lambda trial: round(found[trial].mean(), 3))
+        assert choice.psnr == pytest.approx(found[start, share].mean(), abs=1e-3) and choice.share == share
+        assert plans[choice.searched_from] == plans[start]
+        whole = learned.forecast.model
+        assert choice.plan == (searched(whole, choice.searched_from, full) if choice.searched_from else plans[""][0])
 
 
-def minding(step: int) -> ForecastModel:
-    """Made-up statistics by which everything hangs on one step."""
-    return replace(random_forecast(step, 6).model, sensitivity=torch.tensor([1e4 if other == step else 1.0 for other in range(6)]).double())
+SEEDS = (0, 5, 10)
 
 
-GENERAL, SEARCHED, HALF, BOTH = (False, None), (True, None), (False, 0.5), (True, 0.5)
+def half(start: str) -> tuple[str, float]:
+    return (start, 0.5)
+
+
+PLAIN, FRONT, EVEN = ("", None), ("general", None), ("even gaps", None)
 
 
 @pytest.mark.parametrize(
     ("gains", "chosen"),
     [
-        ({SEARCHED: [1.0, 0.8, 1.2, 1.0], BOTH: [0.9, 0.7, 1.1, 0.9]}, SEARCHED),
-        ({SEARCHED: [1.0, 0.8, 1.2, 1.0], BOTH: [2.0, 2.1, 1.9, 2.0]}, BOTH),
-        ({SEARCHED: [0.3, 0.3, 0.3, 0.3], BOTH: [0.8, 0.7, 0.8, 0.7]}, BOTH),
-        ({SEARCHED: [5.0, -3.0, 4.0, -2.0], BOTH: [0.0] * 4, HALF: [0.0] * 4}, GENERAL),  # 1 dB on average, with a standard error of 2
-        ({SEARCHED: [-1.0, -1.0, -1.0, -1.0], BOTH: [0.1, 0.1, 0.1, 0.1], HALF: [0.9, 0.8, 0.8, 0.9]}, HALF),
-        ({SEARCHED: [0.6, 0.6, 0.6, 0.6], BOTH: [4.0, 0.1, 4.0, 0.1]}, SEARCHED),  # more on average, but not surely
-        ({SEARCHED: [0.4, 0.4, 0.4, 0.4], BOTH: [0.3, 0.3, 0.3, 0.3], HALF: [0.4, 0.4, 0.4, 0.4]}, GENERAL),  # surely, but not worth it
+        ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [0.2] * 4, half("general"): [0.9, 0.7, 1.1, 0.9]}, FRONT),
+        ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [1.4, 1.5, 1.5, 1.4], half("even gaps"): [1.0] * 4}, EVEN),
+        ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [0.2] * 4, half("general"): [2.0, 2.1, 1.9, 2.0]}, half("general")),
+        ({FRONT: [0.3] * 4, EVEN: [0.2] * 4, half("general"): [0.8, 0.7, 0.8, 0.7]}, half("general")),
+        ({FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.0] * 4, half("general"): [0.0] * 4}, PLAIN),  # 1 dB on average, standard error 2
+        ({FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.7, 0.8] * 2, half("general"): [0.0] * 4}, EVEN),
+        ({FRONT: [-1.0] * 4, EVEN: [-0.1] * 4, half(""): [0.9, 0.8, 0.8, 0.9]}, half("")),
+        ({FRONT: [0.6] * 4, EVEN: [0.2] * 4, half("general"): [4.0, 0.1, 4.0, 0.1]}, FRONT),  # more on average, but not surely
+        ({FRONT: [0.4] * 4, EVEN: [0.3] * 4, half("general"): [0.3] * 4}, PLAIN),  # surely, but not worth it
     ],
 )
 def test_only_what_is_surely_better_is_chosen(gains, chosen):
@@ -186,42 +189,46 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
     generator = torch.Generator().manual_seed(0)
     references = [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(4)]
     noise = torch.randn(1, 3, 8, 8, generator=generator)
-    *halves, whole = (minding(step) for step in (1, 3, 5))
-    timeline = Timeline(np.linspace(1, 0, 7).tolist())
-    begun = Opening(torch.nn.Module(), FLUX, timeline, range(6), torch.device("cpu"), is_euler=True)
-    general = FrontLoaded(2.0).plan(6, range(6))
-    searched = [search_for(model, timeline.times[:-1], range(6), True).plan(general) for model in (*halves, whole)]
-    assert all(plan != general and plan[step] is Kind.FULL for plan, step in zip(searched, (1, 3, 5)))
+    halves, whole = [random_forecast(seed, 12).model for seed in SEEDS[:2]], random_forecast(SEEDS[2], 12).model
+    timeline = Timeline(np.linspace(1, 0, 13).tolist())
+    begun = Opening(torch.nn.Module(), FLUX, timeline, range(12), torch.device("cpu"), is_euler=True)
+
+    def searched(model: ForecastModel, start: str) -> Plan:
+        return search_for(model, timeline.times[:-1], range(12), True).plan(start_plan(start, 12, range(12), 4))
+
+    plans = {"": [FrontLoaded(3.0).plan(12, range(12))] * 3}
+    plans |= {start: [searched(model, start) for model in (*halves, whole)] for start in STARTS}
+    assert all(len({str(found[part]) for found in plans.values()}) == 3 for part in range(3)), "seeds that tell all plans apart"
     met = []
 
     def sampled(prompt, make):
         strategy = make(begun)._strategy
-        share, plan = getattr(strategy.predictor, "share", None), strategy.policy.plan(6, range(6))
+        share, plan = getattr(strategy.predictor, "share", None), strategy.policy.plan(12, range(12))
         if share is not None:
             assert strategy.predictor.statistics is halves[1 - prompt % 2]
-        assert strategy.corrects and plan in (general, searched[1 - prompt % 2])
-        met.append((plan != general, share))
-        gain = gains[met[-1]][prompt] if met[-1] != GENERAL else 0.0
+        (start,) = (start for start, found in plans.items() if found[1 - prompt % 2] == plan)
+        assert strategy.corrects
+        met.append((start, share))
+        gain = gains[met[-1]][prompt] if met[-1] != PLAIN else 0.0
         return references[prompt] + noise * 0.1 * 10 ** (-gain / 20)
 
-    choice = trials.Trials(halves, whole, begun, sampled, references).choose(3)
-    assert (choice.is_searched, choice.share) == chosen
-    assert choice.plan == (searched[2] if choice.is_searched else general)
-    assert set(met) == {GENERAL, *gains}, "calibrated weights are tried on the better plan alone"
-    assert choice.psnr - choice.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != GENERAL else 0.0, abs=1e-3)
+    choice = trials.Trials(halves, whole, begun, sampled, references).choose(4)
+    assert (choice.searched_from, choice.share) == chosen and choice.plan == plans[chosen[0]][2]
+    assert set(met) == {PLAIN, *gains}, "calibrated weights are tried on the best plan alone"
+    assert choice.psnr - choice.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != PLAIN else 0.0, abs=1e-3)
 
 
 def test_searched_plans_are_not_tried_where_nothing_is_corrected():
     """On a sampler other than Euler's."""
-    halves, timeline = [minding(step) for step in (1, 3)], Timeline(np.linspace(1, 0, 7).tolist())
-    begun, met = Opening(torch.nn.Module(), FLUX, timeline, range(6), torch.device("cpu")), set()
+    halves, timeline = [random_forecast(seed, 12).model for seed in SEEDS[:2]], Timeline(np.linspace(1, 0, 13).tolist())
+    begun, met = Opening(torch.nn.Module(), FLUX, timeline, range(12), torch.device("cpu")), set()
 
     def sampled(prompt, make):
-        met.add(str(make(begun)._strategy.policy.plan(6, range(6))))
+        met.add(str(make(begun)._strategy.policy.plan(12, range(12))))
         return torch.ones(1)
 
-    choice = trials.Trials(halves, halves[0], begun, sampled, [torch.zeros(1)] * 2).choose(3)
-    assert met == {str(FrontLoaded(2.0).plan(6, range(6)))} and not choice.is_searched
+    choice = trials.Trials(halves, halves[0], begun, sampled, [torch.zeros(1)] * 2).choose(4)
+    assert met == {str(FrontLoaded(3.0).plan(12, range(12)))} and not choice.searched_from
 
 
 def test_a_calibration_brings_its_choices_to_a_run(model, learned):
