@@ -150,13 +150,17 @@ class Settings:
         choice, refused = _tried(forecast, opening, full)
         if choice is None:
             return replace(uncalibrated, notices=refused)
-        if choice.searched_from and opening.is_euler:  # on others nothing makes up for the forecasts, and none was tried there
+        notices: tuple[str, ...] = ()
+        if choice.searched_from and opening.is_euler:
             times = opening.timeline.times[:-1]
             window = range(opening.window.start, min(opening.window.stop, len(times) - self.tail))
             policy = Given(searched_plan(forecast, times, window, full, choice.searched_from, is_corrected=True))
+        elif choice.searched_from:  # elsewhere nothing makes up for the forecasts, and no such plan was tried
+            notices = ("the plan of the calibration is not used: it is for the samplers euler and ddim",)
         predictor = predictor_of(forecast.model, choice.share)
-        did = "calibrated" if choice.searched_from or choice.share is not None else "calibrated: does best as without"  # when tried out
-        return replace(uncalibrated, policy=policy, predictor=predictor, name=f"{name}, {did}")
+        is_other = policy is not uncalibrated.policy or choice.share is not None
+        did = "calibrated" if is_other else "calibrated: does best as without"  # when it was tried out
+        return replace(uncalibrated, policy=policy, predictor=predictor, name=f"{name}, {did}", notices=notices)
 
     def _icc(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The given cycle length, or the shortest one whose estimated cost meets the speedup."""

@@ -31,4 +31,6 @@ def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
 def _expected(choice: Choice) -> str:
     steps, full = len(choice.plan), choice.plan.count(Kind.FULL)
     how = "uncalibrated forecast" if choice.share is None else f"{100 * choice.share:.0f} % calibrated forecast"
+    if choice.searched_from:
+        how += ", searched plan"
     return f"{steps / full:4.1f}x {choice.uncalibrated:5.1f} -> {choice.psnr:5.1f} dB  {choice.plan}  {how}"

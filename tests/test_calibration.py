@@ -312,7 +312,9 @@ def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     part = opening(STEP_TIMES, window=range(3, 8))
     windowed = settings.strategy(part).policy.plan(K, part.window)
     assert all(windowed[step] is Kind.FULL for step in (0, 1, 2, 7, 8))
-    assert settings.strategy(opening(STEP_TIMES, is_euler=False)).policy == general
+    elsewhere = settings.strategy(opening(STEP_TIMES, is_euler=False))
+    assert elsewhere.policy == general and elsewhere.predictor == strategy.predictor
+    assert not strategy.notices and "is for the samplers euler and ddim" in elsewhere.notices[0]
 
 
 def test_a_calibration_that_was_no_better_says_so():
