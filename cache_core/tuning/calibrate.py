@@ -29,7 +29,7 @@ from .trials import Trials
 
 _NODES = 32  # evaluations whose statistics are kept at most: they enter squared, and vary slowly
 _TOKENS = 1024  # of every cond, chosen at random
-_HARM_PROMPTS = 8  # whose pictures tell what an error does to them: with four, searched plans came out up to 2 dB apart
+_HARM_PROMPTS = 8  # whose pictures tell what an error does to them: four can mislead a search by 2 dB, eight hardly
 _HARM_STRIDE = 3  # steps from one that is measured to the next
 _SEED = 0
 
