@@ -150,7 +150,7 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
-    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, _is_euler(sampler))
+    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, is_euler(sampler))
 
 
 def _open_run(
@@ -197,7 +197,7 @@ def _open_run(
     return run
 
 
-def _is_euler(sampler: Any) -> bool:
+def is_euler(sampler: Any) -> bool:
     """Whether it is the host's Euler sampler (DDIM is the same one there) and adds no noise between steps."""
     is_euler = getattr(sampler, "sampler_function", None) is comfy.k_diffusion.sampling.sample_euler
     return is_euler and not sampler.extra_options.get("s_churn")

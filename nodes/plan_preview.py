@@ -71,12 +71,18 @@ def _opening(asked: Asked) -> Opening:
         sigmas = _sigmas(known, asked.sampling, asked.total)[asked.steps.start : asked.steps.stop + 1]
         timeline = Timeline(sigmas.tolist(), host.model_times(known.sampling, sigmas))
         ends = [float(known.sampling.percent_to_sigma(part)) for part in settings.part]
-        return Opening(network, known.family, timeline, timeline.window(*ends), known.device)
+        return Opening(network, known.family, timeline, timeline.window(*ends), known.device, _is_euler(asked.sampling))
     calibration = settings.calibration
     forecast = calibration.forecast if calibration is not None else None
     times = [*_spread(forecast, asked.total), 0.0][asked.steps.start : asked.steps.stop + 1]
     window = [min(max(round(part * asked.total) - asked.steps.start, 0), len(asked.steps)) for part in settings.part]
-    return Opening(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"))
+    return Opening(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"), _is_euler(asked.sampling))
+
+
+def _is_euler(sampling: Mapping[str, Any]) -> bool:
+    """As a run would find it; Euler's where the page found no sampler."""
+    name = sampling.get("sampler_name")
+    return name is None or (name in comfy.samplers.KSampler.SAMPLERS and host.is_euler(comfy.samplers.sampler_object(name)))
 
 
 def _sigmas(known: Known, sampling: Mapping[str, Any], steps: int) -> torch.Tensor:

@@ -19,6 +19,8 @@ from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import FrontLoaded, IccCycle
 from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.schedule import Schedule
+from comfyui_duca.nodes.plan_preview import _opening
+from comfyui_duca.nodes.plan_request import Asked
 from torch import nn
 
 N, K, TOKENS, D, C, R = 7, 9, 60, 3, 8, 5
@@ -315,6 +317,21 @@ def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     elsewhere = settings.strategy(opening(STEP_TIMES, is_euler=False))
     assert elsewhere.policy == general and elsewhere.predictor == strategy.predictor
     assert not strategy.notices and "is for the samplers euler and ddim" in elsewhere.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "is_followed"),
+    [({}, True), *(({"sampler_name": name}, name in ("euler", "ddim")) for name in ("euler", "ddim", "heun", "euler_ancestral", "?", 3))],
+    ids=str,
+)
+def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
+    """Searched where the sampler on the canvas is Euler's, or none was found."""
+    forecast = forecast_of()
+    forecast = replace(forecast, choices=tuple(replace(choice, searched_from="general") for choice in forecast.choices))
+    settings = Settings(speedup=K / 4, calibration=calibration_of(forecast, None))
+    strategy = settings.strategy(_opening(Asked(settings, None, None, sampling, range(K), K, False)))
+    expected = searched_plan(forecast, STEP_TIMES, range(K), 4, "general", True) if is_followed else FrontLoaded(K / 4).plan(K, range(K))
+    assert strategy.policy.plan(K, range(K)) == expected
 
 
 def test_a_calibration_that_was_no_better_says_so():
