@@ -11,6 +11,7 @@ import torch
 from comfyui_duca.cache_core import Kind, Opening, Plan, Timeline
 from comfyui_duca.cache_core.calibration.calibration import STARTS, Calibration
 from comfyui_duca.cache_core.calibration.sidecar import About
+from comfyui_duca.cache_core.calibration.statistics import ForecastModel
 from comfyui_duca.cache_core.calibration.use import predictor_of, search_for, start_plan
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families.flux import FLUX
@@ -123,7 +124,7 @@ def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
 
 @pytest.mark.parametrize("sure_by", [0.0, 2.0])
 def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure_by):
-    """Every candidate is met again here: filled as learned from one prompt by a calibration of its own, sampled on the other."""
+    """Every candidate is met again here: learned from one prompt by a calibration of its own, sampled on the other."""
     worth = 0.5 if sure_by else 0.0
     monkeypatch.setattr(trials, "_SURE", sure_by)
     monkeypatch.setattr(trials, "_WORTH", worth)
@@ -131,19 +132,21 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
     references = [drawn(model, prompt) for prompt in range(2)]
     others = [calibrator(model, prompts=[1 - prompt]).run().forecast for prompt in range(2)]
 
-    def distances(plan: Plan, share: float | None) -> np.ndarray:
+    def distances(plans: list[Plan], share: float | None) -> np.ndarray:
         found = []
-        for prompt, other in enumerate(others):
+        for prompt, (other, plan) in enumerate(zip(others, plans)):
             patched = cached(model, chosen=Strategy(Given(plan), predictor_of(other.model, share), corrects=True))
             found.append(psnr(drawn(patched, prompt), references[prompt]))
         return np.array(found)
 
-    search = search_for(learned.forecast.model, learned.forecast.step_times, range(STEPS), True)
+    def searched(model, start: str, full: int) -> Plan:
+        return search_for(model, learned.forecast.step_times, range(STEPS), True).plan(start_plan(start, STEPS, range(STEPS), full))
+
     for choice in learned.forecast.choices:
         full = choice.plan.count(Kind.FULL)
-        plans = {"": FrontLoaded(STEPS / full).plan(STEPS, range(STEPS))}
-        plans |= {start: search.plan(start_plan(start, STEPS, range(STEPS), full)) for start in STARTS}
-        found = {(start, None): distances(plan, None) for start, plan in plans.items()}
+        plans = {"": [FrontLoaded(STEPS / full).plan(STEPS, range(STEPS))] * 2}
+        plans |= {start: [searched(other.model, start, full) for other in others] for start in STARTS}
+        found = {(start, None): distances(pair, None) for start, pair in plans.items()}
         plain = found["", None]
         assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
         best = max(plans, key=lambda start: round(found[start, None].mean(), 3))
@@ -152,7 +155,9 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
         sure = [t for t, gain in gains.items() if gain.mean() > max(worth, sure_by * gain.std(ddof=1) / 2**0.5)]
         start, share = max([("", None), *sure], key=lambda trial: round(found[trial].mean(), 3))
         assert choice.psnr == pytest.approx(found[start, share].mean(), abs=1e-3) and choice.share == share
-        assert choice.plan == plans[choice.searched_from] == plans[start]
+        assert plans[choice.searched_from] == plans[start]
+        whole = learned.forecast.model
+        assert choice.plan == (searched(whole, choice.searched_from, full) if choice.searched_from else plans[""][0])
 
 
 SEEDS = (0, 5, 10)
@@ -188,10 +193,12 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
     timeline = Timeline(np.linspace(1, 0, 13).tolist())
     begun = Opening(torch.nn.Module(), FLUX, timeline, range(12), torch.device("cpu"), is_euler=True)
 
-    search = search_for(whole, timeline.times[:-1], range(12), True)
-    plans = {"": FrontLoaded(3.0).plan(12, range(12))}
-    plans |= {start: search.plan(start_plan(start, 12, range(12), 4)) for start in STARTS}
-    assert len(set(map(str, plans.values()))) == 3, "a seed that tells all plans apart"
+    def searched(model: ForecastModel, start: str) -> Plan:
+        return search_for(model, timeline.times[:-1], range(12), True).plan(start_plan(start, 12, range(12), 4))
+
+    plans = {"": [FrontLoaded(3.0).plan(12, range(12))] * 3}
+    plans |= {start: [searched(model, start) for model in (*halves, whole)] for start in STARTS}
+    assert all(len({str(found[part]) for found in plans.values()}) == 3 for part in range(3)), "seeds that tell all plans apart"
     met = []
 
     def sampled(prompt, make):
@@ -199,14 +206,14 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
         share, plan = getattr(strategy.predictor, "share", None), strategy.policy.plan(12, range(12))
         if share is not None:
             assert strategy.predictor.statistics is halves[1 - prompt % 2]
-        (start,) = (start for start, found in plans.items() if found == plan)
+        (start,) = (start for start, found in plans.items() if found[1 - prompt % 2] == plan)
         assert strategy.corrects
         met.append((start, share))
         gain = gains[met[-1]][prompt] if met[-1] != PLAIN else 0.0
         return references[prompt] + noise * 0.1 * 10 ** (-gain / 20)
 
     choice = trials.Trials(halves, whole, begun, sampled, references).choose(4)
-    assert (choice.searched_from, choice.share) == chosen and choice.plan == plans[chosen[0]]
+    assert (choice.searched_from, choice.share) == chosen and choice.plan == plans[chosen[0]][2]
     assert set(met) == {PLAIN, *gains}, "calibrated weights are tried on the best plan alone"
     assert choice.psnr - choice.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != PLAIN else 0.0, abs=1e-3)
 

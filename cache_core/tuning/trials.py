@@ -27,7 +27,7 @@ _WORTH = 0.5  # dB that it must gain: 0.3 dB, two standard errors, were -0.05 on
 
 
 class _Trial(NamedTuple):
-    """start: of the search for its plan, "" for the plan that does best in general. share: of calibrated weights, None for the
+    """start: of the search for its plans, "" for the plan that does best in general. share: of calibrated weights, None for the
     uncalibrated predictor. distances: PSNR of every prompt, in dB.
     """
 
@@ -46,9 +46,8 @@ class _Trial(NamedTuple):
 
 
 class Trials:
-    """halves: statistics of a part of the prompts each, prompt p belonging to part p mod their number; every prompt is filled with
-    what another part taught. whole: statistics of all prompts, which plans are searched with: averages that one prompt moves little,
-    while plans of a half differ from the one that would be kept, and are worse. opening: of a run to try in.
+    """halves: statistics of a part of the prompts each, prompt p belonging to part p mod their number; every prompt is sampled with
+    what another part taught. whole: statistics of all prompts, which a plan that is kept is made of. opening: of a run to try in.
 
     references: the uncached latent of every prompt. told: called after every sampling.
     """
@@ -73,24 +72,35 @@ class Trials:
 
         Searched plans count on correcting, so they are for Euler samplers. Calibrated weights are tried on the best plan alone.
         """
-        timeline, window = self._opening.timeline, self._opening.window
-        search = search_for(self._whole, timeline.times[:-1], window, is_corrected=True)
-        plans = {"": start_plan("general", timeline.steps, window, full)}
+        steps, parts = self._opening.timeline.steps, self._others()
+        general = start_plan("general", steps, self._opening.window, full)
+        plans = {"": [general] * len(parts)}
         for start in STARTS if self._opening.is_euler else ():
-            found = search.plan(start_plan(start, timeline.steps, window, full))
+            found = [self._searched(model, start, full) for model in parts]
             if found not in plans.values():
                 plans[start] = found
-        trials = [self._try(plan, start, None) for start, plan in plans.items()]
+        trials = [self._try(found, start, None) for start, found in plans.items()]
         uncalibrated, best = trials[0], max(trials, key=lambda trial: trial.psnr)
         trials.append(self._try(plans[best.start], best.start, self.SHARE))
         sure = [uncalibrated, *(trial for trial in trials if trial.is_surely_above(uncalibrated))]
         chosen = max(sure, key=lambda trial: trial.psnr)
-        return Choice(plans[chosen.start], chosen.share, chosen.psnr, uncalibrated.psnr, chosen.start)
+        plan = self._searched(self._whole, chosen.start, full) if chosen.start else general
+        return Choice(plan, chosen.share, chosen.psnr, uncalibrated.psnr, chosen.start)
 
-    def _try(self, plan: Plan, start: str, share: float | None) -> _Trial:
-        """Samples all prompts."""
-        others = [*self._halves[1:], self._halves[0]]
-        strategies = [Strategy(Given(plan), predictor_of(model, share), corrects=True) for model in others]
+    def _others(self) -> list[ForecastModel]:
+        """What the prompts of each part are sampled with."""
+        return [*self._halves[1:], self._halves[0]]
+
+    def _searched(self, model: ForecastModel, start: str, full: int) -> Plan:
+        timeline, window = self._opening.timeline, self._opening.window
+        search = search_for(model, timeline.times[:-1], window, is_corrected=True)
+        return search.plan(start_plan(start, timeline.steps, window, full))
+
+    def _try(self, plans: Sequence[Plan], start: str, share: float | None) -> _Trial:
+        """Samples all prompts. plans: of every part."""
+        strategies = [
+            Strategy(Given(plan), predictor_of(model, share), corrects=True) for plan, model in zip(plans, self._others(), strict=True)
+        ]
         distances = []
         for prompt, reference in enumerate(self._references):
             strategy = strategies[prompt % len(strategies)]
