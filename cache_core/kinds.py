@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
@@ -46,6 +47,11 @@ class Plan:
                 raise ValueError(f"unknown kind {letter!r} at character {position + 1} of {text!r}: use F, i, c or a") from None
         return cls(tuple(kinds))
 
+    @classmethod
+    def with_full(cls, full: Collection[int], steps: int) -> Plan:
+        """Full at the given steps, aggressive at all others."""
+        return cls(tuple(Kind.FULL if step in full else Kind.AGGRESSIVE for step in range(steps)))
+
     def __str__(self) -> str:
         return "".join(kind.value for kind in self.kinds)
 
@@ -57,6 +63,9 @@ class Plan:
 
     def count(self, kind: Kind) -> int:
         return self.kinds.count(kind)
+
+    def steps_of(self, kind: Kind) -> frozenset[int]:
+        return frozenset(step for step, own in enumerate(self.kinds) if own is kind)
 
     def has(self, kind: Kind, since: int = 0) -> bool:
         """Whether a step from `since` on, itself included, is of this kind."""

@@ -48,7 +48,7 @@ class PlanSearch:
 
     def plan(self, start: Plan) -> Plan:
         """From `start`, the best exchange of a full evaluation for a skipped one, again and again while that helps."""
-        chosen = frozenset(step for step, kind in enumerate(start.kinds) if kind is Kind.FULL)
+        chosen = start.steps_of(Kind.FULL)
         cost, reach = self.cost(chosen), max(_REACH // len(start), 1)
         while True:
             exchanged = (
@@ -59,7 +59,7 @@ class PlanSearch:
             )
             best_cost, best = min(((self.cost(plan), sorted(plan)) for plan in exchanged), default=(cost, []))
             if best_cost >= cost * (1 - 1e-9):
-                return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(len(start))))
+                return Plan.with_full(chosen, len(start))
             chosen, cost = frozenset(best), best_cost
 
     def order(self, start: Plan) -> list[int]:
@@ -67,7 +67,7 @@ class PlanSearch:
 
         Of its steps the least missed are given up one at a time, the best of the others come one at a time.
         """
-        middle = frozenset(step for step, kind in enumerate(self.plan(start).kinds) if kind is Kind.FULL)
+        middle = self.plan(start).steps_of(Kind.FULL)
         fixed = set(range(len(start))).difference(self._free)
         given_up: list[int] = []
         added: list[int] = []

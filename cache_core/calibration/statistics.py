@@ -144,11 +144,8 @@ class ForecastModel:
 
     def products(self, times: Sequence[float]) -> np.ndarray:
         """(m, m) mean inner products per token of the hidden states at m times."""
-        mix = np.zeros((len(times), len(self.times)))
-        for row, time in enumerate(times):
-            for node, share in self._nodes(time):
-                mix[row, node] += share
-        return mix @ self.gram.numpy() @ mix.T
+        mix = self._mix(times)
+        return (mix @ self.gram @ mix.T).numpy()
 
     def fit(self, anchors: Sequence[float], time: float, weights: Sequence[float] | None = None) -> Fit:
         """What is left to correct once the hidden states at `anchors` are combined with `weights`, by default the best ones."""
@@ -165,10 +162,7 @@ class ForecastModel:
 
     def _between(self, times: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
         """gram, uu, uz (float64) for features at the given times."""
-        mix = torch.zeros(len(times), len(self.times), dtype=torch.float64)
-        for row, time in enumerate(times):
-            for node, share in self._nodes(time):
-                mix[row, node] += share
+        mix = self._mix(times)
         used = mix.abs().sum(0).nonzero().flatten()
         mix = mix[:, used]
         pick = used[:, None], used[None, :]
@@ -178,6 +172,14 @@ class ForecastModel:
             torch.einsum("xa,yb,abde->xyde", mix, mix, uu),
             torch.einsum("xa,yb,abdr->xydr", mix, mix, uz),
         )
+
+    def _mix(self, times: Sequence[float]) -> Tensor:
+        """(m, n) float64: what every recorded evaluation has in the features at each of m times."""
+        mix = torch.zeros(len(times), len(self.times), dtype=torch.float64)
+        for row, time in enumerate(times):
+            for node, share in self._nodes(time):
+                mix[row, node] += share
+        return mix
 
     def _nodes(self, time: float) -> list[tuple[int, float]]:
         """The recorded evaluations a time lies between, with their shares; beyond the ends the outermost line goes on."""

@@ -43,7 +43,7 @@ def start_plan(start: str, steps: int, window: range, full: int) -> Plan:
     free = [step for step in window if step > 0]
     count = min(max(0, full - (steps - len(free))), len(free))
     skipped = set(free).difference(free[int((place + 0.5) * len(free) / count)] for place in range(count))
-    return Plan(tuple(Kind.AGGRESSIVE if step in skipped else Kind.FULL for step in range(steps)))
+    return Plan.with_full(set(range(steps)) - skipped, steps)
 
 
 def searched_plan(forecast: Forecast, times: Sequence[float], window: range, full: int, start: str, is_corrected: bool) -> Plan:
@@ -69,7 +69,7 @@ def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full:
         forecast.orders[asked] = search.order(start_plan("general", steps, window, max(1, round(steps / _MIDDLE))))
     chosen = {0, *(step for step in range(steps) if step not in window)}
     chosen.update([step for step in forecast.orders[asked] if step not in chosen][: max(0, full - len(chosen))])
-    return Plan(tuple(Kind.FULL if step in chosen else Kind.AGGRESSIVE for step in range(steps)))
+    return Plan.with_full(chosen, steps)
 
 
 def search_for(model: ForecastModel, times: Sequence[float], window: range, is_corrected: bool) -> PlanSearch:

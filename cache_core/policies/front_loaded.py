@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kinds import Kind, Plan
+from ..kinds import Plan
 from .base import check_counts
 
 _COARSE = 4  # steps between the full evaluations that a run is given first of all
@@ -41,7 +41,7 @@ class FrontLoaded:
         free = sorted(range(first + 1, end), key=lambda step: _turn(step - first, end - first, is_last=step == steps - 1))
         full = {*range(min(first + 1, steps)), *range(max(end, 0), steps)}
         full.update(free[: max(0, max(1, round(steps / self.speedup)) - len(full))])
-        return Plan(tuple(Kind.FULL if step in full else Kind.AGGRESSIVE for step in range(steps)))
+        return Plan.with_full(full, steps)
 
 
 def _turn(distance: int, length: int, is_last: bool) -> tuple[int, float]:

@@ -47,7 +47,7 @@ class GrowingGaps:
         inside = last - first
         gaps = self._gaps(inside, min(max(budget - (steps - inside), 1), inside))
         full = {*range(first), *range(last, steps), *accumulate(gaps[:-1], initial=first)}
-        return Plan(tuple(Kind.FULL if step in full else Kind.AGGRESSIVE for step in range(steps)))
+        return Plan.with_full(full, steps)
 
     def _gaps(self, steps: int, count: int) -> list[int]:
         """`count` gaps of at least one step that fill `steps`, shortest first."""
