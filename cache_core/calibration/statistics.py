@@ -134,11 +134,11 @@ class ForecastModel:
 
     def power(self, time: float) -> float:
         """Mean square per token, over channels, of the hidden state: what errors are relative to."""
-        return max(float(self._between([time])[0]), 1e-30)
+        return max(float(self.products([time])[0, 0]), 1e-30)
 
     def least_squares(self, anchors: Sequence[float], time: float) -> list[float]:
         """The best weights for the hidden state at `time` from those at `anchors` (times, oldest first)."""
-        gram, _, _ = self._between([*anchors, time])
+        gram = torch.from_numpy(self.products([*anchors, time]))
         known = gram[:-1, :-1]
         return torch.linalg.solve(known + _RIDGE_W * torch.diag(known.diagonal()), gram[:-1, -1]).tolist()
 
