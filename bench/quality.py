@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cached_property
 
 from common import machine, publish, start, table
 
@@ -46,11 +47,16 @@ class Bench:
         self.noise = comfy.sample.prepare_noise(self.latent, 0)
         self.steps = STEPS
         self.psnr: list[float] = []  # of every picture of the last row, dB
-        self.reference = self.pictures(self.model, STEPS)
 
     def refer_to(self, steps: int) -> None:
         """Measures against the uncached pictures of another step count from here on."""
-        self.steps, self.reference = steps, self.pictures(self.model, steps)
+        self.steps = steps
+        self.__dict__.pop("reference", None)
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """The uncached pictures, sampled when they are first needed."""
+        return self.pictures(self.model, self.steps)
 
     def pictures(self, model, steps: int) -> np.ndarray:
         """(N, 48, 48, 3) in 0..1, as a decoded image."""

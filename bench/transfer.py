@@ -55,16 +55,11 @@ def elsewhere(learned: Calibration, prompts: Sequence[str]) -> dict[float, str]:
             without = other.row(f"{name}: auto {speed:g}", Settings(speedup=speed))
             plain = other.psnr
             having = other.row(f"{name}: calibrated {speed:g}", Settings(speedup=speed, calibration=learned))
-            gain = f"{np.mean(other.psnr) - np.mean(plain):+.2f} ± {error_of_mean(other.psnr, plain, len(prompts)):.2f}"
+            gains = np.subtract(other.psnr, plain).reshape(NOISES, -1).mean(0)  # of prompts: pictures of one are not independent
+            gain = f"{gains.mean():+.2f} ± {gains.std(ddof=1) / len(gains) ** 0.5:.2f}"
             rows[speed].append([name, without[3], having[3], gain, without[5], having[5]])
     header = ["setting", "auto, PSNR dB", "calibrated", "gain", "auto, SSIM", "calibrated"]
     return {speed: table(header, own) for speed, own in rows.items()}
-
-
-def error_of_mean(psnr: Sequence[float], plain: Sequence[float], prompts: int) -> float:
-    """Standard error of the mean gain, over the prompts: pictures of one prompt are not independent."""
-    gains = (np.asarray(psnr) - np.asarray(plain)).reshape(-1, prompts).mean(0)
-    return float(gains.std(ddof=1) / prompts**0.5)
 
 
 def with_lora(model, strength: float):
@@ -92,7 +87,7 @@ class Elsewhere(Bench):
         if lora:
             self.model = with_lora(self.model, lora)
         if denoise < 1:  # from finished pictures
-            self.latent = torch.from_numpy(self.reference).movedim(-1, 1) * 2 - 1
+            self.latent = torch.from_numpy(self.pictures(self.model, STEPS)).movedim(-1, 1) * 2 - 1
         self.noise = comfy.sample.prepare_noise(self.latent, 0)
         self.refer_to(steps)
 
@@ -111,9 +106,10 @@ def main() -> None:
         *(f"\n**away from the calibrated setting, at {speed}×**\n\n{rows}" for speed, rows in elsewhere(learned, measured).items()),
         f"\n**ICC by rank, full every 4th evaluation: PSNR dB**\n\n{ranks(Bench(measured), factors)}",
     ]
-    publish(
-        "transfer", f"{len(measured)} prompts, otherwise {STEPS} euler steps, guidance {GUIDANCE}; {machine()}.\n" + "\n".join(sections)
+    about = (
+        f"{len(measured)} prompts ({NOISES} noises of each but for ICC), otherwise {STEPS} euler steps, guidance {GUIDANCE}; {machine()}.\n"
     )
+    publish("transfer", about + "\n".join(sections))
 
 
 if __name__ == "__main__":

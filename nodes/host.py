@@ -199,8 +199,8 @@ def _open_run(
 
 def is_euler(sampler: Any) -> bool:
     """Whether it is the host's Euler sampler (DDIM is the same one there) and adds no noise between steps."""
-    is_euler = getattr(sampler, "sampler_function", None) is comfy.k_diffusion.sampling.sample_euler
-    return is_euler and not sampler.extra_options.get("s_churn")
+    function = getattr(sampler, "sampler_function", None)
+    return function is comfy.k_diffusion.sampling.sample_euler and not sampler.extra_options.get("s_churn")
 
 
 def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:

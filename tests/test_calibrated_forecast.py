@@ -101,14 +101,6 @@ def search_of(data, window=range(N), made_up=0.5) -> PlanSearch:
     return PlanSearch(model.products(TIMES), HARM, AUTO.weights, TIMES, window, AUTO.history, made_up)
 
 
-def plan_of(full) -> Plan:
-    return Plan(tuple(Kind.FULL if step in full else Kind.AGGRESSIVE for step in range(N)))
-
-
-def steps_of(plan: Plan) -> set[int]:
-    return {step for step, kind in enumerate(plan.kinds) if kind is Kind.FULL}
-
-
 @pytest.mark.parametrize("made_up", [0.0, 0.4])
 def test_the_cost_of_a_plan_adds_errors_up_with_their_signs(made_up):
     """Written out on the hidden states themselves: full at 0, 1, 4 and 5, so that the first gap alone has two more behind it."""
@@ -145,23 +137,23 @@ def test_the_search_finds_what_trying_everything_finds():
     for seed in range(5):
         search = search_of(trajectories(3, seed))
         costs = sorted(search.cost({0, *rest}) for rest in itertools.combinations(range(1, N), 3))
-        found = search.plan(plan_of({0, 2, 4, 6}))
+        found = search.plan(Plan.with_full({0, 2, 4, 6}, N))
         assert found.count(Kind.FULL) == 4 and found[0] is Kind.FULL
-        assert search.cost(steps_of(found)) <= min(search.cost({0, 2, 4, 6}), costs[4])
+        assert search.cost(found.steps_of(Kind.FULL)) <= min(search.cost({0, 2, 4, 6}), costs[4])
 
 
 def test_the_search_leaves_steps_outside_the_window_full():
     search = search_of(trajectories(), range(2, 5))
-    plan = search.plan(plan_of({0, 1, 2, 5, 6}))
-    assert {0, 1, 5, 6} <= steps_of(plan) and plan.count(Kind.FULL) == 5
+    plan = search.plan(Plan.with_full({0, 1, 2, 5, 6}, N))
+    assert {0, 1, 5, 6} <= plan.steps_of(Kind.FULL) and plan.count(Kind.FULL) == 5
     assert set(search.order(plan)[:4]) == {0, 1, 5, 6}
 
 
 def test_an_order_grows_and_shrinks_from_the_best_plan():
     """One step at a time: the one given up, or taken, is the best one there."""
     search = search_of(trajectories(3))
-    start = plan_of({0, 2, 4})
-    order, middle = search.order(start), steps_of(search.plan(start))
+    start = Plan.with_full({0, 2, 4}, N)
+    order, middle = search.order(start), search.plan(start).steps_of(Kind.FULL)
     assert sorted(order) == list(range(N)) and set(order[:3]) == middle
     assert search.cost(order[:2]) == min(search.cost(middle - {step}) for step in middle - {0})
     assert search.cost(order[:4]) == min(search.cost(middle | {step}) for step in set(range(N)) - middle)
