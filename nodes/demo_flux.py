@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import comfy.latent_formats
+import comfy.model_detection
 import comfy.model_management
 import comfy.supported_models
 import safetensors
@@ -29,16 +30,19 @@ class _DemoConfig(comfy.supported_models.Flux):
 
 
 def load_demo_model(weight_dtype: torch.dtype = torch.float32) -> ModelPatcher:
-    """The demo model through the host's own Flux, sampling and patcher classes, computing in float32.
+    """The demo model through the host's own detection, key names, Flux, sampling and patcher classes, computing in float32.
 
     weight_dtype: what weights are kept in; other than float32 the host casts them layer by layer, as with fp8 checkpoints.
     """
+    weights = safetensors.torch.load_file(_WEIGHTS)
     with safetensors.safe_open(_WEIGHTS, "pt") as file:
-        config = _DemoConfig({"image_model": "flux", **json.loads(file.metadata()["flux_config"])})
+        own_sizes = json.loads(file.metadata()["flux_config"])
+    # detection knows which fields this host's Flux asks for; sizes that it takes as given for every Flux are the file's own
+    config = _DemoConfig({**comfy.model_detection.detect_unet_config(weights, ""), **own_sizes})
     config.set_inference_dtype(weight_dtype, None if weight_dtype is torch.float32 else torch.float32)
     offload_device = comfy.model_management.unet_offload_device()
     model = config.get_model({}, "", device=offload_device)
-    weights = safetensors.torch.load_file(_WEIGHTS)
+    weights = config.process_unet_state_dict(weights)
     model.diffusion_model.load_state_dict({key: value.to(weight_dtype) for key, value in weights.items()})
     return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
 

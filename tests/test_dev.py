@@ -52,5 +52,5 @@ def test_a_failed_download_says_what_to_do(tmp_path):
 
 def test_the_pack_is_linked_into_custom_nodes(tmp_path):
     for _ in range(2):  # a second call finds it there
-        host_setup._link_pack(tmp_path)
+        host_setup.link_pack(tmp_path)
         assert (tmp_path / "custom_nodes" / host_setup.PACK_NAME).resolve() == ROOT

@@ -64,7 +64,7 @@ def contexts(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def _server(version: str, folder: Path) -> ComfyServer:
     base = folder / "base"
-    host_setup._link_pack(base)
+    host_setup.link_pack(base)
     for name in {name for path in WORKFLOWS for name in _FILE.findall(path.read_text())}:
         _put(base / "models" / name)  # empty: without it the page would say that a model is missing
     _put(base / "input" / "example.png", (Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png").read_bytes())
