@@ -17,8 +17,8 @@ from .kinds import Kind
 class Evaluation:
     """One model evaluation as the sampler asked for it (cond and uncond together).
 
-    planned: the kind its step has in the plan. kind: the costliest kind that a model call of it really was.
-    macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
+    planned: the kind its step has in the plan. kind: the costliest kind that a model call of it really was; None where no call
+    reached the model, as another node answered. macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
     skipped: calls that were aggressive. ms: wall time. cache_bytes: kept after it.
     """
 
@@ -26,7 +26,7 @@ class Evaluation:
     step: int
     sigma: float
     planned: Kind
-    kind: Kind = Kind.AGGRESSIVE
+    kind: Kind | None = None
     calls: int = 0
     skipped: int = 0
     macs: float = 0.0
@@ -36,11 +36,20 @@ class Evaluation:
 
     def add_call(self, kind: Kind, macs: float, full_macs: float) -> None:
         cheapest_first = (Kind.AGGRESSIVE, Kind.CONSERVATIVE, Kind.CALIBRATED, Kind.FULL)
-        self.kind = max(self.kind, kind, key=cheapest_first.index)
+        self.kind = kind if self.kind is None else max(self.kind, kind, key=cheapest_first.index)
         self.calls += 1
         self.skipped += kind is Kind.AGGRESSIVE
         self.macs += macs
         self.full_macs += full_macs
+
+    @property
+    def letter(self) -> str:
+        """Of its kind, as in a plan; "-" where another node answered."""
+        return self.kind.value if self.kind is not None else "-"
+
+    @property
+    def label(self) -> str:
+        return self.kind.label if self.kind is not None else "elsewhere"
 
 
 class CallShape(NamedTuple):

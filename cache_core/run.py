@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from .engine import (
 from .families import ModelFamily, UnknownInputError, UnsupportedCallError
 from .kinds import Kind, Plan
 from .meter import CallShape, Evaluation, RunReport, Stopwatch
-from .store import FeatureStore, StoreFullError
+from .store import FeatureStore, StoreFullError, Unrecorded
 from .strategy import Strategy, predicted_bytes, row_macs
 from .timeline import Timeline
 
@@ -36,16 +37,20 @@ class ModelCall:
     """What the host says about one call of its model.
 
     conds: identity of each cond in the batch, in row order; all have equally many rows.
-    signature: shape, dtype, hook weights …: features are only used for calls with an equal one.
-    variant: how this call's network differs from the plain one (block patches), to tell extra passes apart.
+    signature: shape, dtype and so on: features are only used for calls with an equal one. weights: the same for weights that change
+    while sampling (hook LoRAs). variant: options that change what the network computes, by name, to tell passes apart.
     bypass: why this call must neither use nor fill the cache; "" if it may.
+    starting: told the kind each time before the model is run. abandoned: told when that ended half-way, by an exception of the cache's own.
     """
 
     model: nn.Module
     conds: Sequence[Hashable]
     signature: Hashable
-    variant: Hashable = None
+    variant: frozenset[tuple[str, Hashable]] = frozenset()
     bypass: str = ""
+    weights: Hashable = None
+    starting: Callable[[Kind], None] = lambda _kind: None
+    abandoned: Callable[[], None] = lambda: None
 
 
 class CacheRun:
@@ -55,6 +60,9 @@ class CacheRun:
     family: of the model. device: where the model runs. say: told every notice once, in words for the user.
     choose_device: for storage left to us: given the bytes needed, the device to keep them on (None: the model's).
     told: hears of every evaluation when it is over; its time is known only at the end of the run. is_euler: see Opening.
+    unrecorded: around every allocation of what outlives a block (see `store.Unrecorded`).
+
+    Model calls of one evaluation may come in several threads at once, each with a network of its own.
     """
 
     def __init__(
@@ -68,24 +76,29 @@ class CacheRun:
         choose_device: Callable[[int], torch.device | None] | None = None,
         told: Callable[[Evaluation], None] = lambda _evaluation: None,
         is_euler: bool = False,
+        unrecorded: Unrecorded = nullcontext,
     ) -> None:
         self.plan = strategy.policy.plan(timeline.steps, window)
         _check(strategy, self.plan, family)
         self.report = RunReport(strategy.name, str(self.plan), family.name)
-        self.store = FeatureStore(strategy.storage)
-        self._strategy, self._timeline, self._family = strategy, timeline, family
+        self.store = FeatureStore(strategy.storage, unrecorded)
+        self.family = family
+        self._strategy, self._timeline = strategy, timeline
         self._choice = TokenChoice(strategy.token_share, strategy.seed)
         self._stopwatch = Stopwatch(device)
         self._say, self._choose_device, self._told = say, choose_device, told
         self._corrector = Corrector(timeline, self.plan) if strategy.corrects and is_euler else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
-        self._linears: CalibratedLinears | None = None  # of the model that is called, from the first call that needs them
+        self._linears: dict[nn.Module, CalibratedLinears] = {}  # of every network that is called, from the first call that needs them
         self._macs: dict[tuple, float] = {}
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
         self._sigma, self._time = float("inf"), 1.0
         self._kind = Kind.FULL
-        self._is_disabled = False
+        self._is_disabled = self._lacks_input = False
+        self._weights: dict[Hashable, Hashable] = {}  # by cond, as its last call had them
+        self._is_owed = False  # a full evaluation that another node answered
+        self._lock = threading.RLock()  # of all that calls in several threads share; not held while the model runs
         for text in strategy.notices:
             self.notify(text)
         if family.is_whole and (self.plan.has(Kind.AGGRESSIVE) or strategy.first_only):
@@ -96,10 +109,13 @@ class CacheRun:
     @contextmanager
     def evaluation(self, sigma: float) -> Iterator[None]:
         """Around one evaluation of the sampler, at noise level `sigma`."""
-        step = self._timeline.step_of(sigma)
+        before, step = self._evaluation.step, self._timeline.step_of(sigma)
+        self._look_back()
         self._kind = self.plan[step]
-        if self._strategy.first_only and self.report.evaluations and self._evaluation.step == step:
+        if self._strategy.first_only and self.report.evaluations and before == step:
             self._kind = Kind.AGGRESSIVE
+        if self._is_owed or any(self.plan[missed] is Kind.FULL for missed in range(before + 1, step)):
+            self._kind = Kind.FULL
         if sigma > self._sigma * (1 + 1e-6):
             self.notify("the noise level rose between evaluations: those are computed in full and the cache starts anew")
             self._slots.clear()
@@ -114,6 +130,7 @@ class CacheRun:
             yield
         finally:
             self._marks.append((start, self._stopwatch.mark()))
+            self._is_owed = self._kind is Kind.FULL and self._evaluation.kind is not Kind.FULL
             self._evaluation.cache_bytes = self.store.bytes
             self._told(self._evaluation)
 
@@ -127,11 +144,8 @@ class CacheRun:
 
     def model_call(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
         """Carries out one model call. `compute` runs the host's model; it may be called a second time."""
-        slots = None if call.bypass or self._is_disabled else self._slots.find(call.conds, call.variant, call.signature)
+        slots = self._slots_for(call)
         if slots is None:
-            if not self._is_disabled:
-                reason = call.bypass or "the same conditioning occurs twice in one evaluation"
-                self.notify(f"{reason}: computed in full, past the cache")
             return self._past_the_cache(call, compute)
         try:
             kind = self._possible_kind(slots)
@@ -141,9 +155,11 @@ class CacheRun:
             assert result is not None, "a full evaluation always has an answer"
             return result
         except StoreFullError:
-            self._is_disabled = True
-            self._slots.clear()
-            self._linears = None
+            call.abandoned()
+            with self._lock:
+                self._is_disabled = True
+                self._slots.clear()
+                self._linears.clear()
             self.notify("no memory is left for the cache: the rest of this run is computed in full")
             return self._past_the_cache(call, compute)
 
@@ -151,11 +167,14 @@ class CacheRun:
         """Frees every tensor, whatever state the run is in, and returns the finished report."""
         self.report.peak_bytes = self.store.peak_bytes
         self.report.is_complete = is_complete
+        if is_complete:
+            self._look_back()
+            self._sum_up()
         self._slots.clear()
         if self._corrector is not None:
             self.report.corrected = self._corrector.corrected
             self._corrector.clear()
-        self._linears = None
+        self._linears.clear()
         if is_complete:  # after an error the device may not answer, and the error matters more than its times
             for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
                 evaluation.ms = self._stopwatch.milliseconds(start, end)
@@ -164,11 +183,63 @@ class CacheRun:
 
     def notify(self, text: str) -> None:
         """Tells the user, once per run."""
-        if text not in self.report.notices:
+        with self._lock:
+            if text in self.report.notices:
+                return
             self.report.notices.append(text)
-            self._say(text)
+        self._say(text)
+
+    # -- between evaluations ----------------------------------------------------------------------------
+
+    def _look_back(self) -> None:
+        """What the evaluation before left: values that are not finite, known only now as reading them makes a GPU wait."""
+        kept, answered = self._slots.checked()
+        if not kept:
+            self.notify("a full evaluation gave values that are not finite: they are not kept, and the next one is computed in full")
+            if self._corrector is not None:
+                self._corrector.clear()
+        if not answered:
+            self.notify("forecasts left the range of float16: there, the values of the last full evaluation were used")
+        if self._lacks_input:
+            self._lacks_input = False
+            self._slots.without_inputs(self._strategy.predictor.history)
+
+    def _sum_up(self) -> None:
+        """At the end of a finished run: what the list of evaluations does not say by itself."""
+        evaluations = self.report.evaluations
+        seen = {evaluation.step for evaluation in evaluations if evaluation.calls}
+        unseen = self._timeline.steps - len(seen)
+        if unseen:
+            self.notify(f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out")
+        wanted = any(evaluation.planned is not Kind.FULL for evaluation in evaluations)
+        if wanted and all(evaluation.kind in (Kind.FULL, None) for evaluation in evaluations):
+            self.notify("nothing could be skipped in this run")
 
     # -- one call ---------------------------------------------------------------------------------------
+
+    def _slots_for(self, call: ModelCall) -> list[Slot] | None:
+        """The slots of a call's conds; None, said to the user, where it must go past the cache."""
+        with self._lock:
+            if self._is_disabled:
+                return None
+            slots = None if call.bypass else self._slots.find(call.conds, call.variant, (call.signature, call.weights))
+            if slots is None:
+                reason = call.bypass or "the same conditioning occurs twice in one evaluation"
+                self.notify(f"{reason}: computed in full, past the cache")
+            elif not all(slot.anchors for slot in slots) and self._kind is not Kind.FULL:
+                self._explain(call)
+            self._weights.update(dict.fromkeys(call.conds, call.weights))
+        return slots
+
+    def _explain(self, call: ModelCall) -> None:
+        """Why there is nothing yet to skip with, where an option of the network or its weights changed since the evaluation before."""
+        for cond in call.conds:
+            if self._weights.get(cond, call.weights) != call.weights:
+                self.notify("the weights change while sampling (hooks): after every change an evaluation is computed in full")
+            others = self._slots.others_of(cond, call.variant)
+            changed = sorted({name for other in others for name, _value in call.variant ^ other})
+            if changed:
+                self.notify(f"the option {', '.join(changed)} of the network changes while sampling: computed in full after every change")
 
     def _possible_kind(self, slots: list[Slot]) -> Kind:
         """This evaluation's kind, or full where a cond has nothing to go by yet."""
@@ -182,14 +253,18 @@ class CacheRun:
 
     def _carry_out(self, kind: Kind, call: ModelCall, slots: list[Slot], compute: Callable[[], Tensor]) -> Tensor | None:
         """The model's output, or None where it must be computed in full instead."""
-        engine = self._engine_call(kind, call, slots)
+        strategy = self._strategy  # another thread may replace it
+        engine = self._engine_call(kind, call, slots, strategy)
         try:
-            with self._engine_for(kind, engine):
+            call.starting(kind)
+            with self._engine_for(kind, engine, strategy):
                 result = compute()
         except UnknownInputError as reason:
-            self._fill_without_input(str(reason))
+            call.abandoned()
+            self._fill_without_input(slots, str(reason))
             return self._carry_out(Kind.FULL, call, slots, compute)
         except UnsupportedCallError as reason:
+            call.abandoned()
             self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
             if kind is not Kind.FULL:
                 return None
@@ -205,32 +280,39 @@ class CacheRun:
         self._count(engine, kind, result.shape[0])
         return result
 
-    def _fill_without_input(self, reason: str) -> None:
-        """From here on; what was kept so far lacks the embedded input."""
-        self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
-        self._strategy = replace(self._strategy, predictor=self._strategy.predictor.without_input)
-        self._slots.start_anew(self._strategy.predictor.history)
+    def _fill_without_input(self, slots: list[Slot], reason: str) -> None:
+        """From here on. What was kept so far lacks the embedded input: that of these slots goes now, of others before the next evaluation."""
+        with self._lock:
+            self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
+            if self._strategy.predictor.uses_input:
+                self._strategy = replace(self._strategy, predictor=self._strategy.predictor.without_input)
+            self._lacks_input = True
+            for slot in slots:
+                slot.reset(slot.signature)
+                slot.history = self._strategy.predictor.history
 
     def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
-        engine = self._engine_call(Kind.FULL, call, [])
+        engine = self._engine_call(Kind.FULL, call, [], self._strategy)
+        call.starting(Kind.FULL)
         with noting(engine):
             result = compute()
         self._count(engine, Kind.FULL, result.shape[0])
         return result
 
-    def _engine_for(self, kind: Kind, engine: EngineCall) -> AbstractContextManager[None]:
+    def _engine_for(self, kind: Kind, engine: EngineCall, strategy: Strategy) -> AbstractContextManager[None]:
         if kind is Kind.AGGRESSIVE:
-            return skipping(engine, self._strategy.predictor, self.store)
+            return skipping(engine, strategy.predictor, self.store)
         if kind is Kind.CONSERVATIVE:
             return conservative(engine, self.store)
         return calibrated(engine, self.store) if kind is Kind.CALIBRATED else listening(engine)
 
-    def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot]) -> EngineCall:
+    def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot], strategy: Strategy) -> EngineCall:
         """A call of this kind. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
         step = self._evaluation.step
-        keeps_input = self._strategy.predictor.uses_input and bool(slots)
+        keeps_input = strategy.predictor.uses_input and bool(slots)
         keeps_sublayers = self.plan.has(Kind.CONSERVATIVE, step)
-        engine = EngineCall(call.model, self._family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
+        engine = EngineCall(call.model, self.family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
+        engine.unrecorded = self.store.unrecorded
         if slots and (kind is Kind.CALIBRATED or (kind is Kind.FULL and self.plan.has(Kind.CALIBRATED, step))):
             engine.linears = self._bound_linears(call.model)
         engine.rests = kind is self._kind is Kind.FULL and keeps_sublayers and engine.linears is None and self._follows_a_skip(step)
@@ -242,28 +324,36 @@ class CacheRun:
 
     def _bound_linears(self, model: nn.Module) -> CalibratedLinears:
         """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
-        if self._linears is None:
-            assert self._strategy.linears is not None, "plans with calibrated evaluations are refused without factors"
-            self._linears = CalibratedLinears.bind(self._family, model, self._strategy.linears.factors)
-        return self._linears
+        with self._lock:
+            if model not in self._linears:
+                assert self._strategy.linears is not None, "plans with calibrated evaluations are refused without factors"
+                self._linears[model] = CalibratedLinears.bind(self.family, model, self._strategy.linears.factors)
+            return self._linears[model]
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
     def _entered(self, engine: EngineCall, tokens: Tensor) -> None:
         """When a call reaches its first block: puts the factors in place, predicts the bytes of slots that are new, and
         chooses a device for the first."""
-        if engine.linears is not None:
-            try:
-                self._linears = engine.linears = engine.linears.placed(tokens.device, tokens.dtype)
-            except torch.OutOfMemoryError as error:
-                raise StoreFullError from error
-        new = [slot for slot in engine.slots if not slot.predicted_bytes]
-        if not new:
-            return
+        with self._lock:
+            if engine.linears is not None:
+                self._linears[engine.model] = engine.linears = self._placed(engine.linears, tokens)
+            new = [slot for slot in engine.slots if not slot.predicted_bytes]
+            if new:
+                self._predict_bytes(engine, new, tokens)
+
+    def _placed(self, linears: CalibratedLinears, like: Tensor) -> CalibratedLinears:
+        try:
+            with self.store.unrecorded():
+                return linears.placed(like.device, like.dtype)
+        except torch.OutOfMemoryError as error:
+            raise StoreFullError from error
+
+    def _predict_bytes(self, engine: EngineCall, new: list[Slot], tokens: Tensor) -> None:
         rows = tokens.shape[0] // len(engine.slots)
         for slot in new:
             slot.predicted_bytes = predicted_bytes(
-                self._strategy, self.plan, self._family, engine.model, engine.lengths, rows, tokens.dtype, self._evaluation.step
+                self._strategy, self.plan, self.family, engine.model, engine.lengths, rows, tokens.dtype, self._evaluation.step
             )
         self.report.predicted_bytes = max(self.report.predicted_bytes, self._slots.predicted_bytes)
         self.report.shape = CallShape(dict(engine.lengths), rows * len(self._slots), tokens.dtype)
@@ -273,17 +363,18 @@ class CacheRun:
             self.store.format = replace(self.store.format, device=device)
 
     def _count(self, engine: EngineCall, kind: Kind, rows: int) -> None:
-        if engine.lengths:
-            done = self._cost(engine, kind, engine.linears) - engine.saved_macs
-            self._evaluation.add_call(kind, rows * done, rows * self._cost(engine, Kind.FULL))
-        elif engine.is_touched:  # another node's patch: it ran, and nobody knows what it cost
-            self._evaluation.add_call(kind, 0.0, 0.0)
+        with self._lock:
+            if engine.lengths:
+                done = self._cost(engine, kind, engine.linears) - engine.saved_macs
+                self._evaluation.add_call(kind, rows * done, rows * self._cost(engine, Kind.FULL))
+            elif engine.is_touched:  # another node's patch: it ran, and nobody knows what it cost
+                self._evaluation.add_call(kind, 0.0, 0.0)
 
     def _cost(self, engine: EngineCall, kind: Kind, linears: CalibratedLinears | None = None) -> float:
         """Multiply-adds of one batch row. linears: those that the call keeps something of or replaces."""
         key = (kind, linears is None, *engine.lengths.items())
         if key not in self._macs:
-            self._macs[key] = row_macs(self._strategy.token_share, self._family, engine.model, engine.lengths, kind, linears)
+            self._macs[key] = row_macs(self._strategy.token_share, self.family, engine.model, engine.lengths, kind, linears)
         return self._macs[key]
 
 

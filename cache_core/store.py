@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +13,9 @@ from torch import Tensor
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
+
+Unrecorded = Callable[[], AbstractContextManager[None]]
+"""A context around the allocation of what outlives a block. Some hosts record a block's allocations and expect them freed at its end."""
 
 
 class StoreFullError(Exception):
@@ -39,23 +45,26 @@ class Feature:
 
 
 class FeatureStore:
-    """Copies what it is given; only it writes to what it keeps.
+    """Copies what it is given; only it writes to what it keeps. Several threads may use it, each with features of its own.
 
     Memory of a dropped feature serves the next one of its shape (histories rotate) until `trim` or `clear`.
-    bytes: all memory held, spare memory included. peak_bytes: the most so far.
+    bytes: all memory held, spare memory included. peak_bytes: the most so far. unrecorded: see there.
     """
 
-    def __init__(self, fmt: StoreFormat = StoreFormat()) -> None:
+    def __init__(self, fmt: StoreFormat = StoreFormat(), unrecorded: Unrecorded = nullcontext) -> None:
         self.format = fmt
         self.bytes = 0
         self.peak_bytes = 0
+        self.unrecorded = unrecorded
+        self._lock = threading.Lock()
         self._spare: dict[tuple, list[Tensor]] = defaultdict(list)
 
     def put(self, tensor: Tensor) -> Feature:
         """Keeps a copy of `tensor` (B, L, C). Raises StoreFullError where the device has no room for it."""
         try:
-            values, scale = self._encode(tensor)
-            return Feature(self._copy(values), self._copy(scale) if scale is not None else None)
+            with self.unrecorded():
+                values, scale = self._encode(tensor)
+                return Feature(self._copy(values), self._copy(scale) if scale is not None else None)
         except torch.OutOfMemoryError as error:
             raise StoreFullError from error
 
@@ -80,19 +89,22 @@ class FeatureStore:
 
     def drop(self, feature: Feature) -> None:
         """Gives a feature up; its memory may serve the next one."""
-        for tensor in (feature.data, feature.scale):
-            if tensor is not None:
-                self._spare[_key(tensor)].append(tensor)
+        with self._lock:
+            for tensor in (feature.data, feature.scale):
+                if tensor is not None:
+                    self._spare[_key(tensor)].append(tensor)
 
     def trim(self) -> None:
         """Frees spare memory, for when shapes have changed."""
-        self.bytes -= sum(tensor.nbytes for spare in self._spare.values() for tensor in spare)
-        self._spare.clear()
+        with self._lock:
+            self.bytes -= sum(tensor.nbytes for spare in self._spare.values() for tensor in spare)
+            self._spare.clear()
 
     def clear(self) -> None:
         """Forgets everything; features still held elsewhere are not to be used again."""
-        self._spare.clear()
-        self.bytes = 0
+        with self._lock:
+            self._spare.clear()
+            self.bytes = 0
 
     def _encode(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.format.dtype is not _FP8:
@@ -109,8 +121,9 @@ class FeatureStore:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         device = self.format.device or tensor.device
-        spare = self._spare.get((tuple(tensor.shape), tensor.dtype, device))
-        target = spare.pop() if spare else self._allocate(tensor, device)
+        with self._lock:
+            spare = self._spare.get((tuple(tensor.shape), tensor.dtype, device))
+            target = spare.pop() if spare else self._allocate(tensor, device)
         return target.copy_(tensor, non_blocking=True)
 
     def _allocate(self, tensor: Tensor, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ class LiveRun:
         self._tell("start", plan=plan, steps=len(plan), name=name)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        told = {"step": evaluation.step, "kind": evaluation.kind.value}
+        told = {"step": evaluation.step, "kind": evaluation.letter}
         self.evaluations.append(told)
         self._tell("evaluation", index=evaluation.index, bytes=evaluation.cache_bytes, **told)
 

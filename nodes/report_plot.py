@@ -29,7 +29,7 @@ def report_plot(report: RunReport) -> torch.Tensor:
         axes.bar([e.index for e in chosen], [e.ms for e in chosen], color=colour, hatch=hatch, edgecolor="white", width=0.9)
     if len(evaluations) <= _LETTERS:
         axes.set_xticks([e.index for e in evaluations])
-        axes.set_xticklabels([e.kind.value for e in evaluations], family="monospace")
+        axes.set_xticklabels([e.letter for e in evaluations], family="monospace")
     letters = ", ".join(f"{kind.value} {kind.label}" for kind in Kind)
     axes.set_xlabel(f"evaluation ({letters})" if len(evaluations) <= _LETTERS else "evaluation")
     axes.set_ylabel("milliseconds")

@@ -24,7 +24,7 @@ def report_text(report: RunReport, verbose: bool = False) -> str:
         *(f"note         {notice}" for notice in report.notices),
     ]
     if verbose:
-        lines += [f"{e.index:4d}  step {e.step:3d}  sigma {e.sigma:.4f}  {e.kind.label:12s} {e.ms:8.1f} ms" for e in evaluations]
+        lines += [f"{e.index:4d}  step {e.step:3d}  sigma {e.sigma:.4f}  {e.label:12s} {e.ms:8.1f} ms" for e in evaluations]
     return "\n".join(lines)
 
 
@@ -36,7 +36,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
         "plan": report.plan,
         "complete": report.is_complete,
         "evaluations": [
-            {"step": e.step, "sigma": e.sigma, "planned": e.planned.label, "kind": e.kind.label, "ms": e.ms, "macs": e.macs}
+            {"step": e.step, "sigma": e.sigma, "planned": e.planned.label, "kind": e.label, "ms": e.ms, "macs": e.macs}
             for e in report.evaluations
         ],
         "counts": {kind.label: report.count(kind) for kind in Kind},

@@ -35,7 +35,7 @@ def last_report(model: ModelPatcher) -> RunReport:
 
 def kinds(report: RunReport) -> str:
     """The kinds of a run's evaluations as a plan is written."""
-    return "".join(e.kind.value for e in report.evaluations)
+    return "".join(e.letter for e in report.evaluations)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

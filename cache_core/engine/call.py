@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..families.base import ModelFamily, Stack, UnknownInputError, split_lengths, stream_slice
+from ..store import Unrecorded
 from .linear_sites import CalibratedLinears
 from .overrides import Forward, Override, around
 from .slot import Slot
@@ -25,6 +27,7 @@ class EngineCall:
     linears: of a calibrated evaluation, or of a full one that keeps what those need; None for all others.
     rests: whether a full evaluation leaves out sublayers that are computed in only some of them. saved_macs: of a batch row, by that.
     on_enter: told this call and the first stream (B, L, C) when the first block is reached.
+    unrecorded: around the allocation of what outlives a block (see `store.Unrecorded`).
     measured: tokens of the streams that the family measures before the blocks.
     lengths, is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
@@ -40,6 +43,7 @@ class EngineCall:
     on_enter: Callable[[EngineCall, Tensor], None]
     linears: CalibratedLinears | None = None
     rests: bool = False
+    unrecorded: Unrecorded = nullcontext
     measured: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     saved_macs: float = 0.0
@@ -68,7 +72,8 @@ class EngineCall:
         return around(before=measure)
 
     def _note_input(self, embed: nn.Module, given: Tensor) -> None:
-        self.input = self.family.tokens(embed, given).clone()  # some linears clamp what they are given in place
+        with self.unrecorded():
+            self.input = self.family.tokens(embed, given).clone()  # some linears clamp what they are given in place
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """To be told the arguments of the first block: notes the stream lengths."""
@@ -81,7 +86,8 @@ class EngineCall:
             return  # someone else answered for what is measured: as if the last block had been replaced
         if self.keeps_input:
             index, place = _find(stack, self.family.hidden, self.lengths)
-            self.embedded = stack.flat(streams[index])[:, place].clone()  # blocks write into it
+            with self.unrecorded():
+                self.embedded = stack.flat(streams[index])[:, place].clone()  # blocks write into it
             if self.input is None or self.input.shape[1] != self.embedded.shape[1]:
                 raise UnknownInputError("tokens are added between the model's input and its blocks")
         self.on_enter(self, stack.flat(streams[0]))

@@ -65,7 +65,8 @@ def _replaying(call: EngineCall, store: FeatureStore, stack: Stack, index: int, 
         named = stack.checked(args, kwargs)
         features = BlockFeatures(call, store, stack, index, blocks, stack.inputs(args, kwargs)[0])
         assert stack.replay is not None, "plans with conservative evaluations are refused for families without"
-        return stack.result(stack.replay(block, named, features))
+        with call.unrecorded():  # the streams are new tensors, where the host's own block may write into those it was given
+            return stack.result(stack.replay(block, named, features))
 
     def make(_forward: Forward) -> Forward:
         return replayed

@@ -61,6 +61,16 @@ def _correction(call: EngineCall, predictor: Predictor, store: FeatureStore) -> 
     return torch.cat(parts).to(call.embedded.dtype) + call.embedded
 
 
+def _bounded(call: EngineCall, store: FeatureStore, hidden: Tensor) -> Tensor:
+    """The forecast, with the newest anchor's values where it is not finite; the slots remember that."""
+    latest = torch.cat([store.load(slot.anchors[-1].hidden, hidden) for slot in call.slots])
+    if call.embedded is not None:
+        latest += call.embedded
+    for slot, rows in zip(call.slots, call.rows(hidden)):
+        slot.note_answer(rows)
+    return torch.where(torch.isfinite(hidden), hidden, latest)
+
+
 def _passing(stack: Stack) -> Any:
     def passed(*args: Any, **kwargs: Any) -> Any:
         return stack.result(_inputs(stack, args, kwargs))
@@ -83,11 +93,17 @@ def _answering(call: EngineCall, predictor: Predictor, store: FeatureStore) -> A
         call.is_touched = True
         if not call.lengths:
             return call.last_stack.result(tensors)
+        with call.unrecorded():
+            return filled(tensors)
+
+    def filled(tensors: list[Tensor]) -> Any:
         index, place = call.hidden_place()
         x = call.last_stack.flat(tensors[index])
         hidden = torch.cat([forecast(slot, predictor, call.time, store, x) for slot in call.slots])
         if call.keeps_input:
             hidden += _correction(call, predictor, store)
+        if hidden.dtype is torch.float16:  # the only dtype that a forecast from finite anchors can leave
+            hidden = _bounded(call, store, hidden)
         if place != slice(0, x.shape[1]):  # with the tokens that are not forecast around it
             hidden = torch.cat((x[:, : place.start], hidden, x[:, place.stop :]), dim=1)
         tensors[index] = call.last_stack.grid(hidden, tensors[index])

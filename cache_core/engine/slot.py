@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..store import Feature, FeatureStore
@@ -29,18 +31,20 @@ class Slot:
     calibrated ones need of the linear layers.
 
     signature: shape, dtype and so on of the calls the features came from; another one starts anew.
-    history: hidden states that are kept at most. last_used: index of the evaluation that last asked for it.
+    history: hidden states that are kept at most. last_used: index of the evaluation that last asked for it, in_pass: in which pass.
     predicted_bytes: what it will hold when its history is full.
     """
 
     def __init__(self, store: FeatureStore, history: int) -> None:
         self.signature: Hashable = None
-        self.last_used = -1
+        self.last_used, self.in_pass = -1, 0
         self.predicted_bytes = 0
         self.anchors: list[Anchor] = []
         self.sublayers: dict[SiteKey, Feature] = {}
         self.linears: dict[SiteKey, Feature] = {}
         self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
+        self._kept: list[Tensor] = []  # a sum of each hidden state not checked yet, finite where all of it is; reading it now would
+        self._answered: list[Tensor] = []  # make a GPU wait. The same of answers
         self._store = store
         self.history = history
 
@@ -54,6 +58,21 @@ class Slot:
         if len(self.anchors) == self.history:
             self._drop(self.anchors.pop(0))
         self.anchors.append(Anchor(time, self._store.put(hidden), None if tokens is None else self._store.put(tokens)))
+        with self._store.unrecorded():
+            self._kept.append(hidden.sum(dtype=torch.float32))
+
+    def note_answer(self, hidden: Tensor) -> None:
+        """To be told the hidden state that a skipped evaluation was going to answer with, where that may not be finite."""
+        self._answered.append(hidden.sum(dtype=torch.float32))
+
+    def checked(self) -> tuple[bool, bool]:
+        """Whether all that was kept, and all that was to be answered since the last check, is finite. What is not kept well is given up."""
+        is_kept, is_answered = (all(math.isfinite(total.item()) for total in totals) for totals in (self._kept, self._answered))
+        self._kept.clear()
+        self._answered.clear()
+        if not is_kept:
+            self.reset(self.signature)
+        return is_kept, is_answered
 
     def remember_sublayer(self, key: SiteKey, output: Tensor) -> None:
         """Keeps a sublayer's output (rows, L, C) in place of the last one."""
@@ -83,6 +102,7 @@ class Slot:
             features.clear()
         self.anchors.clear()
         self._rests.clear()
+        self._kept.clear()
         self.signature = signature
 
     def _replace(self, features: dict[SiteKey, Feature], key: SiteKey, value: Tensor) -> None:
@@ -97,24 +117,25 @@ class Slot:
 
 
 class _Key(NamedTuple):
-    """cond: who. number: in which pass over the conds. variant: through which network, for passes after the first."""
+    """cond: who. variant: through which network. occurrence: of both in one evaluation, should it be the same again."""
 
     cond: Hashable
-    number: int = 1
     variant: Hashable = None
+    occurrence: int = 0
 
 
 class SlotTable:
-    """The slots of a run, found by cond.
+    """The slots of a run, found by cond and by what the network computes for it.
 
-    The first pass over the conds in an evaluation is the sampler's own. Further ones are guidance that looks at the same
-    conds through a changed network (SLG, PAG …): they have slots of their own, dropped when an evaluation had none of them.
+    The first pass over the conds in an evaluation is the sampler's own. Further ones are other conds, or guidance that looks at the
+    same conds through a changed network (SLG, PAG …): those have slots of their own, dropped when an evaluation had none of them.
     """
 
     def __init__(self, store: FeatureStore, history: int) -> None:
         self._store, self._history = store, history
         self._slots: dict[_Key, Slot] = {}
-        self._seen: set[_Key] = set()
+        self._seen: Counter[tuple] = Counter()  # (cond, variant) in earlier passes of this evaluation
+        self._in_pass: set[tuple] = set()  # and in the present one
         self._evaluation = -1
         self._number = 1
 
@@ -125,33 +146,47 @@ class SlotTable:
         """A new evaluation, numbered from 0."""
         self._evaluation, self._number = evaluation, 0
         self._seen.clear()
-        idle = [key for key, slot in self._slots.items() if key.number > 1 and slot.last_used < evaluation - 1]
+        self._in_pass.clear()
+        idle = [key for key, slot in self._slots.items() if slot.in_pass > 1 and slot.last_used < evaluation - 1]
         for key in idle:
             self._slots.pop(key).reset()
         if idle:
             self._store.trim()
 
+    def checked(self) -> tuple[bool, bool]:
+        """Whether all slots kept, and answered, nothing but finite values since the last check; see `Slot.checked`."""
+        results = [slot.checked() for slot in self._slots.values()]
+        return all(kept for kept, _ in results), all(answered for _, answered in results)
+
     def next_pass(self) -> None:
         """Another pass over the conds of this evaluation begins."""
         self._number += 1
+        self._seen.update(self._in_pass)
+        self._in_pass.clear()
 
     def find(self, conds: Sequence[Hashable], variant: Hashable, signature: Hashable) -> list[Slot] | None:
         """The slots of a call's conds, in order; emptied where the signature changed. None if one was there before in this pass."""
-        keys = [_Key(cond, self._number, variant) if self._number > 1 else _Key(cond) for cond in conds]
-        if len(set(keys)) < len(keys) or self._seen.intersection(keys):
+        wanted = [(cond, variant) for cond in conds]
+        if len(set(wanted)) < len(wanted) or self._in_pass.intersection(wanted):
             return None
-        self._seen.update(keys)
-        return [self._slot(key, signature) for key in keys]
+        self._in_pass.update(wanted)
+        return [self._slot(_Key(cond, variant, self._seen[cond, variant]), signature) for cond in conds]
+
+    def others_of(self, cond: Hashable, variant: Hashable) -> list[Hashable]:
+        """The variants, other than this one, that the evaluation before asked for with this cond."""
+        return [key.variant for key, slot in self._slots.items() if key.cond == cond and key.variant != variant
+                and slot.last_used == self._evaluation - 1]  # fmt: skip
 
     @property
     def predicted_bytes(self) -> int:
         return sum(slot.predicted_bytes for slot in self._slots.values())
 
-    def start_anew(self, history: int) -> None:
-        """Gives every feature of every slot up; from here on each keeps at most `history` hidden states."""
+    def without_inputs(self, history: int) -> None:
+        """Gives up every hidden state that was kept with its input; from here on each slot keeps at most `history` of them."""
         self._history = history
         for slot in self._slots.values():
-            slot.reset(slot.signature)
+            if any(anchor.input is not None for anchor in slot.anchors):
+                slot.reset(slot.signature)
             slot.history = history
         self._store.trim()
 
@@ -162,7 +197,7 @@ class SlotTable:
 
     def _slot(self, key: _Key, signature: Hashable) -> Slot:
         slot = self._slots.setdefault(key, Slot(self._store, self._history))
-        slot.last_used = self._evaluation
+        slot.last_used, slot.in_pass = self._evaluation, self._number
         if slot.signature != signature:
             slot.reset(signature)
             self._store.trim()
