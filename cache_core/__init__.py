@@ -8,8 +8,9 @@ from __future__ import annotations
 from .families import FAMILIES, find_family
 from .kinds import Kind, Plan
 from .meter import RunReport
+from .model_call import ModelCall
 from .opening import Opening
-from .run import CacheRun, ModelCall
+from .run import CacheRun
 from .store import StoreFormat
 from .strategy import Settings
 from .timeline import Timeline

@@ -70,3 +70,8 @@ class Plan:
     def has(self, kind: Kind, since: int = 0) -> bool:
         """Whether a step from `since` on, itself included, is of this kind."""
         return kind in self.kinds[since:]
+
+    @property
+    def skips(self) -> bool:
+        """Whether any step is not full."""
+        return any(kind is not Kind.FULL for kind in self.kinds)

@@ -18,7 +18,8 @@ class Evaluation:
     """One model evaluation as the sampler asked for it (cond and uncond together).
 
     planned: the kind its step has in the plan. kind: the costliest kind that a model call of it really was; None where no call
-    reached the model, as another node answered. macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
+    reached the model, as another node answered.
+    macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
     skipped: calls that were aggressive. ms: wall time. cache_bytes: kept after it.
     """
 

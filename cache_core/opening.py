@@ -14,7 +14,8 @@ from .timeline import Timeline
 class Opening(NamedTuple):
     """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
 
-    is_euler: whether the sampler takes plain steps along the direction of one evaluation each.
+    is_euler: whether the sampler takes plain steps along the direction of one evaluation each. adds_noise: whether it adds noise that
+    a forecast from older latents would leave in the picture; None where that is not known.
     """
 
     network: nn.Module
@@ -23,3 +24,4 @@ class Opening(NamedTuple):
     window: range
     device: torch.device
     is_euler: bool = False
+    adds_noise: bool | None = False

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,32 +25,13 @@ from .engine import (
     skipping,
 )
 from .families import ModelFamily, UnknownInputError, UnsupportedCallError
-from .kinds import Kind, Plan
+from .kinds import Kind
 from .meter import CallShape, Evaluation, RunReport, Stopwatch
+from .model_call import ModelCall
+from .networks import Networks, check
 from .store import FeatureStore, StoreFullError, Unrecorded
 from .strategy import Strategy, predicted_bytes, row_macs
 from .timeline import Timeline
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """What the host says about one call of its model.
-
-    conds: identity of each cond in the batch, in row order; all have equally many rows.
-    signature: shape, dtype and so on: features are only used for calls with an equal one. weights: the same for weights that change
-    while sampling (hook LoRAs). variant: options that change what the network computes, by name, to tell passes apart.
-    bypass: why this call must neither use nor fill the cache; "" if it may.
-    starting: told the kind each time before the model is run. abandoned: told when that ended half-way, by an exception of the cache's own.
-    """
-
-    model: nn.Module
-    conds: Sequence[Hashable]
-    signature: Hashable
-    variant: frozenset[tuple[str, Hashable]] = frozenset()
-    bypass: str = ""
-    weights: Hashable = None
-    starting: Callable[[Kind], None] = lambda _kind: None
-    abandoned: Callable[[], None] = lambda: None
 
 
 class CacheRun:
@@ -79,7 +60,7 @@ class CacheRun:
         unrecorded: Unrecorded = nullcontext,
     ) -> None:
         self.plan = strategy.policy.plan(timeline.steps, window)
-        _check(strategy, self.plan, family)
+        check(strategy, self.plan, family)
         self.report = RunReport(strategy.name, str(self.plan), family.name)
         self.store = FeatureStore(strategy.storage, unrecorded)
         self.family = family
@@ -89,6 +70,7 @@ class CacheRun:
         self._say, self._choose_device, self._told = say, choose_device, told
         self._corrector = Corrector(timeline, self.plan) if strategy.corrects and is_euler else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
+        self._networks = Networks(strategy, self.plan, family)
         self._linears: dict[nn.Module, CalibratedLinears] = {}  # of every network that is called, from the first call that needs them
         self._macs: dict[tuple, float] = {}
         self._marks: list[tuple[Any, Any]] = []
@@ -210,7 +192,9 @@ class CacheRun:
         seen = {evaluation.step for evaluation in evaluations if evaluation.calls}
         unseen = self._timeline.steps - len(seen)
         if unseen:
-            self.notify(f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out")
+            self.notify(
+                f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out"
+            )
         wanted = any(evaluation.planned is not Kind.FULL for evaluation in evaluations)
         if wanted and all(evaluation.kind in (Kind.FULL, None) for evaluation in evaluations):
             self.notify("nothing could be skipped in this run")
@@ -222,9 +206,10 @@ class CacheRun:
         with self._lock:
             if self._is_disabled:
                 return None
-            slots = None if call.bypass else self._slots.find(call.conds, call.variant, (call.signature, call.weights))
+            bypass = self._networks.unfit(call) or call.bypass
+            slots = None if bypass else self._slots.find(call.conds, call.variant, (call.signature, call.weights))
             if slots is None:
-                reason = call.bypass or "the same conditioning occurs twice in one evaluation"
+                reason = bypass or "the same conditioning occurs twice in one evaluation"
                 self.notify(f"{reason}: computed in full, past the cache")
             elif not all(slot.anchors for slot in slots) and self._kind is not Kind.FULL:
                 self._explain(call)
@@ -281,7 +266,7 @@ class CacheRun:
         return result
 
     def _fill_without_input(self, slots: list[Slot], reason: str) -> None:
-        """From here on. What was kept so far lacks the embedded input: that of these slots goes now, of others before the next evaluation."""
+        """From here on. What was kept lacks the embedded input: that of these slots goes now, of others before the next evaluation."""
         with self._lock:
             self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
             if self._strategy.predictor.uses_input:
@@ -292,8 +277,10 @@ class CacheRun:
                 slot.history = self._strategy.predictor.history
 
     def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
-        engine = self._engine_call(Kind.FULL, call, [], self._strategy)
         call.starting(Kind.FULL)
+        if not self._networks.is_known(call.model):
+            return compute()
+        engine = self._engine_call(Kind.FULL, call, [], self._strategy)
         with noting(engine):
             result = compute()
         self._count(engine, Kind.FULL, result.shape[0])
@@ -376,20 +363,3 @@ class CacheRun:
         if key not in self._macs:
             self._macs[key] = row_macs(self._strategy.token_share, self.family, engine.model, engine.lengths, kind, linears)
         return self._macs[key]
-
-
-def _check(strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
-    """Raises ValueError, with a remedy, for what this family or this strategy cannot do."""
-    if plan.has(Kind.CONSERVATIVE) and not family.is_conservative:
-        raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
-    if strategy.predictor.uses_input and not family.embed:
-        raise ValueError(f"{family.name} models have no calibrated forecast: take the calibration off")
-    if not plan.has(Kind.CALIBRATED):
-        return
-    if not family.linears:
-        raise ValueError(f"{family.name} models have no calibrated evaluation: choose mode auto, paper or forecast")
-    if strategy.linears is None:
-        raise ValueError(
-            f"the strategy {strategy.name!r} has no calibration factors: calibrate this model with low-rank factors first, "
-            "or choose a plan without calibrated evaluations"
-        )

@@ -113,7 +113,7 @@ class Schedule:
             end = round(self.skip_to) or len(times)
             window = range(max(window.start, round(self.skip_from)), min(window.stop, end))
         try:
-            full = max(1, round(len(times) / self.speedup))
+            full = max(2, round(len(times) / self.speedup))
             return Given(nested_plan(calibration.forecast, times, window, full, opening.is_euler)), ()
         except NotCoveredError as reason:
             return self._front_loaded(), (f"no schedule can be searched, a front-loaded one is used: {reason}",)

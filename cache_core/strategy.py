@@ -24,6 +24,13 @@ MODES = ("auto", "paper", "forecast", "off", "icc")
 _ATTENTION_COST = 0.1  # a calibrated evaluation's cost beyond its layers', for the same purpose; FLUX at 1024²: 0.15
 
 
+_NOISY = (
+    "this sampler adds noise at every step, which forecasts would leave in the picture: everything is computed in full; "
+    "choose a sampler that adds none (euler, dpmpp_2m, res_multistep …)"
+)
+_UNTRIED = "what this sampler does could not be tried out beforehand: everything is computed in full"
+
+
 @dataclass(frozen=True)
 class Strategy:
     """policy: when. predictor: with what. token_share: recomputed by conservative evaluations, 0..1. seed: of their choice.
@@ -98,6 +105,15 @@ class Settings:
         """What the settings mean for a run. Raises ValueError where the mode needs a calibration that is not there."""
         if self.chosen is not None:
             return self.chosen
+        strategy = self._wanted(opening)
+        skips = strategy.first_only or strategy.policy.plan(opening.timeline.steps, opening.window).skips
+        if opening.adds_noise is False or not skips:
+            return strategy
+        notice = _NOISY if opening.adds_noise else _UNTRIED
+        return Strategy(name=f"{strategy.name}, computed in full", storage=self.storage, notices=(notice,))
+
+    def _wanted(self, opening: Opening) -> Strategy:
+        """The same, whatever the sampler does."""
         common: dict[str, Any] = {"token_share": self.token_share, "seed": self.seed, "storage": self.storage}
         if self.mode != "off" and self.schedule is not None:
             return self._scheduled(self.schedule, opening, common)
@@ -146,7 +162,7 @@ class Settings:
         forecast = self.calibration.forecast
         if forecast is None:
             return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
-        full = max(1, round(opening.timeline.steps / self.speedup))
+        full = max(2, round(opening.timeline.steps / self.speedup))
         choice, refused = _tried(forecast, opening, full)
         if choice is None:
             return replace(uncalibrated, notices=refused)

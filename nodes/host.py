@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -20,17 +19,17 @@ from comfy.patcher_extension import WrappersMP
 
 from ..cache_core import CacheRun, Kind, ModelCall, Opening, Settings, Timeline, find_family
 from ..cache_core.meter import Evaluation
-from . import calibrations
+from . import calibrations, recording, samplers
+from .keys import KEY, RUN
 from .live_runs import LiveRun, live_runs
+from .network_options import variant_of
 from .notices import say
 from .report_text import report_text
 from .run_book import RunBook
 
-KEY = "duca_cache"
-_RUN = "duca_cache.run"  # where a run travels in transformer_options; dotted, as some models splat that dict as kwargs
-_FEW_STEPS = 8  # below this, fewer steps were the better choice in docs/benchmarks.md
+_FEW_STEPS = 8  # below this, and with fewer than so many full evaluations, fewer steps were the better choice in docs/benchmarks.md
+_FEW_FULL = 4
 _OpenRun = Callable[[ModelPatcher, torch.Tensor, Any], Any]
-_WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
 
 
 class HostOptions(NamedTuple):
@@ -88,9 +87,8 @@ def listen(model: ModelPatcher, open_run: _OpenRun, finished: Callable[[Any, Any
     `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent, or None for it after a cancel or an error.
     """
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(open_run, finished))
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
+    for kind, wrapper in _DURING_A_RUN.items():
+        model.add_wrapper_with_key(kind, KEY, wrapper)
 
 
 def detach(model: ModelPatcher) -> ModelPatcher:
@@ -99,7 +97,7 @@ def detach(model: ModelPatcher) -> ModelPatcher:
     if clone.get_attachment(KEY) is not None:
         logging.info("[DuCa] this model already had a DuCa Cache; the later node replaces it")
         clone.remove_attachments(KEY)
-    for wrapper in _WRAPPERS:
+    for wrapper in (WrappersMP.OUTER_SAMPLE, *_DURING_A_RUN):
         clone.remove_wrappers_with_key(wrapper, KEY)
     return clone
 
@@ -127,7 +125,7 @@ def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Calla
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         shared_options = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(shared_options)
-        guider.model_options.setdefault("transformer_options", {})[_RUN] = run
+        guider.model_options.setdefault("transformer_options", {})[RUN] = run
         result = None
         try:
             result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
@@ -150,7 +148,8 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
-    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, is_euler(sampler))
+    adds_noise = samplers.adds_noise(patcher, sampler, sigmas)
+    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, samplers.is_euler(sampler), adds_noise)
 
 
 def _open_run(
@@ -172,7 +171,7 @@ def _open_run(
 
     def choose_device(needed: int) -> torch.device | None:
         """System memory where the cache would take more than half of what is free on the device."""
-        return None if needed * 2 <= comfy.model_management.get_free_memory(device) else torch.device("cpu")
+        return None if needed * 2 <= free_memory(patcher, device) else torch.device("cpu")
 
     def told(evaluation: Evaluation) -> None:
         if run in live:
@@ -189,18 +188,20 @@ def _open_run(
         choose_device=choose_device if options.choose_device else None,
         told=told,
         is_euler=begun.is_euler,
+        unrecorded=recording.unrecorded,
     )
     if options.node_id is not None:
         live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, finder.found)
-    if begun.timeline.steps < _FEW_STEPS and run.plan.count(Kind.FULL) < begun.timeline.steps:
-        run.notify(f"with {begun.timeline.steps} steps, fewer steps without a cache are likely to look better than skipped ones; compare")
+    steps, full = begun.timeline.steps, run.plan.count(Kind.FULL)
+    if full < steps and (steps < _FEW_STEPS or full < _FEW_FULL):
+        run.notify(f"{full} of {steps} steps are computed in full: fewer steps without a cache are likely to look better; compare")
     return run
 
 
-def is_euler(sampler: Any) -> bool:
-    """Whether it is the host's Euler sampler (DDIM is the same one there) and adds no noise between steps."""
-    function = getattr(sampler, "sampler_function", None)
-    return function is comfy.k_diffusion.sampling.sample_euler and not sampler.extra_options.get("s_churn")
+def free_memory(patcher: ModelPatcher, device: torch.device) -> int:
+    """Bytes that can be had on the device: where a patcher can answer, weights that it would give back are among them."""
+    asked = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return int(asked(device))
 
 
 def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
@@ -211,7 +212,7 @@ def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
 
 
 def _predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict = {}, seed: Any = None):  # noqa: B006
-    run: CacheRun | None = model_options.get("transformer_options", {}).get(_RUN)
+    run: CacheRun | None = model_options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, model_options, seed)
     # One number read per evaluation, as the kind depends on it. On a GPU this waits for the previous evaluation.
@@ -221,38 +222,53 @@ def _predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model
 
 
 def _calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict):
-    run: CacheRun | None = model_options.get("transformer_options", {}).get(_RUN)
+    run: CacheRun | None = model_options.get("transformer_options", {}).get(RUN)
     if run is not None:
         run.cond_batch()
     return executor(model, conds, x_in, timestep, model_options)
 
 
 def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and _RUN in a), None)
+    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and RUN in a), None)
     if options is None:
         return executor(x, t, *args, **kwargs)
-    return options[_RUN].model_call(_describe(executor.class_obj, x, options), lambda: executor(x, t, *args, **kwargs))
+    return options[RUN].model_call(_describe(executor.class_obj, x, options), lambda: executor(x, t, *args, **kwargs))
 
 
 def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
     """What the core needs to know of one APPLY_MODEL call."""
-    network = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model)
+    network, patcher = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model), base_model.current_patcher
     uuids = options.get("uuids") or ()
     conds = tuple(zip(options.get("cond_or_uncond", ()), uuids))
+    bypass, rows = "", 0
     if not conds or x.shape[0] % len(conds):
-        return ModelCall(network, (), None, bypass="a call that does not say which conditioning it is for")
-    if options.get("context_window") is not None:
-        return ModelCall(network, conds, None, bypass="context windows")
-    signature = (x.shape[0] // len(conds), x.shape[1:], x.dtype, x.device, _hook_weights(base_model.current_patcher))
-    return ModelCall(network, conds, signature, variant=_block_patches(options))
-
-
-def _block_patches(options: dict) -> tuple:
-    """Which blocks are patched, and by whom: guidance that leaves layers out or changes attention differs in this."""
-    return tuple((kind, key, id(patch)) for kind, patches in options.get("patches_replace", {}).items() for key, patch in patches.items())
+        bypass, conds = "a call that does not say which conditioning it is for", ()
+    elif options.get("context_window") is not None:
+        bypass = "context windows"
+    else:
+        rows = x.shape[0] // len(conds)
+    return ModelCall(
+        network,
+        conds,
+        signature=(rows, x.shape[1:], x.dtype, x.device),
+        variant=variant_of(options),
+        bypass=bypass,
+        weights=_hook_weights(patcher),
+        is_copy=getattr(patcher, "is_multigpu_base_clone", False),
+        starting=lambda kind: recording.note_skip(options, kind is Kind.AGGRESSIVE),
+        abandoned=recording.abandoned,
+    )
 
 
 def _hook_weights(patcher: Any) -> tuple:
     """Which hook weights (scheduled LoRAs) are applied, and how strongly: features do not survive their change."""
     group = getattr(patcher, "current_hooks", None)
     return tuple((id(hook), float(getattr(hook, "strength", 1.0))) for hook in group.hooks) if group is not None else ()
+
+
+_DURING_A_RUN = {
+    WrappersMP.PREDICT_NOISE: _predict_noise,
+    WrappersMP.CALC_COND_BATCH: _calc_cond_batch,
+    WrappersMP.APPLY_MODEL: _apply_model,
+    WrappersMP.DIFFUSION_MODEL: recording.diffusion_model,
+}

@@ -17,7 +17,7 @@ from ..cache_core.costs import expected_costs
 from ..cache_core.schedule import Schedule
 from ..cache_core.schedule_text import parse
 from ..cache_core.strategy import Strategy
-from . import calibrations, host
+from . import calibrations, host, samplers
 from .live_runs import Known
 from .plan_request import Asked, read
 
@@ -82,7 +82,7 @@ def _opening(asked: Asked) -> Opening:
 def _is_euler(sampling: Mapping[str, Any]) -> bool:
     """As a run would find it; Euler's where the page found no sampler."""
     name = sampling.get("sampler_name")
-    return name is None or (name in comfy.samplers.KSampler.SAMPLERS and host.is_euler(comfy.samplers.sampler_object(name)))
+    return name is None or (name in comfy.samplers.KSampler.SAMPLERS and samplers.is_euler(comfy.samplers.sampler_object(name)))
 
 
 def _sigmas(known: Known, sampling: Mapping[str, Any], steps: int) -> torch.Tensor:

@@ -62,9 +62,11 @@ _ALLOWED = {
     "schedule": {"calibration", "opening", "policies", "schedule_text"},
     "strategy": {"calibration", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
     "corrector": {"kinds", "meter", "timeline"},
-    "run": {"corrector", "engine", "families", "meter", "store", "strategy", "timeline"},
+    "model_call": set(),
+    "networks": {"families", "model_call", "strategy"},
+    "run": {"corrector", "engine", "families", "meter", "model_call", "networks", "store", "strategy", "timeline"},
     "costs": {"families", "meter", "schedule", "strategy"},
-    "tuning": {"calibration", "engine", "families", "opening", "policies", "predictors", "run", "strategy", "tuning"},
+    "tuning": {"calibration", "engine", "families", "opening", "policies", "predictors", "run", "strategy", "tuning", "model_call"},
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..store import Feature, FeatureStore
 
 SiteKey = tuple[str, int, str]  # stack path, block index, site name
+Variant = frozenset[tuple[str, Hashable]]  # options that change what a network computes, by name
 
 
 class Anchor(NamedTuple):
@@ -120,7 +121,7 @@ class _Key(NamedTuple):
     """cond: who. variant: through which network. occurrence: of both in one evaluation, should it be the same again."""
 
     cond: Hashable
-    variant: Hashable = None
+    variant: Variant = frozenset()
     occurrence: int = 0
 
 
@@ -164,7 +165,7 @@ class SlotTable:
         self._seen.update(self._in_pass)
         self._in_pass.clear()
 
-    def find(self, conds: Sequence[Hashable], variant: Hashable, signature: Hashable) -> list[Slot] | None:
+    def find(self, conds: Sequence[Hashable], variant: Variant, signature: Hashable) -> list[Slot] | None:
         """The slots of a call's conds, in order; emptied where the signature changed. None if one was there before in this pass."""
         wanted = [(cond, variant) for cond in conds]
         if len(set(wanted)) < len(wanted) or self._in_pass.intersection(wanted):
@@ -172,7 +173,7 @@ class SlotTable:
         self._in_pass.update(wanted)
         return [self._slot(_Key(cond, variant, self._seen[cond, variant]), signature) for cond in conds]
 
-    def others_of(self, cond: Hashable, variant: Hashable) -> list[Hashable]:
+    def others_of(self, cond: Hashable, variant: Variant) -> list[Variant]:
         """The variants, other than this one, that the evaluation before asked for with this cond."""
         return [key.variant for key, slot in self._slots.items() if key.cond == cond and key.variant != variant
                 and slot.last_used == self._evaluation - 1]  # fmt: skip

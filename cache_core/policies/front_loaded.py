@@ -22,8 +22,8 @@ class FrontLoaded:
     leaves the run comes from a full evaluation where there is a little. Against gaps chosen for each speed alone, which are not nested,
     that is -0.6 to +2.4 dB on the demo model with 28 steps, and 0.9 to 1.9 below them with 12 (docs/benchmarks.md).
 
-    speedup: steps divided by full evaluations, at least 1; round(steps / speedup) of them. warmup, tail: full steps at both ends of the
-    run, which count towards these. Raises ValueError for a speedup below 1 or a negative count.
+    speedup: steps divided by full evaluations, at least 1; round(steps / speedup) of them, but two of two steps or more.
+    warmup, tail: full steps at both ends of the run, which count towards these. Raises ValueError for a speedup below 1 or a negative count.
     """
 
     speedup: float = 2.0
@@ -40,7 +40,7 @@ class FrontLoaded:
         end = min(window.stop, steps - self.tail)
         free = sorted(range(first + 1, end), key=lambda step: _turn(step - first, end - first, is_last=step == steps - 1))
         full = {*range(min(first + 1, steps)), *range(max(end, 0), steps)}
-        full.update(free[: max(0, max(1, round(steps / self.speedup)) - len(full))])
+        full.update(free[: max(0, max(2, round(steps / self.speedup)) - len(full))])
         return Plan.with_full(full, steps)
 
 

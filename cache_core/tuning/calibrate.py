@@ -19,10 +19,10 @@ from ..calibration.use import error_of
 from ..engine.linear_sites import find_linears
 from ..families import ModelFamily
 from ..kinds import Kind, Plan
+from ..model_call import ModelCall
 from ..opening import Opening
 from ..policies import AlwaysCompute, Given
 from ..predictors import AUTO, Predictor, Reuse
-from ..run import ModelCall
 from ..strategy import Strategy
 from .tape import Sample, Tape, TapedRun
 from .trials import Trials

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..engine import Slot
 from ..kinds import Kind
+from ..model_call import ModelCall
 from ..opening import Opening
-from ..run import CacheRun, ModelCall
+from ..run import CacheRun
 from ..strategy import Strategy
 
 

@@ -1,0 +1,54 @@
+"""Which networks a run serves. Most runs see one; guidance may bring a second model, several devices a copy each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .families import ModelFamily
+from .kinds import Kind, Plan
+from .model_call import ModelCall
+from .strategy import Strategy
+
+
+class Networks:
+    """Of one run. The first network that is called is the run's own."""
+
+    def __init__(self, strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
+        self._family = family
+        self._is_calibrated = strategy.predictor.uses_input or plan.has(Kind.CALIBRATED)
+        self._unfit: dict[nn.Module, str] = {}
+
+    def unfit(self, call: ModelCall) -> str:
+        """Why a call of its network must go past the cache, in words for the user; "" if it need not."""
+        if call.model not in self._unfit:
+            self._unfit[call.model] = self._reason(call)
+        return self._unfit[call.model]
+
+    def is_known(self, network: nn.Module) -> bool:
+        """Whether the family describes this network."""
+        return self._family.matches(network)
+
+    def _reason(self, call: ModelCall) -> str:
+        name = type(call.model).__name__
+        if not self.is_known(call.model):
+            return f"a second model takes part ({name}), of another kind than the first ({self._family.name})"
+        if self._unfit and self._is_calibrated and not call.is_copy:
+            return f"a second model takes part ({name}), and the calibration is of the first"
+        return ""
+
+
+def check(strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
+    """Raises ValueError, with a remedy, for what this family or this strategy cannot do."""
+    if plan.has(Kind.CONSERVATIVE) and not family.is_conservative:
+        raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
+    if strategy.predictor.uses_input and not family.embed:
+        raise ValueError(f"{family.name} models have no calibrated forecast: take the calibration off")
+    if not plan.has(Kind.CALIBRATED):
+        return
+    if not family.linears:
+        raise ValueError(f"{family.name} models have no calibrated evaluation: choose mode auto, paper or forecast")
+    if strategy.linears is None:
+        raise ValueError(
+            f"the strategy {strategy.name!r} has no calibration factors: calibrate this model with low-rank factors first, "
+            "or choose a plan without calibrated evaluations"
+        )

@@ -1,0 +1,74 @@
+"""What of a call's transformer options changes what the network computes, in a form that can be compared.
+
+Guidance evaluates the same conds again through a network that differs by its options alone (layers left out, attention replaced, flags of
+one model). Options that are known to change nothing are left out; all others count, so an unknown one makes a pass of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from .keys import KEY
+
+_DEEPEST = 4  # containers and closures inside each other, before an object counts by its identity
+_HARMLESS = frozenset({
+    "cond_or_uncond", "uuids", "sigmas", "sample_sigmas",  # which conds, which noise level: the cache asks for these elsewhere
+    "callbacks",  # called around the sampling
+    "prefetch_dynamic_vbars", "multigpu_thread_device",  # where and when, not what
+    "block_index", "block_type", "total_blocks", "block", "transformer_index",  # the host counts its blocks here
+    "img_slice", "original_shape", "activations_shape", "latent_shapes", "grid_sizes", "n_heads", "dim_head",
+})  # fmt: skip
+
+
+def variant_of(options: Mapping[str, Any]) -> frozenset[tuple[str, Hashable]]:
+    """Name and value of every option that may change what the network computes. Empty options count like absent ones."""
+    found = []
+    for name, value in options.items():
+        if name in _HARMLESS or name.startswith(KEY):
+            continue
+        comparable = _wrappers(value) if name == "wrappers" else _comparable(value, _DEEPEST)
+        if comparable not in ((), None, False):
+            found.append((name, comparable))
+    return frozenset(found)
+
+
+def _wrappers(value: Mapping[str, Mapping[Any, Any]]) -> Hashable:
+    """Other nodes' wrappers, by identity: they are made once, and what they close over may count steps. Ours say nothing of the network."""
+    return _comparable({kind: {key: own for key, own in by_key.items() if key != KEY} for kind, by_key in value.items()}, 3)
+
+
+def _comparable(value: Any, depth: int) -> Hashable:
+    """Equal for values that do the same, as far as can be told without running them: functions that are made anew at every call too."""
+    if value is None or isinstance(value, (str, bytes, bool, int, float, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.data_ptr()
+    if depth == 0:
+        return type(value).__name__, id(value)
+    inner = functools.partial(_comparable, depth=depth - 1)
+    if isinstance(value, Mapping):
+        pairs = ((inner(key), inner(item)) for key, item in value.items())
+        return tuple(sorted(((k, v) for k, v in pairs if v != ()), key=repr))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(inner(item) for item in value)
+    if isinstance(value, functools.partial):
+        return inner(value.func), inner(value.args), inner(value.keywords)
+    if isinstance(value, MethodType):
+        return inner(value.__func__), id(value.__self__)
+    if isinstance(value, FunctionType):
+        cells = tuple(inner(cell.cell_contents) for cell in value.__closure__ or () if _is_filled(cell))
+        return id(value.__code__), inner(value.__defaults__ or ()), cells
+    return type(value).__name__, id(value)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - raises where the variable was never set
+    except ValueError:
+        return False
+    return True
