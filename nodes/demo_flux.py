@@ -44,7 +44,9 @@ def load_demo_model(weight_dtype: torch.dtype = torch.float32) -> ModelPatcher:
     model = config.get_model({}, "", device=offload_device)
     weights = config.process_unet_state_dict(weights)
     model.diffusion_model.load_state_dict({key: value.to(weight_dtype) for key, value in weights.items()})
-    return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
+    patcher = ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
+    patcher.cached_patcher_init = (load_demo_model, (weight_dtype,))  # hosts that split guidance over several GPUs load a copy
+    return patcher
 
 
 def encode_prompt(text: str) -> list:

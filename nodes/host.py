@@ -19,7 +19,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ..cache_core import CacheRun, Kind, ModelCall, Opening, Settings, Timeline, find_family
 from ..cache_core.meter import Evaluation
-from . import calibrations, recording, samplers
+from . import calibrations, guests, recording, samplers
+from .guests import Guest
 from .keys import KEY, RUN
 from .live_runs import LiveRun, live_runs
 from .network_options import variant_of
@@ -68,8 +69,14 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
     def open_run(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any) -> CacheRun | None:
         return _open_run(patcher, finder, options, sigmas, sampler, live)
 
-    def finished(run: CacheRun, result: torch.Tensor | None) -> None:
-        report = run.close(is_complete=result is not None)
+    def open_as_guest(patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
+        run = open_run(patcher, sigmas, None)
+        if run is not None and run.plan.skips:
+            run.notify("this is the second model of a guider: with a sampler that adds noise (ancestral, SDE) take the cache off it")
+        return run
+
+    def finished(run: CacheRun, result: torch.Tensor | None, is_complete: bool = False) -> None:
+        report = run.close(is_complete=is_complete or result is not None)
         book.add(report, result)
         if run in live:
             live_runs.end(live.pop(run), report)
@@ -77,6 +84,7 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
             logging.info("[DuCa] %s", report_text(report, verbose=True))
 
     listen(clone, open_run, finished)
+    Guest(open_as_guest, lambda run, is_complete: finished(run, None, is_complete), _carried_out).add_to(clone)
     return clone
 
 
@@ -99,6 +107,8 @@ def detach(model: ModelPatcher) -> ModelPatcher:
         clone.remove_attachments(KEY)
     for wrapper in (WrappersMP.OUTER_SAMPLE, *_DURING_A_RUN):
         clone.remove_wrappers_with_key(wrapper, KEY)
+    for callback in guests.CALLBACKS:
+        clone.remove_callbacks_with_key(callback, KEY)
     return clone
 
 
@@ -138,7 +148,7 @@ def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Calla
 
 
 def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: float = 0.0, end: float = 1.0) -> Opening:
-    """What a run of the host's `sampler` begins with; start, end: the part of the sampling that may be skipped.
+    """What a run of the host's `sampler` (None: not known) begins with; start, end: the part of the sampling that may be skipped.
 
     Raises ValueError in words for the user.
     """
@@ -148,7 +158,7 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
-    adds_noise = samplers.adds_noise(patcher, sampler, sigmas)
+    adds_noise = samplers.adds_noise(patcher, sampler, sigmas) if sampler is not None else False
     return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, samplers.is_euler(sampler), adds_noise)
 
 
@@ -232,7 +242,11 @@ def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **
     options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and RUN in a), None)
     if options is None:
         return executor(x, t, *args, **kwargs)
-    return options[RUN].model_call(_describe(executor.class_obj, x, options), lambda: executor(x, t, *args, **kwargs))
+    return _carried_out(options[RUN], options, executor, x, t, *args, **kwargs)
+
+
+def _carried_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return run.model_call(_describe(executor.class_obj, x, options), lambda: executor(x, *args, **kwargs))
 
 
 def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:

@@ -23,7 +23,8 @@ class FrontLoaded:
     that is -0.6 to +2.4 dB on the demo model with 28 steps, and 0.9 to 1.9 below them with 12 (docs/benchmarks.md).
 
     speedup: steps divided by full evaluations, at least 1; round(steps / speedup) of them, but two of two steps or more.
-    warmup, tail: full steps at both ends of the run, which count towards these. Raises ValueError for a speedup below 1 or a negative count.
+    warmup, tail: full steps at both ends of the run, which count towards these.
+    Raises ValueError for a speedup below 1 or a negative count.
     """
 
     speedup: float = 2.0

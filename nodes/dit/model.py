@@ -84,4 +84,6 @@ def load_dit(path: Path) -> ModelPatcher:
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes))
     model = config.get_model({}, device=offload_device)
     model.load_model_weights(weights)
-    return ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    patcher = ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (load_dit, (path,))  # hosts that split guidance over several GPUs load a copy of their own
+    return patcher
