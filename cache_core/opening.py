@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .families import ModelFamily
+from .store import Unrecorded
 from .timeline import Timeline
 
 
@@ -15,7 +17,7 @@ class Opening(NamedTuple):
     """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
 
     is_euler: whether the sampler takes plain steps along the direction of one evaluation each. adds_noise: whether it adds noise that
-    a forecast from older latents would leave in the picture; None where that is not known.
+    a forecast from older latents would leave in the picture; None where that is not known. unrecorded: see `store.Unrecorded`.
     """
 
     network: nn.Module
@@ -25,3 +27,4 @@ class Opening(NamedTuple):
     device: torch.device
     is_euler: bool = False
     adds_noise: bool | None = False
+    unrecorded: Unrecorded = nullcontext

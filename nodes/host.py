@@ -159,7 +159,8 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
     adds_noise = samplers.adds_noise(patcher, sampler, sigmas) if sampler is not None else False
-    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, samplers.is_euler(sampler), adds_noise)
+    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, samplers.is_euler(sampler), adds_noise, recording.unrecorded
+    )
 
 
 def _open_run(
@@ -198,7 +199,7 @@ def _open_run(
         choose_device=choose_device if options.choose_device else None,
         told=told,
         is_euler=begun.is_euler,
-        unrecorded=recording.unrecorded,
+        unrecorded=begun.unrecorded,
     )
     if options.node_id is not None:
         live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, finder.found)

@@ -58,7 +58,7 @@ _ALLOWED = {
     "families": {"families"},
     "engine": {"engine", "families", "predictors", "store"},
     "calibration": {"calibration", "engine", "families", "policies", "predictors", "store"},
-    "opening": {"families", "timeline"},
+    "opening": {"families", "store", "timeline"},
     "schedule": {"calibration", "opening", "policies", "schedule_text"},
     "strategy": {"calibration", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
     "corrector": {"kinds", "meter", "timeline"},

@@ -85,7 +85,7 @@ class TapedRun(CacheRun):
         until: int = 0,
         listen: Callable[[ModelCall], AbstractContextManager[None]] | None = None,
     ) -> None:
-        super().__init__(strategy, opening.timeline, opening.window, opening.family, opening.device)
+        super().__init__(strategy, opening.timeline, opening.window, opening.family, opening.device, unrecorded=opening.unrecorded)
         self.tape = Tape()
         self._device = opening.device
         self._before, self._until, self._listen = before, until, listen

@@ -106,8 +106,8 @@ class Trials:
             strategy = strategies[prompt % len(strategies)]
 
             def make(opening: Opening, strategy: Strategy = strategy) -> CacheRun:
-                timeline, window = opening.timeline, opening.window
-                return CacheRun(strategy, timeline, window, opening.family, opening.device, is_euler=opening.is_euler)
+                timeline, window, more = opening.timeline, opening.window, opening.unrecorded
+                return CacheRun(strategy, timeline, window, opening.family, opening.device, is_euler=opening.is_euler, unrecorded=more)
 
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()
