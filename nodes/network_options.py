@@ -26,13 +26,13 @@ _HARMLESS = frozenset({
 
 
 def variant_of(options: Mapping[str, Any]) -> frozenset[tuple[str, Hashable]]:
-    """Name and value of every option that may change what the network computes. Empty options count like absent ones."""
+    """Name and value of every option that may change what the network computes. Empty ones and None count like absent ones."""
     found = []
     for name, value in options.items():
         if name in _HARMLESS or name.startswith(KEY):
             continue
         comparable = _wrappers(value) if name == "wrappers" else _comparable(value, _DEEPEST)
-        if comparable not in ((), None, False):
+        if comparable is not None and comparable != ():  # not False: an option may be on unless it is said to be off
             found.append((name, comparable))
     return frozenset(found)
 

@@ -1,0 +1,102 @@
+"""NaN and infinity, in what the model gives and in what forecasts make of it: neither is kept nor answered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, Timeline
+from comfyui_duca.cache_core.engine.slot import Slot
+from comfyui_duca.cache_core.families.flux import FLUX
+from comfyui_duca.cache_core.policies import Given
+from comfyui_duca.cache_core.predictors import PREDICTORS
+from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
+from comfyui_duca.cache_core.strategy import Strategy
+from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from host import cached, kinds, last_report, psnr, sample
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_demo_model()
+
+
+def breaking(model, call: int, value: float):
+    """A model whose hidden state is not finite at one call, and a later node that cleans the picture up."""
+    calls = []
+
+    def block_patch(args, extra):
+        calls.append(1)
+        if len(calls) == call:
+            args["img"][0, -1, :4] = value
+        return extra["original_block"](args)
+
+    def cleaned(args):
+        return torch.nan_to_num(args["denoised"], 0.0, 1.0, -1.0)
+
+    clone = model.clone()
+    clone.set_model_patch_replace(block_patch, "dit", "single_block", len(model.model.diffusion_model.single_blocks) - 1)
+    clone.set_model_sampler_post_cfg_function(cleaned)
+    return clone
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{"speedup": 2.0}, {"mode": "paper", "cycle_length": 5, "token_share": 0.2}], ids=["auto", "paper"])
+def test_one_bad_evaluation_does_not_spread(model, settings, value):
+    """At the third call, which is full: the next one is computed in its place, and the picture is as good as without the fault."""
+    expected = sample(model, steps=STEPS)
+    whole = sample(cached(model, **settings), steps=STEPS)
+    patched = cached(breaking(model, 3, value), **settings)
+    result = sample(patched, steps=STEPS)
+    report = last_report(patched)
+    assert torch.isfinite(result).all()
+    assert kinds(report)[3] == "F" and any("not finite" in notice for notice in report.notices)
+    assert psnr(result, sample(breaking(model, 3, value), steps=STEPS)) > psnr(whole, expected) - 3
+
+
+def test_a_run_that_is_nothing_else_is_computed_in_full(model):
+    """A latent that is not finite stays what it is; the cache ends with the run and says so."""
+    patched = cached(model, speedup=2.8)
+    result = sample(patched, steps=8, latent=torch.full((1, 3, 48, 48), float("nan")))
+    assert set(kinds(last_report(patched))) == {"F"} and not torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_slot_gives_up_what_is_not_finite(dtype):
+    slot = Slot(FeatureStore(StoreFormat(dtype=dtype)), history=3)
+    good, bad = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    bad[0, 5, 7] = float("nan")
+    slot.remember_hidden(1.0, good)
+    assert slot.checked() == (True, True) and len(slot.anchors) == 1
+    slot.remember_hidden(0.9, bad)
+    assert slot.checked() == (False, True) and not slot.anchors
+    assert slot.checked() == (True, True)
+
+
+def test_the_largest_half_precision_values_are_finite():
+    slot = Slot(FeatureStore(), history=3)
+    slot.remember_hidden(1.0, torch.full((2, 64, 64), 65504.0, dtype=torch.float16))
+    assert slot.checked() == (True, True)
+
+
+@pytest.mark.parametrize("predictor", ["taylor1", "taylor2"])
+def test_forecasts_beyond_half_precision_use_the_last_values(predictor):
+    """Hidden states of 4e4, 5e4, 6e4, as some fp16 models have: the line through them is at 7e4 next, which float16 does not hold."""
+    network, levels = load_demo_model().model.diffusion_model.half(), [1.0, 0.9, 0.8, 0.7, 0.6, 0.0]
+    strategy = Strategy(Given(Plan.parse("FFFaa")), PREDICTORS[predictor]())
+    run = CacheRun(strategy, Timeline(levels), range(5), FLUX, torch.device("cpu"))
+    grown, seen = iter((4e4, 5e4, 6e4)), []
+    network.single_blocks[-1].forward = lambda x, *_args, **_kwargs: torch.full_like(x, next(grown))
+    network.final_layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    context, extra = encode_prompt("red apple")[0]
+    x = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(3)).half()
+    for sigma in levels[:-1]:
+        with torch.inference_mode(), run.evaluation(sigma):
+            time = torch.tensor([sigma]).half()
+            run.model_call(ModelCall(network, ("a",), 0), lambda time=time: network(x, time, context.half(), extra["pooled_output"].half()))
+    report = run.close(is_complete=True)
+    assert "".join(e.letter for e in report.evaluations) == "FFFaa"
+    assert all(torch.isfinite(hidden).all() for hidden in seen)
+    assert torch.equal(seen[3], torch.full_like(seen[3], 6e4)) and torch.equal(seen[4], seen[3])
+    assert any("range of float16" in notice for notice in report.notices)
