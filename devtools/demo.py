@@ -24,7 +24,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .client import ComfyClient, Execution, PromptError
 from .contact_sheet import Cell, contact_sheet, strip
-from .host_setup import DEV, ROOT
+from .host_setup import ROOT, given_comfyui, home_of
 from .progress import ProgressBar
 from .server import ComfyServer, ServerError
 
@@ -196,7 +196,7 @@ def running_server(bar: ProgressBar) -> Iterator[ComfyClient]:
     if not comfyui:
         raise ServerError("COMFYUI_PATH is not set: run this as python3 dev.py demo")
     bar.show("starting ComfyUI")
-    with ComfyServer(sys.executable, Path(comfyui), DEV / "base") as server:
+    with ComfyServer(sys.executable, Path(comfyui), home_of(given_comfyui()) / "base") as server:
         yield ComfyClient(server.url)
 
 

@@ -50,8 +50,8 @@ class Host:
 
 def ensure_host() -> Host:
     """The host, set up as far as it is not yet. Raises SetupError."""
-    given = _given_comfyui()
-    home = DEV if given is None else DEV / "hosts" / hashlib.sha256(str(given).encode()).hexdigest()[:8]
+    given = given_comfyui()
+    home = home_of(given)
     host = Host(_python_of(home / "venv"), given or DEV / "comfyui", home / "base")
     link_pack(host.base)
     stamp, wanted = home / "stamp", _fingerprint(host.comfyui)
@@ -66,12 +66,18 @@ def ensure_host() -> Host:
     return host
 
 
-def _given_comfyui() -> Path | None:
+def home_of(given: Path | None) -> Path:
+    """Where the environment and base directory of a source are. given: as `given_comfyui` returns it."""
+    return DEV if given is None else DEV / "hosts" / hashlib.sha256(str(given).encode()).hexdigest()[:8]
+
+
+def given_comfyui() -> Path | None:
+    """The source that COMFYUI_PATH names; None for the pinned one. Raises SetupError where there is none."""
     given = os.environ.get("COMFYUI_PATH")
     if not given:
         return None
     path = Path(given).expanduser().resolve()
-    if path == DEV / "comfyui":  # as processes that were started here see it
+    if path == (DEV / "comfyui").resolve():  # as processes that were started here see it
         return None
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
         raise SetupError(f"COMFYUI_PATH={given} is not a ComfyUI folder (no main.py and comfy/ in it)")

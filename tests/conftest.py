@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,13 +13,16 @@ from devtools.inprocess import load_comfyui, load_pack
 load_comfyui()
 load_pack()
 
+import comfyui_version
 import hypothesis
 import pytest
+import torch
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 
+from devtools import host_setup
 from devtools.client import ComfyClient
 from devtools.server import ComfyServer
 
@@ -26,10 +30,27 @@ hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy mac
 hypothesis.settings.load_profile("no deadline")
 
 
+@pytest.hookimpl(trylast=True)  # below everything else
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says at the end why tests were skipped, and on which host all this was."""
+    for reason, count in Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])).most_common():
+        terminalreporter.write_line(f"{count} {reason.replace('Skipped', 'skipped', 1)}")
+    source = "the pinned source" if host_setup.given_comfyui() is None else "COMFYUI_PATH"
+    terminalreporter.write_line(f"on ComfyUI {comfyui_version.__version__} ({source}), torch {torch.__version__}")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A base directory for servers, with this pack in it and nothing else."""
+    folder = tmp_path_factory.mktemp("host") / "base"
+    host_setup.link_pack(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def server():
+def server(base):
     """A ComfyUI of its own for every test file that asks for it."""
-    with ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], Path(__file__).resolve().parents[1] / ".dev" / "base") as running:
+    with ComfyServer(sys.executable, os.environ["COMFYUI_PATH"], base) as running:
         yield running
 
 

@@ -1,10 +1,23 @@
-"""Shared by tests on the host: the demo model, sampling through ComfyUI's own functions, a picture distance."""
+"""Shared by tests on the host: the demo model, sampling through ComfyUI's own functions, a picture distance.
+
+The last part is where what a test asks of the host is asked differently on different ones.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
 import comfy.sample
+import pytest
 import torch
+from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from comfyui_duca.cache_core import RunReport, Settings
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt
@@ -56,3 +69,60 @@ def patcher_of(network: torch.nn.Module) -> ModelPatcher:
     model = torch.nn.Module()
     model.diffusion_model = network
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+# -- the same question to every host ---------------------------------------------------------------------
+
+
+def as_called(node: type[io.ComfyNode], unique_id: str) -> type[io.ComfyNode]:
+    """The node as the host has it while it executes: told who it is, bare or among other data."""
+    hidden = {io.Hidden.unique_id: unique_id}
+    is_bare = "hidden_inputs" in inspect.signature(node.PREPARE_CLASS_CLONE).parameters
+    return node.PREPARE_CLASS_CLONE(hidden if is_bare else {"hidden_inputs": hidden})
+
+
+def inputs_listed(specs: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, type and options of a node's inputs, as INPUT_TYPES or the server has them, choices always as COMBO.
+
+    Newer hosts have choices that bring inputs of their own: those of the first, the default, follow it. Hidden ones are left out.
+    """
+    for name, (kind, *more) in specs.items():
+        options = dict(more[0]) if more else {}
+        if options.get("hidden"):
+            continue
+        if kind == "COMFY_DYNAMICCOMBO_V3":
+            choices = options["options"]
+            yield name, "COMBO", {**options, "options": [choice["key"] for choice in choices]}
+            for group in choices[0]["inputs"].values():
+                yield from inputs_listed(group)
+        elif isinstance(kind, list):
+            yield name, "COMBO", {**options, "options": kind}
+        else:
+            yield name, str(kind), options
+
+
+def split_calls(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool] = lambda call: True) -> None:
+    """Makes the host send cond and uncond in calls of their own, as it does when memory is short.
+
+    when: whether it is at the nth question. The patched function is the one behind every way in which hosts ask.
+    """
+    asked: list[int] = []
+
+    def free_memory(*_args, **_kwargs) -> int:
+        asked.append(1)
+        return 0 if when(len(asked)) else 2**40
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
+
+
+def flux_1(depth: int, depth_single: int) -> Flux:
+    """FLUX.1's shapes without memory for its weights. The host itself names the fields, by the weights of a checkpoint."""
+    shapes = {
+        "img_in.weight": (3072, 64), "txt_in.weight": (3072, 4096), "vector_in.in_layer.weight": (3072, 768),
+        "guidance_in.in_layer.weight": (3072, 256), "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
+        **{f"double_blocks.{i}.img_attn.qkv.weight": (9216, 3072) for i in range(depth)},
+        **{f"single_blocks.{i}.linear1.weight": (21504, 3072) for i in range(depth_single)},
+    }  # fmt: skip
+    config = comfy.model_detection.detect_unet_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, "")
+    assert config is not None and config.pop("image_model") == "flux"
+    return Flux(**config, dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)

@@ -16,25 +16,13 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.report_plot import report_plot
 from comfyui_duca.nodes.report_text import report_data, report_text
-from host import cached, last_report, sample
+from host import cached, flux_1, last_report, sample, split_calls
 from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.fixture(scope="module")
 def model():
     return load_demo_model()
-
-
-def flux_sized(depth: int, depth_single: int):
-    """FLUX.1's shapes without memory for its weights."""
-    import comfy.ops
-    from comfy.ldm.flux.model import Flux
-
-    return Flux(
-        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24,
-        depth=depth, depth_single_blocks=depth_single, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
-        guidance_embed=True, dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
 
 
 FLUX_1024 = {"img": 4096, "txt": 512}
@@ -46,7 +34,7 @@ def opening(network, steps: int) -> Opening:
 
 def test_flux_at_1024_by_hand():
     """Per cond, bf16: one image hidden is 4096·3072·2 = 24 MiB; all sublayers of 19 + 38 blocks are 3 GiB."""
-    network, mib = flux_sized(19, 38), 2**20
+    network, mib = flux_1(19, 38), 2**20
     auto = Settings(speedup=3.5).strategy(opening(network, 28))
     plan = auto.policy.plan(28, range(28))
     hidden = predicted_bytes(auto, plan, FLUX, network, FLUX_1024, 1, torch.bfloat16)
@@ -61,7 +49,7 @@ def test_flux_at_1024_by_hand():
 
 def test_flux_evaluation_costs_what_papers_count():
     """50 evaluations of FLUX.1-dev at 1024² are published as 3719.5 TFLOPs, two to a multiply-add."""
-    network = flux_sized(19, 38)
+    network = flux_1(19, 38)
     full, conservative = (
         FLUX.macs(network, FLUX_1024, kind, 0.1) + FLUX.outside_macs(network, FLUX_1024) for kind in (Kind.FULL, Kind.CONSERVATIVE)
     )
@@ -74,7 +62,7 @@ def test_flux_at_1024_allocates_what_is_predicted():
     from comfyui_duca.cache_core.engine import Slot
     from comfyui_duca.cache_core.store import FeatureStore
 
-    network = flux_sized(1, 1)
+    network = flux_1(1, 1)
     strategy = Settings(speedup=3.5).strategy(opening(network, 28))
     store = FeatureStore(strategy.storage)
     slot = Slot(store, strategy.predictor.history)
@@ -89,10 +77,8 @@ def test_flux_at_1024_allocates_what_is_predicted():
 @pytest.mark.parametrize("mode", [{"speedup": 2.5}, {"mode": "paper", "cycle_length": 4}, {"speedup": 12.0}], ids=str)
 @pytest.mark.parametrize("split", [False, True], ids=["together", "split"])
 def test_predicted_bytes_are_allocated_and_then_freed(model, mode, dtype, split, monkeypatch):
-    import comfy.samplers
-
     if split:
-        monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
+        split_calls(monkeypatch)
     patched = host.attach(model, Settings(**mode, storage=StoreFormat(None, dtype)), host.HostOptions(choose_device=False))
     sample(patched, batch=2, size=(32, 32))
     report = last_report(patched)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, kinds, last_report, psnr, sample
+from host import cached, kinds, last_report, psnr, sample, split_calls
 
 AUTO = {"mode": "auto", "speedup": 3.0}
 PAPER = {"mode": "paper", "cycle_length": 5, "token_share": 0.2}
@@ -18,17 +18,6 @@ PAPER = {"mode": "paper", "cycle_length": 5, "token_share": 0.2}
 @pytest.fixture(scope="module")
 def model():
     return load_demo_model()
-
-
-def split_calls(monkeypatch, when=lambda call: True):
-    """Makes the host send cond and uncond in calls of their own, as it does when memory is short."""
-    calls = []
-
-    def free_memory(*_args, **_kwargs):
-        calls.append(1)
-        return 0 if when(len(calls)) else 2**40
-
-    monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", free_memory)
 
 
 @pytest.mark.parametrize("settings", [AUTO, PAPER], ids=["auto", "paper"])

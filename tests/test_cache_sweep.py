@@ -16,7 +16,7 @@ from comfy_api.latest import io
 from comfyui_duca.nodes import DucaExtension, cache_sweep, host, sidecars
 from comfyui_duca.nodes.cache_sweep import CacheSweep, parse_speedups
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, last_report, sample
+from host import as_called, cached, last_report, sample
 from test_cache_compare import cells, distance, enlarged, found, noise
 from test_wrong_input import unet, unknown_dit
 
@@ -44,7 +44,7 @@ def sweep(model, **given) -> io.NodeOutput:
         "vae": comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), "noise_seed": 3, "steps": 6, "cfg": 2.5, "sampler_name": "euler",
         "scheduler": "simple", "denoise": 1.0, "mode": "auto", "speedups": "2", "fewer_steps": True, **given,
     }  # fmt: skip
-    return CacheSweep.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "5"}).execute(model=model, **values)
+    return as_called(CacheSweep, "5").execute(model=model, **values)
 
 
 def drawn(model, **given) -> torch.Tensor:

@@ -22,7 +22,7 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.report_plot import report_plot
 from comfyui_duca.nodes.report_text import report_text
-from host import kinds, last_report, psnr, sample
+from host import kinds, last_report, psnr, sample, split_calls
 
 CPU = torch.device("cpu")
 RANK = 32
@@ -134,11 +134,9 @@ def test_a_calibrated_hidden_state_is_what_a_skip_goes_by(model, factors, runs):
 
 
 def test_both_conds_in_one_call_or_in_two_give_the_same(model, factors, monkeypatch):
-    import comfy.samplers
-
     patched = planned(model, "FiiaFii", factors)
     together = sample(patched, steps=7)
-    monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
+    split_calls(monkeypatch)
     apart = sample(patched, steps=7)
     assert [e.calls for e in last_report(patched).evaluations] == [2] * 7 and kinds(last_report(patched)) == "FiiaFii"
     assert torch.allclose(together, apart, atol=1e-4)

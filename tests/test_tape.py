@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 import pytest
 import torch
 from comfyui_duca.cache_core import Plan
@@ -12,7 +11,7 @@ from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import kinds
+from host import kinds, split_calls
 from tuner import STEPS, calibrator, drawn, taped
 
 
@@ -93,7 +92,7 @@ def test_two_evaluations_a_step_are_played_back(model, learned, computed, until)
 
 def test_conds_in_calls_of_their_own_are_played_back(model, learned, computed, monkeypatch):
     """As where memory is short."""
-    monkeypatch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
+    split_calls(monkeypatch)
     strategy = forecast_strategy("FaFFaa", learned, 1.0)
     latent, run = taped(model, strategy)
     assert [len(entry) for entry in run.tape.entries] == [2] * STEPS

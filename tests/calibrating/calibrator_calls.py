@@ -15,7 +15,7 @@ from comfyui_duca.nodes import host, svd_calibrator
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from comfyui_duca.nodes.duca_cache import DucaCache
 from comfyui_duca.nodes.svd_calibrator import SvdCalibrator
-from host import last_report, sample
+from host import as_called, last_report, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = json.loads((ROOT / "workflows" / "api" / "duca_calibrate_demo.json").read_text())
@@ -32,7 +32,7 @@ def calibrator(model: ModelPatcher, *, prompts=PROMPTS, negatives=("",), latent=
     with pytest.MonkeyPatch.context() as patched:
         if not is_plotted:  # which takes a second
             patched.setattr(svd_calibrator, "calibration_plot", lambda calibration: torch.zeros(1, 8, 8, 3))
-        return SvdCalibrator.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "5"}).execute(
+        return as_called(SvdCalibrator, "5").execute(
             model=[model] * len(prompts),
             positive=[encode_prompt(prompt) for prompt in prompts],
             negative=[encode_prompt(negative) for negative in negatives],
@@ -48,7 +48,7 @@ def cache(model: ModelPatcher, calibration: Calibration | None = None, **given) 
         "start_percent": 0.0, "end_percent": 1.0, "store_device": "auto", "store_dtype": "model dtype", "token_seed": 0, "verbose": False,
         **({"calibration": calibration} if calibration is not None else {}), **given,
     }  # fmt: skip
-    return DucaCache.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "9"}).execute(model=model, **values).result[0]
+    return as_called(DucaCache, "9").execute(model=model, **values).result[0]
 
 
 def setting(model: ModelPatcher, **given) -> str:

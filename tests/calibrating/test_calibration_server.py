@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from calibrator_calls import PROMPTS, ROOT, SHIPPED
+from calibrator_calls import PROMPTS, SHIPPED
 from comfyui_duca.cache_core.calibration.sidecar import peek
 from comfyui_duca.nodes import sidecars
 from PIL import Image
@@ -21,14 +21,14 @@ from devtools.server import ComfyServer
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Iterator[tuple[ComfyClient, Path, ComfyServer]]:
+def served(base, tmp_path_factory) -> Iterator[tuple[ComfyClient, Path, ComfyServer]]:
     """A server with a folder of its own for calibrations, told as a user does."""
-    base = tmp_path_factory.mktemp("server")
-    folder = base / "calibrations"
-    (base / "paths.yaml").write_text(f"tests:\n  {sidecars.FOLDER}: {folder}\n")
+    own = tmp_path_factory.mktemp("server")
+    folder = own / "calibrations"
+    (own / "paths.yaml").write_text(f"tests:\n  {sidecars.FOLDER}: {folder}\n", encoding="utf-8")
     with ComfyServer(
-        sys.executable, os.environ["COMFYUI_PATH"], ROOT / ".dev" / "base", base / "server.log",
-        arguments=("--extra-model-paths-config", str(base / "paths.yaml")),
+        sys.executable, os.environ["COMFYUI_PATH"], base, own / "server.log",
+        arguments=("--extra-model-paths-config", str(own / "paths.yaml")),
     ) as running:  # fmt: skip
         yield ComfyClient(running.url), folder, running
 
