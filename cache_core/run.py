@@ -322,10 +322,12 @@ class CacheRun:
     def _entered(self, engine: EngineCall, tokens: Tensor) -> None:
         """When a call reaches its first block: puts the factors in place, predicts the bytes of slots that are new, and
         chooses a device for the first."""
+        new = [slot for slot in engine.slots if not slot.predicted_bytes]
+        if engine.linears is None and not new:  # without the lock, which torch.compile cannot trace
+            return
         with self._lock:
             if engine.linears is not None:
                 self._linears[engine.model] = engine.linears = self._placed(engine.linears, tokens)
-            new = [slot for slot in engine.slots if not slot.predicted_bytes]
             if new:
                 self._predict_bytes(engine, new, tokens)
 

@@ -28,8 +28,8 @@ from .notices import say
 from .report_text import report_text
 from .run_book import RunBook
 
-_FEW_STEPS = 8  # below this, and with fewer than so many full evaluations, fewer steps were the better choice in docs/benchmarks.md
-_FEW_FULL = 4
+_FEW_STEPS = 8  # below this, and where fewer are computed than the number below, fewer steps were better in docs/benchmarks.md
+_FEW_COMPUTED = 4
 _OpenRun = Callable[[ModelPatcher, torch.Tensor, Any], Any]
 
 
@@ -203,10 +203,15 @@ def _open_run(
     )
     if options.node_id is not None:
         live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, finder.found)
-    steps, full = begun.timeline.steps, run.plan.count(Kind.FULL)
-    if full < steps and (steps < _FEW_STEPS or full < _FEW_FULL):
-        run.notify(f"{full} of {steps} steps are computed in full: fewer steps without a cache are likely to look better; compare")
+    if settings.chosen is None:
+        _warn_of_few(run)
     return run
+
+
+def _warn_of_few(run: CacheRun) -> None:
+    steps, computed = len(run.plan), run.plan.count(Kind.FULL) + run.plan.count(Kind.CALIBRATED)
+    if computed < steps and (steps < _FEW_STEPS or computed < _FEW_COMPUTED):
+        run.notify(f"{computed} of {steps} steps are computed: fewer steps without a cache are likely to look better; compare")
 
 
 def free_memory(patcher: ModelPatcher, device: torch.device) -> int:

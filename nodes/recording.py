@@ -8,8 +8,8 @@ without these functions get contexts that do nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from .keys import SKIPS
@@ -23,18 +23,19 @@ _PREFETCHES = "prefetch_dynamic_vbars"  # the option by which the host fetches t
 _here = threading.local()
 
 
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """What is allocated inside may outlive the block. Contexts may lie inside each other, but not inside a pause of the host's own,
+def unrecorded() -> AbstractContextManager[None]:
+    """What is allocated inside may outlive the block. Such contexts may lie inside each other, but not inside a pause of the host's own,
     which would end with the first of them."""
     pause = getattr(prefetch, "pause_malloc_graph", None)
+    return nullcontext() if pause is None else _paused(pause)  # torch.compile traces through the first
+
+
+@contextmanager
+def _paused(pause: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     depth = getattr(_here, "depth", 0)
-    if pause is None or depth:
-        yield
-        return
     _here.depth = depth + 1
     try:
-        with pause():
+        with nullcontext() if depth else pause():
             yield
     finally:
         _here.depth = depth

@@ -289,7 +289,8 @@ def test_everything_is_freed_and_restored(factors, runs, how):
     patched, placed = planned(model, "FiiFii", factors), []
 
     def callback(step, *_):
-        placed.extend(weakref.ref(tensor) for tensor in runs[0]._linears.factors.values() if step == 2)
+        if step == 2:
+            placed.extend(weakref.ref(tensor) for bound in runs[0]._linears.values() for tensor in bound.factors.values())
         if how == "cancelled" and step == 4:
             raise comfy.model_management.InterruptProcessingException
         if how == "failed" and step == 4:
