@@ -306,7 +306,7 @@ def test_everything_is_freed_and_restored(factors, runs, how):
             sample(patched, steps=6, callback=callback)
     gc.collect()
     assert placed and not [reference for reference in placed if reference() is not None]
-    assert runs[0].report.peak_bytes > 0 and runs[0].store.bytes == 0 and not runs[0]._slots._slots and runs[0]._linears is None
+    assert runs[0].report.peak_bytes > 0 and runs[0].store.bytes == 0 and not runs[0]._slots._slots and not runs[0]._linears
     assert [module.__dict__.get("forward") for module in network.modules()] == forwards
     assert last_report(patched).is_complete is (how == "finished")
 

@@ -12,7 +12,7 @@ from comfyui_duca.nodes.demo_flux import load_demo_model
 from host import cached, kinds, last_report, sample
 
 BLOCKS = [f"diffusion_model.double_blocks.{i}" for i in range(3)] + [f"diffusion_model.single_blocks.{i}" for i in range(6)]
-AUTO = {"mode": "auto", "speedup": 3.0}
+AUTO = {"mode": "auto", "speedup": 2.0}
 PAPER = {"mode": "paper", "cycle_length": 5, "token_share": 0.2}
 
 
