@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import product
 
 _SCALE = re.compile(r"((?:^|\.)(?:query_norm|key_norm|norm|norms\.\d+)\.)(?:scale|weight)$")
-_UNUSED = "norm_final.weight"
+_UNUSED = "norm_final.weight"  # where a host has it, its values are whatever lay in memory
 _LIKE_UNUSED = "x_embedder.bias"  # of the same model and shape
 
 Shape = tuple[int, ...]
@@ -20,13 +19,12 @@ Shape = tuple[int, ...]
 def namings(shapes: Mapping[str, Shape]) -> Iterator[dict[str, tuple[str | None, Shape]]]:
     """Older name to the present one and its shape, for every way in which a host may have named a model's weights.
 
-    shapes: by present name. A weight that is no more has None for its present name.
+    shapes: by present name. A weight whose values say nothing has None for its present name.
     """
-    own = {name: (name, shape) for name, shape in shapes.items()}
-    for scale, has_unused in product((None, "scale", "weight"), (None, True, False)):
+    own: dict[str, tuple[str | None, Shape]] = {name: (name, shape) for name, shape in shapes.items() if name != _UNUSED}
+    unused = shapes.get(_UNUSED) or shapes.get(_LIKE_UNUSED)
+    for scale in (None, "scale", "weight"):
         named = own if scale is None else {_SCALE.sub(rf"\g<1>{scale}", name): kept for name, kept in own.items()}
-        if has_unused and _UNUSED not in named and _LIKE_UNUSED in shapes:
-            named = named | {_UNUSED: (None, shapes[_LIKE_UNUSED])}
-        if has_unused is False:
-            named = {name: kept for name, kept in named.items() if name != _UNUSED}
         yield named
+        if unused is not None:
+            yield {**named, _UNUSED: (None, unused)}

@@ -139,8 +139,8 @@ def fingerprint_of(model: ModelPatcher) -> Fingerprint:
     weight. What leaves no original there cannot be undone and counts as the checkpoint's own: weights that another node changed by
     itself, modules that it replaced while the model is loaded, and LoRAs of a patcher that is no clone, once it is no more loaded.
 
-    Weights are taken as the layers use them: scaled fp8 with its scale (and fp8's rounding allowed for), GGUF unpacked, which
-    matches the same GGUF file and not the one it was made from. Packed weights that nothing here unpacks do not count.
+    Weights are taken as the layers use them: scaled fp8 with its scale (and fp8's rounding allowed for), GGUF and the host's kinds
+    of integers unpacked, which match the same file and not the one it was made from. What nothing here unpacks does not count.
 
     Kept per network, and taken anew when its base weights are others. Raises ValueError when there are no weights to take it of.
     """
@@ -250,7 +250,8 @@ def _taken(names: Mapping[str, tuple[str | None, Shape]], weights: Mapping[str, 
     taken = Fingerprint.of(((name, dense[name]() if name in dense else mark) for name, mark in marks.items()), with_vectors)
     taken.values[[name not in dense for name in sampled]] = torch.nan
     coarsest = max(
-        (weight.dtype for weight in weights.values() if with_vectors or len(weight.tensor.shape) > 1), key=lambda dtype: torch.finfo(dtype).eps
+        (weight.dtype for weight in weights.values() if with_vectors or len(weight.tensor.shape) > 1),
+        key=lambda dtype: torch.finfo(dtype).eps,
     )
     return replace(taken, dtype=str(coarsest).removeprefix("torch."))
 

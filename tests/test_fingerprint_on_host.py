@@ -191,7 +191,9 @@ def dense_layers() -> Layers:
     return Layers(nn.Linear)
 
 
-@pytest.mark.skipif(not hasattr(comfy.ops, "scaled_fp8_ops"), reason="this host loads scaled fp8 as its own quantised layers: the next test")
+@pytest.mark.skipif(
+    not hasattr(comfy.ops, "scaled_fp8_ops"), reason="this host loads scaled fp8 as its own quantised layers: the next test"
+)
 def test_scaled_fp8_is_taken_with_its_scale():
     dense = dense_layers()
     scaled = Layers(comfy.ops.scaled_fp8_ops(override_dtype=torch.float8_e4m3fn).Linear, dtype=torch.float32)
