@@ -10,7 +10,7 @@ from typing import Any
 
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
     """Raises ValueError unless `value` is a finite number from `least` to `most`."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and value == value and abs(value) != math.inf
     if not is_number or not least <= value <= most:
         raise ValueError(f"{name} must be a number{_range(least, most)}, not {_shown(value)}")
 

@@ -99,7 +99,7 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
         ({"speedup": float("nan")}, "speedup must be a number of at least 1, not nan"),
         ({"calibration": "mine"}, "calibration takes what SVD Calibrator or Load Calibration gives"),
         ({"schedule": 3}, "schedule takes what Cache Schedule gives"),
-        ({"mode": "turbo"}, "unknown mode"),
+        ({"mode": "turbo"}, "'turbo'"),  # by the host where it knows a combo's options, else by the pack
     ],
 )
 def test_wrong_settings_are_refused_before_sampling(client, wrong, message):
