@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from .calibration.calibration import Calibration
 from .calibration.use import NotCoveredError, nested_plan
+from .checks import check_count, check_kind, check_number, check_one_of
 from .kinds import Kind
 from .opening import Opening
 from .policies import DucaCycle, FixedInterval, FrontLoaded, Given, Patterned, Policy, Within
@@ -44,18 +45,18 @@ class Schedule:
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in self.KINDS:
-            raise ValueError(f"unknown schedule {self.kind!r}: use one of {', '.join(self.KINDS)}")
-        if self.unit not in self.UNITS:
-            raise ValueError(f"unknown unit {self.unit!r}: use percent or steps")
-        if self.speedup < 1:
-            raise ValueError(f"speedup must be at least 1, not {self.speedup}")
-        if min(self.cycle_length, self.warmup, self.tail) < 0:
-            raise ValueError("cycle length, warm-up and tail are counts of steps and cannot be negative")
-        if self.unit == "percent" and not 0 <= self.skip_from <= self.skip_to <= 100:
+        check_one_of("schedule", self.kind, self.KINDS)
+        check_one_of("unit", self.unit, self.UNITS)
+        check_number("speedup", self.speedup, 1)
+        for name, steps in (("cycle length", self.cycle_length), ("warm-up", self.warmup), ("tail", self.tail)):
+            check_count(name, steps)
+        check_number("skip_from", self.skip_from, 0)
+        check_number("skip_to", self.skip_to, 0)
+        if self.unit == "percent" and not self.skip_from <= self.skip_to <= 100:
             raise ValueError(f"skip_from and skip_to are percent with skip_from <= skip_to, not {self.skip_from:g} and {self.skip_to:g}")
-        if self.unit == "steps" and (min(self.skip_from, self.skip_to) < 0 or 0 < self.skip_to < self.skip_from):
+        if self.unit == "steps" and 0 < self.skip_to < self.skip_from:
             raise ValueError(f"skip_from and skip_to are steps with skip_from <= skip_to, not {self.skip_from:g} and {self.skip_to:g}")
+        check_kind("calibration", self.calibration, Calibration, "SVD Calibrator or Load Calibration")
         if self.kind == "custom text":
             parse(self.text)
 

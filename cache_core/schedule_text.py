@@ -18,6 +18,9 @@ from .kinds import Kind, Plan
 
 _LETTERS = MappingProxyType({**{kind.value: kind for kind in Kind}, "X": Kind.FULL})
 _MOST = 10_000  # letters that a text may stand for: no run is that long
+_LONGEST = 2 * _MOST  # characters: so many letters with a space after each
+_DEEPEST = 50  # groups in each other: far more than a schedule needs, and far from the end of Python's stack
+_SHOWN = 40  # characters of a long text before and after a wrong one
 
 
 class ScheduleTextError(ValueError):
@@ -25,7 +28,9 @@ class ScheduleTextError(ValueError):
 
     def __init__(self, problem: str, text: str, position: int) -> None:
         shown = repr(text[position]) if position < len(text) else "the end"
-        super().__init__(f"{problem} (at {shown}, character {position + 1} of {text!r})")
+        first, last = max(0, position - _SHOWN), position + _SHOWN
+        excerpt = f"{'…' if first else ''}{text[first:last]}{'…' if last < len(text) else ''}"
+        super().__init__(f"{problem} (at {shown}, character {position + 1} of {excerpt!r})")
         self.text, self.position = text, position
 
 
@@ -58,7 +63,11 @@ class Pattern:
 
 
 def parse(text: str) -> Pattern:
-    """Raises ScheduleTextError."""
+    """Raises ScheduleTextError, and ValueError for what is no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"a schedule is written as text, not as {text!r:.40}")
+    if len(text) > _LONGEST:
+        raise ScheduleTextError(f"a schedule has at most {_LONGEST} characters", text, _LONGEST)
     return _Reader(text).pattern()
 
 
@@ -72,7 +81,7 @@ class _Reader:
     """Reads a text from left to right. Kinds are gathered in `_parts`: before, in and after what a `*` repeats."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
+        self._text, self._at, self._depth = text, 0, 0
 
     def pattern(self) -> Pattern:
         head: list[Kind] = []
@@ -88,6 +97,8 @@ class _Reader:
                 loop = kinds
             else:
                 (head if loop is None else tail).extend(kinds)
+            if len(head) + len(loop or ()) + len(tail) > _MOST:
+                raise self._error(f"up to here this stands for more than {_MOST} steps", place)
         everything = [*head, *(loop or ()), *tail]
         if not everything:
             raise self._error("a schedule needs at least one letter: F, i, c or a", len(self._text))
@@ -118,6 +129,9 @@ class _Reader:
 
     def _group(self) -> list[Kind]:
         opened, kinds = self._at - 1, []
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self._error(f"groups may stand in each other {_DEEPEST} deep", opened)
         while not self._takes(")"):
             if self._skip_spaces() >= len(self._text):
                 raise self._error("this ( is never closed", opened)
@@ -128,6 +142,7 @@ class _Reader:
                 raise self._error(f"this stands for more than {_MOST} steps", opened)
         if not kinds:
             raise self._error("this group is empty", opened)
+        self._depth -= 1
         return kinds
 
     def _letter(self) -> Kind:

@@ -9,6 +9,7 @@ import torch
 
 from .calibration.calibration import Calibration, Choice, Forecast
 from .calibration.use import NotCoveredError, check_covered, choice_at, predictor_of, searched_plan
+from .checks import check_count, check_kind, check_number, check_one_of
 from .engine import CalibratedLinears
 from .families import ModelFamily
 from .families.base import Lengths, stream_length
@@ -83,18 +84,19 @@ class Settings:
     chosen: Strategy | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}: use one of {', '.join(MODES)}")
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"unknown predictor {self.predictor!r}: use one of {', '.join(PREDICTORS)}")
-        if self.speedup < 1:
-            raise ValueError(f"speedup must be at least 1, not {self.speedup}")
-        if not 0 <= self.token_share <= 1:
-            raise ValueError(f"the token share must lie in 0..1, not {self.token_share}")
-        if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(f"start and end are fractions of sampling with start <= end, not {self.start} and {self.end}")
-        if self.cycle_length < 0 or self.tail < 0 or (self.warmup or 0) < 0:
-            raise ValueError("cycle length, warm-up and tail are counts of steps and cannot be negative")
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("predictor", self.predictor, PREDICTORS)
+        check_number("speedup", self.speedup, 1)
+        check_number("token share", self.token_share, 0, 1)
+        check_number("start", self.start, 0, 1)
+        check_number("end", self.end, 0, 1)
+        if self.start > self.end:
+            raise ValueError(f"the start of what may be skipped ({self.start:g}) lies after its end ({self.end:g})")
+        for name, steps in (("cycle length", self.cycle_length), ("warm-up", self.warmup or 0), ("tail", self.tail)):
+            check_count(name, steps)
+        check_count("seed", self.seed)
+        check_kind("calibration", self.calibration, Calibration, "SVD Calibrator or Load Calibration")
+        check_kind("schedule", self.schedule, Schedule, "Cache Schedule")
 
     @property
     def part(self) -> tuple[float, float]:

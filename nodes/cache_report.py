@@ -11,6 +11,11 @@ from . import host
 from .report_plot import report_plot
 from .report_text import report_data, report_text
 
+_FOREIGN = (
+    "This latent did not come from any of this model's last runs (or was changed since). What follows is the model's latest run. "
+    "Connect the latent of the sampler that this model went into."
+)
+
 
 class CacheReport(io.ComfyNode):
     @classmethod
@@ -40,6 +45,8 @@ class CacheReport(io.ComfyNode):
         if report is None:
             return _only_text("This model has not been sampled yet.")
         text, plot = report_text(report), report_plot(report)
+        if book.is_foreign(samples["samples"]):
+            text = f"{_FOREIGN}\n\n{text}"
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,), "duca_cache_report": (report_data(report),)}
         return io.NodeOutput(indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..cache_core.checks import check_one_of
 from ..cache_core.schedule import Schedule
 from . import calibrations
 
@@ -43,8 +44,7 @@ class CacheSchedule(io.ComfyNode):
 
 def schedule_of(several_evaluations: str, **given: Any) -> Schedule:
     """What the node's inputs mean: Schedule's own, but for one. Raises ValueError, a ScheduleTextError for the text."""
-    if several_evaluations not in _SEVERAL:
-        raise ValueError(f"unknown several_evaluations {several_evaluations!r}: use one of {', '.join(_SEVERAL)}")
+    check_one_of("several_evaluations", several_evaluations, _SEVERAL)
     return Schedule(first_only=several_evaluations == "first only", **given)
 
 

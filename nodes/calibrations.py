@@ -44,7 +44,7 @@ def sections_of(path: Path) -> tuple[str, ...]:
 
 def check(calibration: Calibration, model: ModelPatcher) -> None:
     """Raises ValueError where the calibration is of another checkpoint than the model."""
-    if not calibration.fingerprint.matches(sidecars.fingerprint_of(model)):
+    if not sidecars.belongs(calibration.fingerprint, model):
         raise ValueError(
             f"the calibration {calibration.about.model_name!r} was made on another checkpoint than this model: "
             "load the one that belongs to it, or calibrate"

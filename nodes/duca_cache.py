@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..cache_core import Settings, StoreFormat
+from ..cache_core.checks import check_number, check_one_of
 from ..cache_core.predictors import PREDICTORS
 from ..cache_core.strategy import MODES
 from . import cache_schedule, calibrations, host, sidecars
@@ -67,11 +68,17 @@ class DucaCache(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
+    def validate_inputs(
+        cls, start_percent: float | None = None, end_percent: float | None = None, calibration: Any = None, schedule: Any = None
+    ) -> bool | str:
         """The host checks the other numbers' ranges and `Settings` the rest; None stands for what another node will give."""
-        start, end = start_percent or 0.0, 1.0 if end_percent is None else end_percent
-        if not (0 <= start <= 1 and 0 <= end <= 1):
-            return f"start_percent and end_percent are parts of the sampling, 0 to 1 (they are {start:g} and {end:g})"
+        start, end = 0.0 if start_percent is None else start_percent, 1.0 if end_percent is None else end_percent
+        try:
+            check_number("start_percent", start, 0, 1)
+            check_number("end_percent", end, 0, 1)
+            Settings(calibration=calibration, schedule=schedule)
+        except ValueError as error:
+            return str(error)
         return True if start <= end else f"start_percent ({start:g}) lies after end_percent ({end:g})"
 
     @classmethod
@@ -98,6 +105,9 @@ def settings_of(
     **given: Any,
 ) -> Settings:
     """What the node's inputs mean: those of Settings, but for these. Raises ValueError."""
+    check_number("warmup", warmup)
+    check_one_of("store_device", store_device, _STORE_DEVICES)
+    check_one_of("store_dtype", store_dtype, _STORE_DTYPES)
     return Settings(
         warmup=None if warmup < 0 else warmup,
         start=start_percent,

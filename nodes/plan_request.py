@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..cache_core import Settings
 from ..cache_core.calibration.sidecar import SidecarError, peek
+from ..cache_core.checks import check_number
 from ..cache_core.schedule import Schedule
 from . import calibrations, sidecars
 from .cache_schedule import CacheSchedule, schedule_of
@@ -18,6 +19,7 @@ from .duca_cache import DucaCache, settings_of
 from .live_runs import Known, live_runs
 
 _MOST_STEPS = 1000
+_MOST_LEVELS = 10_000  # of a schedule that only a part is sampled of
 _USUAL_STEPS = 28
 
 
@@ -55,13 +57,17 @@ def read(body: Any) -> Asked:
             available = tuple(section for section in sections if section in peek(path).tensors)
             if available:
                 settings = settings_of(**cache, schedule=schedule, calibration=calibrations.load(path, available))
-        except (SidecarError, OSError) as error:
-            raise ValueError(f"the calibration {path.name} cannot be used: {error}") from None
+        except SidecarError as error:  # not its own text, which names the whole path
+            raise ValueError(f"the calibration {path.name} cannot be used: {error.reason}; {error.remedy}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"the calibration {path.name} cannot be used: {reason}") from None
     given = body.get("sampling")
     sampling: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     total = _whole(sampling, "steps", _USUAL_STEPS)
     if not 1 <= total <= _MOST_STEPS:
         raise ValueError(f"steps must be a whole number from 1 to {_MOST_STEPS}")
+    _check_denoise(sampling, total)
     stop = min(_whole(sampling, "end_at_step", total), total)
     start = _whole(sampling, "start_at_step", 0)
     if not 0 <= start < stop:
@@ -76,6 +82,16 @@ def _whole(sampling: Mapping[str, Any], name: str, usual: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number")
     return value
+
+
+def _check_denoise(sampling: Mapping[str, Any], steps: int) -> None:
+    """The host works out a schedule of steps / denoise noise levels, of which only the last `steps` are run."""
+    denoise = sampling.get("denoise")
+    if denoise is None:
+        return
+    check_number("denoise", denoise, 0)
+    if denoise and steps / denoise > _MOST_LEVELS:
+        raise ValueError(f"{steps} steps with a denoise of {denoise:g} are a part of more than {_MOST_LEVELS} noise levels")
 
 
 def _schedule(given: Any) -> Schedule | None:
@@ -119,4 +135,7 @@ def _sidecar(name: Any, known: Known | None) -> Path | None:
         return known.calibration if known is not None else None
     if not isinstance(name, str) or name not in sidecars.names():
         raise ValueError("there is no such calibration")
-    return sidecars.path_of(name)
+    try:
+        return sidecars.path_of(name)
+    except FileNotFoundError:
+        raise ValueError(f"the calibration {name} cannot be used: it is a link to a file that is not there") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 from aiohttp import web
@@ -25,21 +26,32 @@ def register() -> None:
 
 async def plan(request: web.Request) -> web.Response:
     """POST: what `plan_preview.preview` makes of the JSON body; 400 with the reason in words."""
-    if (request.content_length or 0) > _LONGEST:
+    text = await _body(request)
+    if text is None:
         return web.json_response({"error": "the request is too long"}, status=413)
     try:
-        body = await request.json()
-    except ValueError:
-        return web.json_response({"error": "the request is not JSON"}, status=400)
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return web.json_response({"error": "the request is not JSON, or nested too deep"}, status=400)
     try:
         return web.json_response(await asyncio.to_thread(preview, body))
     except ScheduleTextError as error:
         return web.json_response({"error": str(error), "input": "text", "position": error.position}, status=400)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         return web.json_response({"error": str(error), "input": None, "position": None}, status=400)
-    except Exception as error:
+    except Exception:  # in its own words, which may name files of this machine, only for the log
         logging.exception("[DuCa] the plan could not be worked out")
-        return web.json_response({"error": f"the plan could not be worked out: {error}", "input": None, "position": None}, status=500)
+        return web.json_response({"error": "the plan could not be worked out: see the log", "input": None, "position": None}, status=500)
+
+
+async def _body(request: web.Request) -> bytes | None:
+    """None as soon as it is too long, whatever length the request says it has."""
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > _LONGEST:
+            return None
+    return bytes(body)
 
 
 async def run(request: web.Request) -> web.Response:

@@ -34,6 +34,10 @@ class RunBook:
         mark = _mark(latent)
         return next((entry.report for entry in reversed(self._entries) if entry.mark == mark), None)
 
+    def is_foreign(self, latent: torch.Tensor) -> bool:
+        """Whether none of these runs gave this latent; False too where that cannot be told."""
+        return _mark(latent) is not None and self.find(latent) is None
+
 
 def _mark(latent: torch.Tensor | None) -> tuple | None:
     """Shape and a few values: enough to know a latent again after it was moved to another device."""

@@ -1,7 +1,7 @@
 """Where calibration sidecars are on the host, and which of them belongs to a loaded model.
 
 A sidecar lies in models/duca_calibration, or beside its checkpoint as <any name>.duca.safetensors. It belongs to every load of
-the checkpoint it was made on, whatever the dtype and whatever LoRA is on it, so what is compared is the base weights.
+the checkpoint it was made on, whatever the dtype, the host and whatever LoRA is on it, so what is compared is the base weights.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..cache_core import find_family
-from ..cache_core.calibration.fingerprint import TENSORS, VALUES, Fingerprint
+from ..cache_core.calibration.fingerprint import TENSORS, VALUES, Fingerprint, structure_of
 from ..cache_core.calibration.sidecar import About, Contents, Sidecar, SidecarError, peek, read, write
+from .older_names import Shape, namings
 
 FOLDER = "duca_calibration"
 ENDING = ".duca.safetensors"
@@ -116,9 +117,10 @@ def find(model: ModelPatcher, refused: Refused = lambda path, reason: None) -> F
     seen = [(path, mtime, said) for path, mtime, said in _known.files(_candidates(), refused) if said.about.family == family.name]
     if not seen:
         return None
-    fingerprint = fingerprint_of(model)
+    looked = _look(model)
     for path, _, said in sorted(seen, key=lambda at: (at[2].about.created, at[1], str(at[0])), reverse=True):
-        if said.structure != fingerprint.structure:
+        fingerprint = looked.taken_as(said.structure)
+        if fingerprint is None:
             continue
         try:
             sidecar = read(path, ())
@@ -137,15 +139,25 @@ def fingerprint_of(model: ModelPatcher) -> Fingerprint:
     weight. What leaves no original there cannot be undone and counts as the checkpoint's own: weights that another node changed by
     itself, modules that it replaced while the model is loaded, and LoRAs of a patcher that is no clone, once it is no more loaded.
 
-    Weights are taken as the layers use them: scaled fp8 with its scale (and fp8's rounding allowed for), GGUF unpacked, which
-    matches the same GGUF file and not the one it was made from. Packed weights that nothing here unpacks do not count.
+    Weights are taken as the layers use them: scaled fp8 with its scale (and fp8's rounding allowed for), GGUF and the host's kinds
+    of integers unpacked, which match the same file and not the one it was made from. What nothing here unpacks does not count.
 
     Kept per network, and taken anew when its base weights are others. Raises ValueError when there are no weights to take it of.
     """
+    return _look(model).fingerprint
+
+
+def belongs(fingerprint: Fingerprint, model: ModelPatcher) -> bool:
+    """Whether a sidecar's fingerprint is of the model's checkpoint, also one taken in the older way. Raises as `fingerprint_of` does."""
+    mine = _look(model).taken_as(fingerprint.structure)
+    return mine is not None and fingerprint.matches(mine)
+
+
+def _look(model: ModelPatcher) -> _Looked:
     network = model.model.diffusion_model
     with model.use_ejected():  # as the host does to get at names and weights
         weights = _base_weights(model)
-    return _known.fingerprint(getattr(network, "_orig_mod", network), weights)
+    return _known.look(getattr(network, "_orig_mod", network), weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +175,11 @@ class _Weight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one it is kept in, which tells how far it was rounded."""
-        return self.tensor.dtype if self.tensor.is_floating_point() else torch.float32
+        """The one it is kept in, which tells how far it was rounded; of packed integers, that in which they are unpacked."""
+        for tensor in (self._kept(), self.tensor):  # a quantised weight calls itself by the dtype it is computed in
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return torch.float32
 
     def dense(self) -> Tensor:
         if not self.is_gguf:
@@ -177,12 +192,15 @@ class _Weight:
         finally:
             packed.patches = patches
 
-    def some_bytes(self) -> bytes:
-        """A few from the middle, as they lie in memory."""
+    def _kept(self) -> Tensor:
         kept = self.tensor.detach()
         while hasattr(kept, "__tensor_flatten__"):  # a wrapper around other tensors has no memory of its own
             kept = getattr(kept, kept.__tensor_flatten__()[0][0])
-        flat = kept.as_subclass(Tensor).reshape(-1)
+        return kept.as_subclass(Tensor)
+
+    def some_bytes(self) -> bytes:
+        """A few from the middle, as they lie in memory."""
+        flat = self._kept().reshape(-1)
         return flat[flat.numel() // 2 :][:16].view(torch.uint8).cpu().numpy().tobytes()
 
 
@@ -205,29 +223,69 @@ def _base_weights(model: ModelPatcher) -> dict[str, _Weight]:
 
 
 def _fingerprint(weights: Mapping[str, _Weight]) -> Fingerprint:
-    """Makes only those weights dense that are sampled: of a large packed model that is seconds instead of minutes."""
-    order = list(weights)
-    marks = {name: torch.tensor(float(i), device="cpu").expand(weights[name].tensor.shape) for i, name in enumerate(order)}
-    sampled = {order[int(mark)] for mark in Fingerprint.of(marks.items()).values[:, 0]}
-    taken = Fingerprint.of((name, weights[name].dense() if name in sampled else mark) for name, mark in marks.items())
-    coarsest = max((weight.dtype for weight in weights.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    return _taken({name: (name, shape) for name, shape in _shapes(weights).items()}, weights)
+
+
+def _older_fingerprint(weights: Mapping[str, _Weight], structure: str) -> Fingerprint | None:
+    """As an older sidecar took it, on the host whose names and shapes give `structure`; None where none do."""
+    for names in namings(_shapes(weights)):
+        if structure_of({name: shape for name, (_, shape) in names.items()}) == structure:
+            return _taken(names, weights, with_vectors=True)
+    return None
+
+
+def _shapes(weights: Mapping[str, _Weight]) -> dict[str, Shape]:
+    return {name: tuple(weight.tensor.shape) for name, weight in weights.items()}
+
+
+def _taken(names: Mapping[str, tuple[str | None, Shape]], weights: Mapping[str, _Weight], with_vectors: bool = False) -> Fingerprint:
+    """The fingerprint under other names. names: to each its name in `weights` (None: it is not there) and its shape.
+
+    Makes only those weights dense that are sampled: of a large packed model that is seconds instead of minutes.
+    """
+    order = list(names)
+    marks = {name: torch.tensor(float(i), device="cpu").expand(shape) for i, (name, (_, shape)) in enumerate(names.items())}
+    sampled = [order[int(mark)] for mark in Fingerprint.of(marks.items(), with_vectors).values[:, 0]]
+    dense = {name: weights[now].dense for name in sampled if (now := names[name][0]) is not None}
+    taken = Fingerprint.of(((name, dense[name]() if name in dense else mark) for name, mark in marks.items()), with_vectors)
+    taken.values[[name not in dense for name in sampled]] = torch.nan
+    coarsest = max(
+        (weight.dtype for weight in weights.values() if with_vectors or len(weight.tensor.shape) > 1),
+        key=lambda dtype: torch.finfo(dtype).eps,
+    )
     return replace(taken, dtype=str(coarsest).removeprefix("torch."))
 
 
+class _Looked(NamedTuple):
+    """A model's weights, their fingerprint, and those that older sidecars may hold of them, by structure."""
+
+    weights: Mapping[str, _Weight]
+    fingerprint: Fingerprint
+    older: dict[str, Fingerprint | None]
+
+    def taken_as(self, structure: str) -> Fingerprint | None:
+        """As the sidecar took it whose fingerprint has this `structure`; None where that is of other weights."""
+        if structure == self.fingerprint.structure:
+            return self.fingerprint
+        if structure not in self.older:
+            self.older[structure] = _older_fingerprint(self.weights, structure)
+        return self.older[structure]
+
+
 class _Known:
-    """What was read before: a network's fingerprint and what a file says of itself. Keeps no network alive."""
+    """What was read before: a network's fingerprints and what a file says of itself. Keeps no network alive."""
 
     def __init__(self) -> None:
-        self._fingerprints: WeakKeyDictionary[nn.Module, tuple[bytes, Fingerprint]] = WeakKeyDictionary()
+        self._fingerprints: WeakKeyDictionary[nn.Module, tuple[bytes, Fingerprint, dict]] = WeakKeyDictionary()
         self._files: dict[tuple[Path, int, int], Contents] = {}
 
-    def fingerprint(self, network: nn.Module, weights: Mapping[str, _Weight]) -> Fingerprint:
+    def look(self, network: nn.Module, weights: Mapping[str, _Weight]) -> _Looked:
         # bytes and not identities or versions: moving a model makes new tensors, and the host writes past the versions
         state = b"".join(weight.some_bytes() for weight in list(weights.values())[:: max(1, len(weights) // TENSORS)])
         known = self._fingerprints.get(network)
         if known is None or known[0] != state:
-            known = self._fingerprints[network] = state, _fingerprint(weights)
-        return known[1]
+            known = self._fingerprints[network] = state, _fingerprint(weights), {}
+        return _Looked(weights, *known[1:])
 
     def files(self, paths: Iterable[Path], refused: Refused) -> list[tuple[Path, int, Contents]]:
         """Path, time of change and contents of all that can be read. Keeps no others: a right that was missing leaves no trace."""

@@ -132,6 +132,16 @@ def test_searched_plans_are_nested_too(seed, steps, first):
         nested_plan(forecast, [1.5, 0.5], range(2), 1, True)
 
 
+def test_a_run_that_is_too_long_to_search_for(calibration):
+    """A thousand steps would take minutes: the schedule says so and is front-loaded."""
+    forecast = random_forecast(0)
+    times = [1 - i / 301 for i in range(301)]
+    with pytest.raises(NotCoveredError, match="301 steps, and plans are searched for up to 300"):
+        nested_plan(forecast, times, range(301), 9, True)
+    policy, notices = Schedule("searched", 3.0, calibration=calibration).policy(opening(1000), 0.1, None)
+    assert str(policy.plan(1000, range(1000))) == plan(3.0, 1000) and "searched for up to 300" in notices[0]
+
+
 # -- schedules ------------------------------------------------------------------------------------------------------------------
 
 

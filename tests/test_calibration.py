@@ -142,7 +142,7 @@ def calibration_of(forecast: Forecast | None, factors: Factors | None) -> Calibr
         token_grid=(12, 12), prompt_count=2, seeds=(0, 1), rank=3 if factors else 0, method="ca_svd" if factors else "",
         versions={"pack": "0.1"}, created="2026-01-02",
     )  # fmt: skip
-    return Calibration(about, Fingerprint.of([("w", torch.linspace(-1, 1, 300))]), forecast, factors)
+    return Calibration(about, Fingerprint.of([("w", torch.linspace(-1, 1, 300).view(3, 100))]), forecast, factors)
 
 
 def through_a_file(calibration: Calibration, path: Path) -> Calibration:

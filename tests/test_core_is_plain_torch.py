@@ -49,6 +49,7 @@ def _imports(path: Path) -> set[str]:
 _SHARED = {"kinds"}  # small frozen dataclasses that everyone may use
 _ALLOWED = {
     "kinds": set(),
+    "checks": set(),
     "timeline": set(),
     "store": set(),
     "meter": set(),
@@ -59,8 +60,8 @@ _ALLOWED = {
     "engine": {"engine", "families", "predictors", "store"},
     "calibration": {"calibration", "engine", "families", "policies", "predictors", "store"},
     "opening": {"families", "store", "timeline"},
-    "schedule": {"calibration", "opening", "policies", "schedule_text"},
-    "strategy": {"calibration", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
+    "schedule": {"calibration", "checks", "opening", "policies", "schedule_text"},
+    "strategy": {"calibration", "checks", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
     "corrector": {"kinds", "meter", "timeline"},
     "model_call": set(),
     "networks": {"families", "model_call", "strategy"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,15 +62,27 @@ def test_another_shape_or_name_is_not():
     assert not original.matches(cast(weights(count=69), torch.float32))
 
 
-def test_order_and_what_formats_add_do_not_count():
-    """fp8 files come with scales, and loaders differ in the order of parameters."""
+def test_order_and_what_formats_and_hosts_add_do_not_count():
+    """fp8 files come with scales, loaders differ in the order of parameters, hosts in names of vectors."""
     original = cast(weights(), torch.float32)
     more = dict(reversed(weights().items())) | {
         "scale_weight": torch.ones(()),
         "bias": torch.ones(63),
+        "norm.scale": torch.ones(100),
         "table": torch.ones(99, dtype=torch.int32),
     }
     assert original.matches(cast(more, torch.float32)) and original.short == cast(more, torch.float32).short
+
+
+def test_a_row_that_is_not_there_says_nothing():
+    """As of a weight that another host has; without any row that is there, nothing is recognised."""
+    original, other = cast(weights(), torch.float32), cast(weights(1), torch.float32)
+    for rows in (slice(5, 6), slice(1, None)):
+        for fingerprint, matches in ((original, True), (other, False)):
+            values = fingerprint.values.clone()
+            values[rows] = torch.nan
+            assert replace(fingerprint, values=values).matches(original) is original.matches(replace(fingerprint, values=values)) is matches
+    assert not replace(original, values=torch.full_like(original.values, torch.nan)).matches(original)
 
 
 def test_the_least_precise_dtype_counts():
@@ -95,7 +108,9 @@ def test_weights_beyond_a_dtype_do_not_poison_it():
 
 
 @pytest.mark.parametrize(
-    "named", [[], [("w", torch.ones(63))], [("w", torch.ones(99, dtype=torch.uint8))]], ids=["none", "small", "packed"]
+    "named",
+    [[], [("w", torch.ones(7, 9))], [("w", torch.ones(99))], [("w", torch.ones(9, 99, dtype=torch.uint8))]],
+    ids=["none", "small", "vector", "packed"],
 )
 def test_nothing_to_take_one_of(named):
     with pytest.raises(ValueError):

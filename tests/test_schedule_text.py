@@ -55,13 +55,28 @@ def test_hand_worked_texts(text, steps, expected):
         ("F 999999999a", 2, "from 1"),
         ("9999(9999F)", 4, "more than"),
         ("Fé", 1, "letters"),
+        ("(" * 5000 + "F" + ")" * 5000, 50, "50 deep"),
+        ("9999F " * 2, 6, "more than"),
+        ("F " * 10_000 + "F", 20_000, "at most 20000 characters"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_the_wrong_character_is_named(text, position, word):
     with pytest.raises(ScheduleTextError, match=word) as caught:
         parse(text)
     assert caught.value.position == position and caught.value.text == text
-    assert f"character {position + 1} of" in str(caught.value)
+    assert f"character {position + 1} of" in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_groups_as_deep_as_they_may_be():
+    assert str(parse("(" * 50 + "Fa" + ")" * 50).fit(4)) == "FaFa"
+    assert str(parse("(Fa) " * 60).fit(4)) == "FaFa", "one after the other is not deep"
+
+
+@pytest.mark.parametrize("text", [5, None, ["F"], b"F"])
+def test_what_is_no_text(text):
+    with pytest.raises(ValueError, match="written as text"):
+        parse(text)
 
 
 plans = st.lists(st.sampled_from("Fica"), max_size=199).map(lambda rest: Plan.parse("F" + "".join(rest)))

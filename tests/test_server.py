@@ -96,7 +96,11 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
         ({"token_share": 1.5}, "bigger than max"),
         ({"start_percent": 0.8, "end_percent": 0.4}, "start_percent (0.8) lies after end_percent (0.4)"),
         ({"start_percent": -0.5}, "0 to 1"),
-        ({"mode": "turbo"}, "'turbo'"),  # in the words of the host or of the node
+        ({"start_percent": "0,5"}, "start_percent must be a number from 0 to 1, not '0,5'"),
+        ({"speedup": float("nan")}, "speedup must be a number of at least 1, not nan"),
+        ({"calibration": "mine"}, "calibration takes what SVD Calibrator or Load Calibration gives"),
+        ({"schedule": 3}, "schedule takes what Cache Schedule gives"),
+        ({"mode": "turbo"}, "'turbo'"),  # by the host where it knows a combo's options, else by the pack
     ],
 )
 def test_wrong_settings_are_refused_before_sampling(client, wrong, message):

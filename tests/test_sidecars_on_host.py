@@ -95,7 +95,8 @@ def test_files_that_cannot_be_used_are_told_and_end_nothing(put, folders, demo):
         save_file(load_file(path), path, metadata | change)
     with safe_open(damaged, "pt") as file:
         metadata = file.metadata()
-    save_file(load_file(damaged) | {"fingerprint.values": torch.ones(64, 64)}, damaged, metadata)
+    held = load_file(damaged)
+    save_file(held | {"fingerprint.values": torch.ones_like(held["fingerprint.values"])}, damaged, metadata)
     save_file({"w": torch.ones(3)}, folder / "foreign.safetensors")
     (folder / "empty.safetensors").touch()
     (folder / "folder.safetensors").mkdir()

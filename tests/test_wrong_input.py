@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import comfy.latent_formats
 import comfy.model_management
 import comfy.supported_models
@@ -10,6 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core import Settings
 from comfyui_duca.nodes import host
+from comfyui_duca.nodes.cache_schedule import CacheSchedule
 from comfyui_duca.nodes.duca_cache import DucaCache
 from host import cached, kinds, last_report, sample
 
@@ -74,19 +78,78 @@ def test_a_unet_samples_as_without_the_node(said):
     assert torch.isfinite(runs[0]).all() and torch.equal(*runs)
 
 
+CACHE = {
+    "model": None, "mode": "auto", "speedup": 2.0, "predictor": "chebyshev", "cycle_length": 0, "token_share": 0.1, "warmup": -1,
+    "tail": 0, "start_percent": 0.0, "end_percent": 1.0, "store_device": "auto", "store_dtype": "model dtype", "token_seed": 0,
+    "verbose": False,
+}  # fmt: skip
+SCHEDULE = {
+    "kind": "front-loaded", "speedup": 2.0, "cycle_length": 0, "text": "F", "unit": "percent", "skip_from": 0.0, "skip_to": 100.0,
+    "warmup": 1, "tail": 0, "several_evaluations": "as their step",
+}  # fmt: skip
+NUMBERS = ("0,5", "0.5", math.nan, math.inf, -math.inf, True, None, [0.5], torch.ones(2))
+COUNTS = ("3", 2.5, math.nan, True, [3])
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"speedup": 0.5}, "speedup"), ({"token_share": 1.5}, "token share"), ({"start_percent": 0.9, "end_percent": 0.1}, "start")],
-)
+    [
+        ({"speedup": 0.5}, "speedup"),
+        ({"token_share": 1.5}, "token share"),
+        ({"start_percent": 0.9, "end_percent": 0.1}, "start"),
+        *(({name: value}, words) for name, words in (("speedup", "speedup"), ("token_share", "token share"),
+          ("start_percent", "start"), ("end_percent", "end")) for value in NUMBERS),
+        *(({name: value}, words) for name, words in (("cycle_length", "cycle length"), ("warmup", "warm-?up"), ("tail", "tail"),
+          ("token_seed", "seed")) for value in COUNTS),
+        *(({name: value}, name) for name in ("mode", "predictor", "store_device", "store_dtype") for value in ("none", 5, ["auto"], None)),
+        *(({"calibration": value}, "calibration takes what SVD Calibrator or Load Calibration gives") for value in ("mine", 5, {})),
+        *(({"schedule": value}, "schedule takes what Cache Schedule gives") for value in ("3F", 5, {})),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
 def test_bad_values_that_reach_the_node_by_link_stop_it_before_sampling(wrong, words):
-    """Validation cannot see linked values; the node itself refuses them."""
-    values = {
-        "model": None, "mode": "auto", "speedup": 2.0, "predictor": "chebyshev", "cycle_length": 0, "token_share": 0.1, "warmup": -1,
-        "tail": 0, "start_percent": 0.0, "end_percent": 1.0, "store_device": "auto", "store_dtype": "model dtype", "token_seed": 0,
-        "verbose": False,
-    }  # fmt: skip
+    """Validation cannot see linked values; the node itself refuses them, by name and in words."""
     with pytest.raises(ValueError, match=words):
-        DucaCache.execute(**{**values, **wrong})
+        DucaCache.execute(**{**CACHE, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        *(({name: value}, name) for name in ("speedup", "skip_from", "skip_to") for value in NUMBERS),
+        *(({name: value}, words) for name, words in (("cycle_length", "cycle length"), ("warmup", "warm-up"), ("tail", "tail"))
+          for value in COUNTS),
+        *(({name: value}, words) for name, words in (("kind", "schedule"), ("unit", "unit"), ("several_evaluations", "several"))
+          for value in ("none", 5, ["F"])),
+        ({"kind": "custom text", "text": 5}, "written as text"),
+        ({"calibration": "mine"}, "calibration takes"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_bad_values_of_a_schedule(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        CacheSchedule.execute(**{**SCHEDULE, **wrong})
+    said = CacheSchedule.validate_inputs(**{**SCHEDULE, **wrong})
+    assert None in wrong.values() or re.search(words, str(said))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        *(({name: value}, f"{name} must be a number from 0 to 1") for name in ("start_percent", "end_percent")
+          for value in NUMBERS if value is not None),
+        ({"calibration": "mine"}, "Load Calibration"),
+        ({"schedule": 3}, "Cache Schedule"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_bad_values_are_refused_when_queued(wrong, words):
+    assert words in str(DucaCache.validate_inputs(**wrong))
+
+
+def test_right_values_are_taken_when_queued():
+    assert DucaCache.validate_inputs() is True and DucaCache.validate_inputs(start_percent=0, end_percent=1) is True
+    assert CacheSchedule.validate_inputs(**SCHEDULE) is True
 
 
 def test_rising_noise_levels_are_announced_and_passed_through(said):

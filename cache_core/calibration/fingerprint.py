@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TENSORS = 64  # at most this many tensors are sampled
-VALUES = 64  # values per sampled tensor; smaller tensors (scales, biases that only some formats have) do not count
+VALUES = 64  # values per sampled tensor; smaller tensors do not count
 _AGREEING = 0.999  # share of the sampled values that must agree: a few may be clipped by a narrow dtype
 _COARSE = (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
 _SLACK = 2.0  # both sides may be rounded, and some loaders round stochastically, which errs by a whole step
@@ -21,9 +21,10 @@ _SLACK = 2.0  # both sides may be rounded, and some loaders round stochastically
 class Fingerprint:
     """What is kept of the base weights; compare with `matches`, not with `==`.
 
-    structure: sha256 over names and shapes of all floating tensors with at least 64 elements, 64 hex characters.
+    structure: sha256 over names and shapes of all tensors that count, 64 hex characters; equal only where the same ones count.
     dtype: the least precise dtype among them, as torch names it ("bfloat16"); it says how far values may be rounded.
-    values: (m, 64) float32 with 1 <= m <= 64: a row per sampled tensor, evenly spread over the names in order.
+    values: (m, 64) float32 with 1 <= m <= 64: a row per sampled tensor, evenly spread over the names in order. A row of NaN is of
+    a tensor that is not there to be looked at.
     Raises ValueError when the three are not of that form.
     """
 
@@ -42,21 +43,26 @@ class Fingerprint:
             raise ValueError(f"the values of a fingerprint are float32 (1..{TENSORS}, {VALUES})")
 
     @classmethod
-    def of(cls, named_tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
+    def of(cls, named_tensors: Iterable[tuple[str, Tensor]], with_vectors: bool = False) -> Fingerprint:
         """Fingerprint of (name, weight) pairs, in any order; names should be the model's own, without a loader's prefix.
+
+        Floating tensors of two dimensions or more and 64 elements or more count. A checkpoint pins these, and hosts agree on their
+        names, whereas they rename vectors (a norm's scale) and make some that no checkpoint has.
+        with_vectors: count vectors too, as fingerprints in older sidecars did.
 
         Pairs are taken one at a time and only their samples are kept, so weights may be made dense on the fly.
         Packed formats (GGUF) are not floating and do not count: give their dense weights.
-        Raises ValueError when no floating tensor has 64 elements or more.
+        Raises ValueError when nothing counts.
         """
         found = []
         for name, weight in named_tensors:
-            if weight.is_floating_point() and weight.numel() >= VALUES:
+            counts = weight.numel() >= VALUES and (with_vectors or weight.dim() > 1)
+            if counts and weight.is_floating_point():
                 found.append((name, tuple(weight.shape), weight.dtype, _sample(weight.detach())))
         if not found:
             raise ValueError("there are no weights to take a fingerprint of")
         found.sort(key=lambda entry: entry[0])
-        structure = hashlib.sha256(json.dumps([(name, shape) for name, shape, _, _ in found]).encode()).hexdigest()
+        structure = structure_of({name: shape for name, shape, _, _ in found})
         coarsest = max((dtype for _, _, dtype, _ in found), key=lambda dtype: torch.finfo(dtype).eps)
         chosen = _spread(len(found), min(TENSORS, len(found)))
         return cls(structure, str(coarsest).removeprefix("torch."), torch.stack([found[i][3] for i in chosen]))
@@ -72,7 +78,8 @@ class Fingerprint:
         relative, absolute = torch.maximum(mine, theirs)
         a, b = self.values.double().cpu(), other.values.double().cpu()
         allowed = _SLACK * (relative * torch.maximum(a.abs(), b.abs()) + absolute)
-        return ((a - b).abs() <= allowed).double().mean().item() >= _AGREEING
+        agrees = ((a - b).abs() <= allowed)[~(a + b).isnan()]
+        return bool(len(agrees)) and agrees.double().mean().item() >= _AGREEING
 
     def _rounding(self) -> Tensor:
         """Half a step of each row's dtype (2, m, 1) float64: relative to a normal value, and absolute near zero.
@@ -96,6 +103,11 @@ class Fingerprint:
         """
         signs = torch.signbit(self.values.cpu()).flatten().tolist()
         return hashlib.sha256((self.structure + "".join("-" if sign else "+" for sign in signs)).encode()).hexdigest()[:8]
+
+
+def structure_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The structure of a fingerprint for which tensors of these names and shapes count."""
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -12,6 +12,9 @@ from .search import PlanSearch
 from .statistics import ForecastModel
 
 _MADE_UP = 0.5  # of a forecast's error, by correcting: the cost then goes best with what plans are worth; 0.3 and 0.8 do nearly as well
+_LONGEST = (
+    300  # steps of a run that nested plans are searched for; the time grows with more than their square: here seconds, minutes at 1000
+)
 _MIDDLE = 2.0  # speedup of the plan that nested ones grow and shrink from
 
 
@@ -62,8 +65,10 @@ def searched_plan(forecast: Forecast, times: Sequence[float], window: range, ful
 
 def nested_plan(forecast: Forecast, times: Sequence[float], window: range, full: int, is_corrected: bool) -> Plan:
     """The same, but always a part of the plan with one more: nearly as good as the best for its number, and a slider walks along them."""
-    check_covered(forecast, times)
     steps, asked = len(times), (tuple(times), window, is_corrected)
+    if steps > _LONGEST:
+        raise NotCoveredError(f"this run has {steps} steps, and plans are searched for up to {_LONGEST}")
+    check_covered(forecast, times)
     if asked not in forecast.orders:
         search = search_for(forecast.model, times, window, is_corrected)
         forecast.orders[asked] = search.order(start_plan("general", steps, window, max(1, round(steps / _MIDDLE))))
