@@ -1,7 +1,7 @@
 """MiniMax H3: video and sound in one packed sequence of text, conditions, sound and video; kept by the output alone (`whole_output.py`).
 
-Source: comfy/ldm/minimax/model.py of Comfy-Org/ComfyUI, read at 01a56b76 and 2c64d4aa; the family is younger than ComfyUI 0.3.75.
-Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/minimax/model.py of ComfyUI 0.33.0, where it is tested, and of Comfy-Org/ComfyUI, read at 01a56b76 and 2c64d4aa, whose
+blocks take one argument more. The family is younger than ComfyUI 0.3.75.
 
 Why the output alone: the host may run the forward inside a recorded plan of its memory ("malloc graph"). What would be kept or left out
 between the blocks does not fit such a plan, and the memory would be given to others. Its own outputs it makes before that and fills last.
@@ -29,7 +29,8 @@ from .whole_output import packed_output
 _WIDTH = 8  # what the numbers of a place of video, 24, and of a moment of sound, 64, have in common
 _JOINT = "txt+cond+audio+video"
 _MODEL = ("x", "timestep", "context", "transformer_options", "minimax_payload", "denoise_mask", "audio_denoise_mask", "kwargs")
-_BLOCK = ("x", "t_emb", "mod_segments", "rope_freqs", "transformer_options", "attention")
+_BLOCK = ("x", "t_emb", "mod_segments", "rope_freqs", "transformer_options")
+_LATER = ("attention",)  # what later blocks take beside that
 _AROUND = (
     "video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner.blocks", "rope.inv_freq", "final_layer.adaln_proj.linear",
     "final_layer.video_out", "final_layer.audio_out", "latents_dim", "audio_latents_dim",
@@ -57,7 +58,7 @@ def _is_minimax_h3(model: Any) -> bool:
         return False
     if getattr(model, "patch_size", None) != (1, 2, 2) or model.latents_dim % _WIDTH or 2 * model.audio_latents_dim % _WIDTH:
         return False
-    if not blocks_take(model, "blocks", *_BLOCK):
+    if not any(blocks_take(model, "blocks", *_BLOCK, *more) for more in ((), _LATER)):
         return False
     return layers_are(model, "blocks", *_LAYERS) or layers_are(model, "blocks", *_LAYERS, "attn.to_gate_compress")
 

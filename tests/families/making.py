@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 
 
 class Case(NamedTuple):
-    """make: the model. latent: shape of one. cond: conditioning from a seed, of `tokens` text tokens.
+    """make: the model. latent: shape of one, or of each of its parts where the host samples several together. cond: conditioning from a seed, of `tokens` text tokens.
 
     last: its last block. hidden: where in what that returns the hidden state is, None for a bare tensor.
     calls: model calls of an evaluation, two where the model never takes both conds in one. needs_both: where it cannot be without.
@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
     name: str
     make: Callable[[], ModelPatcher]
-    latent: tuple[int, ...]
+    latent: tuple[Any, ...]
     cond: Callable[[int], list]
     last: Callable[[Any], torch.nn.Module]
     hidden: int | None = None
@@ -37,9 +37,10 @@ def tiny(config: type, **unet: Any) -> ModelPatcher:
 
     Fields that only some hosts ask for need not be among `unet`: the host's own detection says what they are.
     """
-    conf = config({**asked_beside(config, unet), **unet})
-    conf.set_inference_dtype(torch.float32, None)
-    model = conf.get_model({}, "")
+    try:
+        model = made(config, unet)
+    except TypeError:  # a field is lacking that this host asks for
+        model = made(config, {**asked_beside(config, unet), **unet})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.diffusion_model.named_parameters():
@@ -47,10 +48,16 @@ def tiny(config: type, **unet: Any) -> ModelPatcher:
                 weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
             else:  # norms' scales near one, biases near zero
                 weight.copy_(
-                    torch.randn(weight.shape, generator=generator) * 0.1 + float("norm" in name and name.endswith(("weight", "scale")))
+                    torch.randn(weight.shape, generator=generator) * 0.1 + float("norm" in name and name.endswith(("weight", "scale", "gamma")))
                 )
     model.eval()
     return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=torch.device("cpu"))
+
+
+def made(config: type, unet: dict[str, Any]) -> Any:
+    conf = config(unet)
+    conf.set_inference_dtype(torch.float32, None)
+    return conf.get_model({}, "")
 
 
 def asked_beside(config: type, unet: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +80,6 @@ def asked_beside(config: type, unet: dict[str, Any]) -> dict[str, Any]:
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             patches.enter_context(patch.object(cls, "__init__", lenient(cls.__init__, required)))
         skeleton = config(unet).get_model({}, "", device=torch.device("meta"))
-    if not lacking:
-        return {}
     found = comfy.model_detection.detect_unet_config(skeleton.diffusion_model.state_dict(), "")
     return {name: found[name] for name in lacking}
 

@@ -70,9 +70,9 @@ def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(c
 
     def run(is_apart) -> torch.Tensor:
         patched, step = cached(model, "FiFiiFii", linears=linears), [0]
-        free = comfy.samplers.model_management.get_free_memory
+        free = comfy.model_management.get_free_memory
         with monkeypatch.context() as patch:
-            patch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *a, **k: 0 if is_apart(step[0]) else free(*a, **k))
+            patch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 0 if is_apart(step[0]) else free(*a, **k))
             result = comfy.sample.sample(
                 model=patched, noise=comfy.sample.prepare_noise(latent, 5), steps=8, cfg=2.0, sampler_name="euler", scheduler="simple",
                 positive=case.cond(1), negative=case.cond(2), latent_image=latent, seed=5, disable_pbar=True,

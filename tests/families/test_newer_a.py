@@ -274,7 +274,7 @@ def test_what_ltx_2_costs_is_predicted(pair_model):
 
 def test_ltx_2_with_conds_in_calls_of_their_own_is_the_same(pair_model, monkeypatch):
     together = sample_pair(cached(pair_model, PLAN), VIDEO_SHAPE, AUDIO_SHAPE)
-    monkeypatch.setattr(every.comfy.samplers.model_management, "get_free_memory", lambda *_a, **_k: 0)
+    monkeypatch.setattr(every.comfy.model_management, "get_free_memory", lambda *_a, **_k: 0)
     patched = cached(pair_model, PLAN)
     for one, other in zip(sample_pair(patched, VIDEO_SHAPE, AUDIO_SHAPE), together):
         torch.testing.assert_close(one, other, atol=1e-4 * max(1.0, float(other.std())), rtol=1e-4)
