@@ -19,7 +19,7 @@ class Case(NamedTuple):
     """make: the model. latent: shape of one, or of each of its parts where the host samples several together. cond: conditioning from a seed, of `tokens` text tokens.
 
     last: its last block. hidden: where in what that returns the hidden state is, None for a bare tensor.
-    calls: model calls of an evaluation, two where the model never takes both conds in one. needs_both: where it cannot be without.
+    calls: model calls of an evaluation, two where the model never takes both conds in one.
     """
 
     name: str
@@ -29,7 +29,6 @@ class Case(NamedTuple):
     last: Callable[[Any], torch.nn.Module]
     hidden: int | None = None
     calls: int = 1
-    needs_both: bool = False
 
 
 def tiny(config: type, **unet: Any) -> ModelPatcher:

@@ -92,8 +92,10 @@ def test_listening_changes_nothing(case, model, plain):
 
 
 def cloned(hidden):
-    """Some models of which only the output is kept return a list."""
-    return [part.clone() for part in hidden] if isinstance(hidden, list) else hidden.clone()
+    """With tokens one behind the other, as they are kept. Some models of which only the output is kept return a list."""
+    if isinstance(hidden, list):
+        return [part.clone() for part in hidden]
+    return hidden.clone(memory_format=torch.contiguous_format) if hidden.ndim == 3 else hidden.clone()
 
 
 def repeated(case: Case, model, plan: str) -> torch.Tensor:
@@ -125,11 +127,15 @@ def test_skipping_repeats_the_hidden_state(case, model, plain, plan):
     assert torch.equal(result, repeated(case, model, plan)) and not torch.equal(result, plain)
 
 
-def test_conds_in_calls_of_their_own_give_the_same(case, model, monkeypatch):
-    if case.needs_both:
-        pytest.skip(f"the host cannot sample {case.name} so")
+def test_conds_in_calls_of_their_own_give_the_same(case, model, plain, monkeypatch):
     together = sample(case, cached(model, "FaFaFaFa"))
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_a, **_k: 0)
+    try:
+        alike = torch.allclose(sample(case, model), plain, atol=1e-3 * max(1.0, float(plain.std())), rtol=1e-3)
+    except ValueError:  # it takes its batch in halves
+        alike = False
+    if not alike:
+        pytest.skip(f"the host itself cannot sample {case.name} so, or samples something else")
     patched = cached(model, "FaFaFaFa")
     apart = sample(case, patched)
     assert kinds(patched) == "FaFaFaFa" and all(evaluation.calls == 2 for evaluation in report_of(patched).evaluations)

@@ -45,7 +45,7 @@ def ace_step15() -> ModelPatcher:
     return tiny(config_of(AceStepConditionGenerationModel, 8, 1, **named), audio=8, text=24, hidden_size=48, depth=3)
 
 
-_SONG = with_more(text(5, 24, codes=torch.arange(20)[None] % 16), lyrics=(1, 9, 24), reference=(1, 8, 4))
+_SONG = with_more(text(5, 24, codes=torch.arange(20)[None] % 16), lyrics=(1, 9, 24), reference=(1, 8, 99))
 
 CASES = (
     Case("kandinsky5", kandinsky5, KANDINSKY_LATENT, text(7, 24, pooled_output=seeded(1, 12)), lambda m: m.visual_transformer_blocks[-1]),
