@@ -8,7 +8,7 @@ between the blocks does not fit such a plan, and the memory would be given to ot
 
 The model takes and returns a list of two latents, (1, 24, T, H, W) and (1, 32, 2, T'), one row at a time, so every cond comes in a call of
 its own. Sound runs on noise levels of its own, a function of the video's. Counted as they usually are: text that was refined before the
-run, as many noise levels as there are kinds of tokens. `to_gate_compress`, where a checkpoint has it, is not called by dense attention.
+run, as many noise levels as there are kinds of sampled and of given tokens. `to_gate_compress`, where a checkpoint has it, is not called by dense attention.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BLOCKS = blocks_macs(
 )
 _OUTSIDE = around_macs(
     {
-        "video_patch_proj": "video",
+        "video_patch_proj": "video+cond",  # what is given is nearly all pictures
         "audio_patch_proj": "audio",
         "time_embedder": "levels",
         "final_layer.adaln_proj": "levels",
@@ -73,9 +73,10 @@ def _counts(call: Mapping[str, Any], _lengths: Lengths) -> Lengths:
     if call["latents"] is None:
         return {"video": 0, "audio": 0, "cond": 0, "levels": 0}
     (video, audio), given = call["latents"], call.get("minimax_payload") or {}
-    pictures = sum(_patches(latent) for latent in given.get("cond_video_latents", ()))
-    cond = pictures + sum(2 * latent.shape[-1] for latent in given.get("cond_audio_latents", ()))
-    return {"video": _patches(video), "audio": 2 * audio.shape[-1], "cond": cond, "levels": 3 if cond else 2}
+    pictures = [_patches(latent) for latent in given.get("cond_video_latents", ())]
+    sounds = [2 * latent.shape[-1] for latent in given.get("cond_audio_latents", ())]
+    levels = 2 + bool(pictures) + bool(sounds)
+    return {"video": _patches(video), "audio": 2 * audio.shape[-1], "cond": sum(pictures + sounds), "levels": levels}
 
 
 def _macs(model: Any, lengths: Lengths) -> float:
