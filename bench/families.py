@@ -14,14 +14,13 @@ from common import ROOT, machine, publish, published, start, table
 
 start()
 sys.path.append(str(ROOT / "tests" / "families"))
+import comfyui_version
 import torch
 from comfyui_duca.cache_core import FAMILIES, find_family
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families import ModelFamily
 from test_every_family import STEPS, cached, full_rank, network, report_of, sample
 from zoo import CASES, Case
-
-import comfyui_version
 
 HOST = f"ComfyUI {comfyui_version.__version__}"
 OWN, STAND_IN = "own class", "(stand-in)"

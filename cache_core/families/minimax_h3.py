@@ -8,7 +8,8 @@ between the blocks does not fit such a plan, and the memory would be given to ot
 
 The model takes and returns a list of two latents, (1, 24, T, H, W) and (1, 32, 2, T'), one row at a time, so every cond comes in a call of
 its own. Sound runs on noise levels of its own, a function of the video's. Counted as they usually are: text that was refined before the
-run, as many noise levels as there are kinds of sampled and of given tokens. `to_gate_compress`, where a checkpoint has it, is not called by dense attention.
+run, as many noise levels as there are kinds of sampled and of given tokens. `to_gate_compress`, where a checkpoint has it, is not called
+by dense attention.
 """
 
 from __future__ import annotations

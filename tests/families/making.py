@@ -16,8 +16,9 @@ from comfy.model_patcher import ModelPatcher
 
 
 class Case(NamedTuple):
-    """make: the model. latent: shape of one, or of each of its parts where the host samples several together. cond: conditioning from a seed, of `tokens` text tokens.
+    """make: the model. latent: shape of one, or of each of its parts where the host samples several together.
 
+    cond: conditioning from a seed, of `tokens` text tokens.
     last: its last block. hidden: where in what that returns the hidden state is, None for a bare tensor.
     calls: model calls of an evaluation, two where the model never takes both conds in one.
     """
@@ -47,7 +48,8 @@ def tiny(config: type, **unet: Any) -> ModelPatcher:
                 weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
             else:  # norms' scales near one, biases near zero
                 weight.copy_(
-                    torch.randn(weight.shape, generator=generator) * 0.1 + float("norm" in name and name.endswith(("weight", "scale", "gamma")))
+                    torch.randn(weight.shape, generator=generator) * 0.1
+                    + float("norm" in name and name.endswith(("weight", "scale", "gamma")))
                 )
     model.eval()
     return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=torch.device("cpu"))

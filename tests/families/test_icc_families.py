@@ -22,8 +22,8 @@ from test_every_family import cached, kinds, network, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES as EVERY
-from zoo_newer_a import CASES as STAND_INS
 from zoo_image import hidream, with_more
+from zoo_newer_a import CASES as STAND_INS
 
 CASES = ({case.name: case for case in EVERY} | {case.name: case for case in STAND_INS}).values()  # some are changed below
 NAMES = ("cosmos", "hidream", "kandinsky5")

@@ -14,16 +14,14 @@ import test_every_family as every
 import torch
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
-from making import Case, text, tiny
-from stand_in_ltxav import LTXAV, LTXAVModel
-from stand_in_newer_a import config_of
+from making import Case, text
 from stand_in_signatures import LuminaWithPictures, calls_ltxv_so, newer_ltxv, newer_lumina, newer_qwen_image
 from test_every_family import cached, kinds, network, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES as EVERY
 from zoo_image import lumina2, normal, z_image
-from zoo_newer_a import CASES, cogvideox, kandinsky5
+from zoo_newer_a import CASES, cogvideox, kandinsky5, ltxav
 from zoo_video import CASES as VIDEO
 from zoo_video import ltxv
 
@@ -203,10 +201,6 @@ def test_ace_step_without_words_writes_into_what_it_was_told():
 # -- LTX-2 --------------------------------------------------------------------------------------------
 
 VIDEO_SHAPE, AUDIO_SHAPE = (1, 16, 2, 3, 4), (1, 2, 5, 8)
-
-
-def ltxav():
-    return tiny(config_of(LTXAVModel, 16, 3, LTXAV), inner_dim=32, audio_inner_dim=16, in_channels=16, text=12, depth=2)
 
 
 def sample_pair(model, *shapes: tuple[int, ...], steps: int = 8) -> list[torch.Tensor]:

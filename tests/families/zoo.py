@@ -10,6 +10,7 @@ from zoo_dit import CASES as CASES_DIT
 from zoo_flux_like import CASES as CASES_FLUX_LIKE
 from zoo_image import CASES as CASES_IMAGE
 from zoo_newer_a import CASES as CASES_NEWER_A
+from zoo_newer_a import PAIR
 from zoo_newer_b import CASES as CASES_NEWER_B
 from zoo_newest import CASES as CASES_NEWEST
 from zoo_opensora import CASES as CASES_OPENSORA
@@ -33,7 +34,7 @@ def _qwen_image() -> Case:
 
 
 _REAL = {case.name for case in CASES_NEWEST}
-_STAND_INS = [case for case in (*CASES_NEWER_A, *CASES_NEWER_B) if case.name not in _REAL]  # of classes that this host has not
+_STAND_INS = [case for case in (*CASES_NEWER_A, PAIR, *CASES_NEWER_B) if case.name not in _REAL]  # of classes that this host has not
 CASES = (
     _flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWEST, *_STAND_INS
 )  # fmt: skip

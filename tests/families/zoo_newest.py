@@ -130,7 +130,7 @@ def stable_audio3(**attention: Any) -> ModelPatcher:
 
 _PIXELS = (3, 96, 128)
 _H3, _LTX = ((24, 2, 4, 6), (32, 2, 5)), ((128, 2, 3, 4), (8, 5, 16))
-_SONG = with_more(text(5, 24, audio_codes=[list(range(16)) + [3, 5, 7, 9]]), conditioning_lyrics=(1, 9, 24))
+_SONG = with_more(text(5, 24, audio_codes=[[*list(range(16)), 3, 5, 7, 9]]), conditioning_lyrics=(1, 9, 24))
 _PROMPT = text(5, 24, t5xxl_ids=torch.arange(5) % 3, t5xxl_weights=torch.ones(5))
 
 _ALL = {
