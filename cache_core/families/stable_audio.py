@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
@@ -24,8 +25,12 @@ from .linears import LinearPart, StackLinears, equal_parts
 from .replaying import renewed
 
 _PATH, _FRAMES = "transformer.layers", "time+audio"
-_AGAIN = {"self_attn.to_qkv": ("q", "k", "v", "q2", "k2"), "cross_attn.to_q": ("q", "q2"), "cross_attn.to_kv": ("k", "k2", "v")}
-_ONCE = {"self_attn.to_qkv": ("q", "k", "v"), "cross_attn.to_q": ("all",), "cross_attn.to_kv": ("k", "v")}
+_ONCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"self_attn.to_qkv": ("q", "k", "v"), "cross_attn.to_q": ("all",), "cross_attn.to_kv": ("k", "v")}
+)
+_AGAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"self_attn.to_qkv": ("q", "k", "v", "q2", "k2"), "cross_attn.to_q": ("q", "q2"), "cross_attn.to_kv": ("k", "k2", "v")}
+)
 
 
 def _is_differential(block: Any) -> bool:
