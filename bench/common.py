@@ -34,6 +34,11 @@ def machine() -> str:
     return f"torch {torch.__version__} on {os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
 
 
+def published(name: str, path: Path = DOCUMENT) -> str:
+    """What stands between the markers for `name` of the document at `path`."""
+    return path.read_text(encoding="utf-8").split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0].strip()
+
+
 def publish(name: str, text: str, path: Path = DOCUMENT) -> None:
     """Puts a result between the markers for `name` of the document at `path`, and prints it."""
     print(text)

@@ -1,23 +1,29 @@
 """Every family on its small test model: what it can do, how exactly, what it keeps and what each kind of evaluation costs.
 
-Writes the table of docs/families.md and, shorter, that of the README; then what one block of real width costs (real_width.py).
+Writes the tables of docs/families.md and, shorter, that of the README; then what one block of real width costs (real_width.py). Which
+class a family was tried on depends on the host: run it on each, and what the others showed stays.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import real_width
-from common import ROOT, machine, publish, start, table
+from common import ROOT, machine, publish, published, start, table
 
 start()
 sys.path.append(str(ROOT / "tests" / "families"))
+import comfyui_version
 import torch
 from comfyui_duca.cache_core import FAMILIES, find_family
 from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
 from comfyui_duca.cache_core.families import ModelFamily
 from test_every_family import STEPS, cached, full_rank, network, report_of, sample
 from zoo import CASES, Case
+
+HOST = f"ComfyUI {comfyui_version.__version__}"
+OWN, STAND_IN = "own class", "(stand-in)"
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> str:
@@ -54,7 +60,22 @@ def row(case: Case) -> list[str]:
 def tested_on(model: torch.nn.Module) -> str:
     """A class of ComfyUI's or of this pack's, or one written for the tests in the likeness of one that is not here."""
     name, home = type(model).__name__, type(model).__module__.split(".")[0]
-    return name if home in ("comfy", "comfyui_duca") else f"{name} (stand-in)"
+    return name if home in ("comfy", "comfyui_duca") else f"{name} {STAND_IN}"
+
+
+def proofs(rows: list[list[str]], path: Path) -> dict[str, dict[str, str]]:
+    """For every family, on each host, what it was tried on: on this host by `rows`, on others as the document at `path` has it.
+
+    Only what was bit-identical while the cache listened counts.
+    """
+    lines = published("proofs", path).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    found = {name: dict(zip(cells[0][1:], seen)) for name, *seen in cells[2:]}
+    for family in FAMILIES:
+        classes = {row[2] for row in rows if row[0] == family.name and row[3] == "0"}
+        real = any(not name.endswith(STAND_IN) for name in classes)
+        found.setdefault(family.name, {})[HOST] = OWN if real else "stand-in" if classes else "-"
+    return found
 
 
 def modes(family: ModelFamily) -> list[str]:
@@ -71,15 +92,22 @@ def modes(family: ModelFamily) -> list[str]:
     ]
 
 
-def main() -> None:
+def write(path: Path = ROOT / "docs" / "families.md") -> None:
     rows = [row(case) for case in CASES]
     header = [
         "family", "modes", "tested on", "listening: difference", "ICC at full rank: difference", "bytes per token and anchor, 16 bit",
         "aggressive: share", "conservative: share",
     ]  # fmt: skip
-    about = f"Small models with random weights, {STEPS} steps; {machine()}."
-    publish("families", f"{about}\n\n{table(header, rows)}", ROOT / "docs" / "families.md")
-    publish("families", overview({r[0] for r in rows if not r[2].endswith("(stand-in)")}), ROOT / "README.md")
+    about = f"Small models with random weights, {STEPS} steps; {HOST}; {machine()}."
+    seen = proofs(rows, path)
+    hosts = list(dict.fromkeys(host for by_host in seen.values() for host in by_host))
+    publish("proofs", table(["family", *hosts], [[name, *(on.get(host, "-") for host in hosts)] for name, on in seen.items()]), path)
+    publish("families", f"{about}\n\n{table(header, rows)}", path)
+    publish("families", overview({name for name, on in seen.items() if OWN in on.values()}), ROOT / "README.md")
+
+
+def main() -> None:
+    write()
     real_width.main()
 
 
@@ -87,7 +115,7 @@ def overview(on_real_classes: set[str]) -> str:
     """The README's table, of all families."""
     marks = ("forecast", "calibrated forecast", "ICC", "DuCa")
     rows = []
-    for family in FAMILIES:
+    for family in {family.name: family for family in FAMILIES}.values():  # two of one name differ only in what a host does
         has = modes(family)
         cells = ["yes" if mark in has else "-" for mark in marks]
         if family.is_whole:

@@ -7,6 +7,7 @@ which tokens take the newly computed MLP (all others keep the old one).
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,7 +16,8 @@ from torch import Tensor
 
 class ReferenceFlux:
     def __init__(self, model) -> None:
-        self.w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        # older hosts call the weight of a norm its scale
+        self.w = {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor.double() for name, tensor in model.state_dict().items()}
         p = model.params
         self.depth, self.depth_single, self.heads, self.C = p.depth, p.depth_single_blocks, p.num_heads, p.hidden_size
         self.axes, self.theta, self.patch = p.axes_dim, p.theta, model.patch_size
@@ -45,7 +47,7 @@ class ReferenceFlux:
             out = torch.empty_like(x)
             for name, part in norms:
                 rms = (x[:, :, part].square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-                out[:, :, part] = x[:, :, part] * rms * self.w[f"{name}.{which}.scale"]
+                out[:, :, part] = x[:, :, part] * rms * self.w[f"{name}.{which}.weight"]
             return out
 
         q, k = self.rope(normed(q, "query_norm"), positions), self.rope(normed(k, "key_norm"), positions)

@@ -109,25 +109,27 @@ def test_conservative_evaluations_match_the_dense_reference(network, reference, 
     assert [e.kind for e in run.report.evaluations] == [Kind.FULL, Kind.CONSERVATIVE, Kind.CONSERVATIVE]
 
 
-def guided_network():
+def guided_network(demo):
     """FLUX.1-dev's form, small and random: guidance embedding, other depths and widths than the demo's."""
     import comfy.ops
     from comfy.ldm.flux.model import Flux
+    from comfy.model_detection import detect_unet_config
 
-    network = Flux(
-        in_channels=3, out_channels=3, vec_in_dim=64, context_in_dim=64, hidden_size=96, mlp_ratio=4.0, num_heads=2, depth=1,
-        depth_single_blocks=1, axes_dim=[8, 20, 20], theta=10000, patch_size=4, qkv_bias=True, guidance_embed=True,
-        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
+    detected = detect_unet_config(demo.state_dict(), "")  # every field that this host asks for
+    sizes = {
+        "in_channels": 3, "out_channels": 3, "hidden_size": 96, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+        "axes_dim": [8, 20, 20], "patch_size": 4, "guidance_embed": True,
+    }  # fmt: skip
+    network = Flux(**(detected | sizes), dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(11)
     for name, parameter in network.named_parameters():
         with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08 + (1.0 if name.endswith("scale") else 0.0))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08 + (1.0 if "_norm." in name else 0.0))
     return network.eval()
 
 
-def test_embedded_guidance_takes_part_in_every_kind():
-    network = guided_network()
+def test_embedded_guidance_takes_part_in_every_kind(network):
+    network = guided_network(network)
     reference, guidance = ReferenceFlux(network), torch.tensor([3.5, 3.5])
     run, (x, context, y) = make_run("c", 0.3), inputs(8)
     full = evaluate(run, network, 1.0, x, context, y, guidance=guidance)

@@ -23,7 +23,7 @@ from .hidream import HIDREAM
 from .hidream_o1 import HIDREAM_O1
 from .hunyuan3d import HUNYUAN3D
 from .hunyuan3d_2_1 import HUNYUAN3D_2_1
-from .hunyuan_video import HUNYUAN_VIDEO
+from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_IMAGE_FIRST
 from .hydit import HYDIT
 from .kandinsky5 import KANDINSKY5
 from .ltxav import LTXAV
@@ -47,6 +47,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     CHROMA,
     CHROMA_RADIANCE,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_IMAGE_FIRST,
     HUNYUAN3D,
     HUNYUAN3D_2_1,
     QWEN_IMAGE,

@@ -1,12 +1,11 @@
 """ACE-Step 1.5: blocks of self-attention, cross-attention to lyrics, timbre and text, and feed-forward over audio frames, two to a token.
 
-Source: comfy/ldm/ace/ace_step15.py, of hosts newer than 0.3.75. Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/ace/ace_step15.py of ComfyUI 0.33.0, where it is tested; older hosts have no such class.
 Blocks return a new tensor; modulation is one vector a call, added to a table in the block. Every other block's self-attention sees a window
 only, by a mask over all frames. The latent enters beside hints (from audio codes, or from the reference) that do not change in a sampling.
 The host makes conditioning anew at every evaluation. The blocks of its lyric and timbre encoders feed only the cross-attention: a skipped
-evaluation leaves them out. Those that make hints feed the first layer and stay.
-Not counted: what looks at the reference alone (timbre encoder, tokenizer). By the default sizes, for a song of two minutes, that is under
-a tenth with half a minute's reference, and about a quarter where the hints come of a reference too, which is then as long as the song.
+evaluation leaves them out. Those that make hints feed the first layer and stay. The host fills the reference up to the song's length.
+Not counted: the tokenizer, which makes hints of a reference where there are no audio codes.
 """
 
 from __future__ import annotations
@@ -47,8 +46,10 @@ _BLOCKS = blocks_macs(
     _LINEARS, (("decoder.layers", "audio", "audio"), ("decoder.layers", "audio", _SEEN)), _attention_width("decoder.layers")
 )
 _LYRIC_BLOCKS = blocks_macs((StackLinears(_LYRICS, {"": "lyrics"}),), ((_LYRICS, "lyrics", "lyrics"),), _attention_width(_LYRICS))
+_TIMBRE_BLOCKS = blocks_macs((StackLinears(_TIMBRE, {"": "frames"}),), ((_TIMBRE, "frames", "frames"),), _attention_width(_TIMBRE))
 _AROUND = around_macs(
     {
+        "encoder.timbre_encoder.embed_tokens": "frames",
         "encoder.text_projector": "txt",
         "encoder.lyric_encoder.embed_tokens": "lyrics",
         "decoder.condition_embedder": _SEEN,
@@ -70,16 +71,22 @@ def _is_ace_step15(model: nn.Module) -> bool:
     )
 
 
+def _with_frames(model: Any, lengths: Lengths) -> Lengths:
+    """Frames of the latent, and with it of the reference, beside the tokens that are made of them."""
+    return {**lengths, "frames": lengths["audio"] * model.decoder.proj_in[1].kernel_size[0]}
+
+
 def _macs(model: nn.Module, lengths: Lengths, kind: Kind, share: float) -> float:
-    return _BLOCKS(model, lengths, kind, share) + _LYRIC_BLOCKS(model, lengths, kind, share)
+    lengths = _with_frames(model, lengths)
+    return sum(blocks(model, lengths, kind, share) for blocks in (_BLOCKS, _LYRIC_BLOCKS, _TIMBRE_BLOCKS))
 
 
 def _outside_macs(model: Any, lengths: Lengths) -> float:
     """Hints come five frames to a group, which is what their attention sees: its products are left out."""
     ends = [conv.in_channels * conv.out_channels * conv.kernel_size[0] for conv in (model.decoder.proj_in[1], model.decoder.proj_out[1])]
-    frames, group = lengths["audio"] * model.decoder.proj_in[1].kernel_size[0], model.pool_window_size
+    lengths, group = _with_frames(model, lengths), model.pool_window_size
     hints = linear_weights(model.detokenizer.layers, model.detokenizer.proj_out) + linear_weights(model.detokenizer.embed_tokens) / group
-    return _AROUND(model, lengths) + lengths["audio"] * sum(ends) + frames * hints
+    return _AROUND(model, lengths) + lengths["audio"] * sum(ends) + lengths["frames"] * hints
 
 
 def _frames(embed: Any, given: Tensor) -> Tensor:

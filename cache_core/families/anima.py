@@ -1,9 +1,9 @@
 """Anima: Cosmos-Predict2's network, told by a language model's text that an adapter has made into T5's.
 
-Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py, of hosts newer than 0.3.75. Untested on the real host: read from source,
-tried on a stand-in. The adapter (`llm_adapter`, blocks of its own) runs where the host prepares the conditioning, once a sampling; where it
-runs inside the model instead (a host that is training) it is not counted. At 16 bit (float16) the host keeps the stream between blocks in
-float32, and so is what is kept of it.
+Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class. The
+adapter (`llm_adapter`, blocks of its own) runs where the host prepares the conditioning, once a sampling; where it runs inside the model
+instead (a host that is training) it is not counted. At 16 bit (float16) the host keeps the stream between blocks in float32, and so is what
+is kept of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a model looks exactly as it did in public source, for families whose host is not here to be tried.
+"""Whether a model looks exactly as it did in public source, for families of which a host may have another form.
 
 Names alone would let a later host's other signature through, and a stream read from the wrong argument is worse than no cache.
 """

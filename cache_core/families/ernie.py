@@ -1,7 +1,6 @@
 """ERNIE-Image: one stream of image tokens, then text, through blocks that share one modulation.
 
-Source: comfy/ldm/ernie/model.py of Comfy-Org/ComfyUI, read at 7b30bf37; the family is younger than ComfyUI 0.3.75.
-Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/ernie/model.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class.
 
 Blocks return a new tensor. Traps: a block sees only the joint stream, so the text is counted where it is projected, and a model whose text
 is as wide as its blocks, which has no projection, is not this family; the head works on all tokens and cuts the image off afterwards.

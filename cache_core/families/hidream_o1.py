@@ -1,12 +1,13 @@
 """HiDream-O1: a language model's decoder over text tokens, one token of the noise level, pixel patches, patches of reference pictures.
 
-Source: comfy/ldm/hidream_o1/model.py and attention.py, comfy/text_encoders/llama.py (TransformerBlock) of Comfy-Org/ComfyUI, read at
-69460731; the family is younger than ComfyUI 0.3.75. Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/hidream_o1/model.py and attention.py, comfy/text_encoders/llama.py (TransformerBlock) of ComfyUI 0.33.0, where it is
+tested; 0.3.75 has no such class.
 
 Blocks write into their input and return the tokens and their keys and values. Traps: the host keeps the text's keys and values over
 evaluations, so a block sees all tokens ("cold") or all but the text ("hot"), and another number of them ("past") lies in its cache; an
-evaluation in which the host fills that cache needs every block, so it is never skipped. Reference patches follow the image's and are kept
-with it: what tells them apart is not seen from the blocks. No calibrated evaluations: from cold to hot the tokens change in number.
+evaluation in which the host fills that cache needs every block, so it is never skipped; with reference pictures, which the host makes anew
+every time, that is every one. Reference patches follow the image's and are kept with it: what tells them apart is not seen from the blocks.
+No calibrated evaluations: from cold to hot the tokens change in number.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1 and its refiner: one class of FLUX's blocks, with the image before the text.
+"""HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1 and its refiner: one class of FLUX's blocks, in one of two orders of the joint tokens.
 
-Source: comfy/ldm/hunyuan_video/model.py (ComfyUI 0.3.75). The order of joint tokens is image, text. A reference latent is put before the
-image inside the image stream after both went through the embedding, and cut off before the head: its tokens are among the hidden ones,
-but calibrated forecasts, which need the input of all, cannot be had with one. A guiding frame makes two rows of modulation, one for the
-first frame's tokens and one for all others. 1.5 and 2.1 put tokens of other encoders beside the text: they count as text.
+Source: comfy/ldm/hunyuan_video/model.py (ComfyUI 0.3.75 and 0.33.0). Joint tokens are image, text in older hosts, whose blocks bear a flag
+for it, and text, image in those that dropped the flag. A reference latent is put before the image inside the image stream after both went
+through the embedding, and cut off before the head: its tokens are among the hidden ones, but calibrated forecasts, which need the input of
+all, cannot be had with one. A guiding frame makes two rows of modulation, one for the first frame's tokens and one for all others. 1.5 and
+2.1 put tokens of other encoders beside the text: they count as text.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
-from .base import Lengths, linear_weights
+from .base import Lengths, ModelFamily, linear_weights
 from .counting import around_macs, patches
 from .flux import FLUX_AROUND
 from .flux_blocks import flux_like, has_flux_blocks
@@ -31,12 +33,22 @@ def _outside_macs(model: Any, lengths: Lengths) -> float:
     return _around(model, lengths) - (txt - 1) * vectors + len(blocks) * 2 * txt * txt * model.hidden_size
 
 
-HUNYUAN_VIDEO = flux_like(
-    name="hunyuan_video",
-    matches=lambda model: has_flux_blocks(model, "HunyuanVideo", own_modulation=True) and hasattr(model, "txt_in"),
-    outside_macs=_outside_macs,
-    joint="img+txt",
-    embed="img_in.proj",  # the convolution: what is around it fills the picture up to whole patches
-    input_channels=_patch_channels,
-    tokens=patches,
-)
+def _is_hunyuan_video(image_first: bool, model: Any) -> bool:
+    if not has_flux_blocks(model, "HunyuanVideo", own_modulation=True) or not hasattr(model, "txt_in"):
+        return False
+    return bool(getattr(model.double_blocks[0], "flipped_img_txt", False)) == image_first
+
+
+def _family(image_first: bool) -> ModelFamily:
+    return flux_like(
+        name="hunyuan_video",
+        matches=partial(_is_hunyuan_video, image_first),
+        outside_macs=_outside_macs,
+        joint="img+txt" if image_first else "txt+img",
+        embed="img_in.proj",  # the convolution: what is around it fills the picture up to whole patches
+        input_channels=_patch_channels,
+        tokens=patches,
+    )
+
+
+HUNYUAN_VIDEO, HUNYUAN_VIDEO_IMAGE_FIRST = _family(image_first=False), _family(image_first=True)

@@ -1,6 +1,6 @@
 """Kandinsky 5: blocks of self-attention, cross-attention to text and feed-forward over one stream of picture or video tokens.
 
-Source: comfy/ldm/kandinsky5/model.py, of hosts newer than 0.3.75. Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/kandinsky5/model.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class.
 Blocks return a new tensor; all modulation is inside them, one vector a call. Text goes through two blocks of its own, which feed nothing
 but the cross-attention: a skipped evaluation leaves them out. The first layer gets the patches already, in a grid.
 Above 8192 tokens, which every video has, the host calls some layers of self-attention and feed-forward several times each, every time with

@@ -5,7 +5,7 @@ Which layers count, which of them are several matrices in one, and whose tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -54,7 +54,7 @@ class StackLinears:
         return self.parts[layer](block) if self.parts and layer in self.parts else (WHOLE,)
 
 
-def equal_parts(layer: str, names: str) -> dict[str, Callable[[Any], tuple[LinearPart, ...]]]:
+def equal_parts(layer: str, names: Sequence[str]) -> dict[str, Callable[[Any], tuple[LinearPart, ...]]]:
     """For StackLinears.parts: a fused layer of equally many rows for each of `names`, such as "qkv"."""
 
     def parts(block: Any) -> tuple[LinearPart, ...]:

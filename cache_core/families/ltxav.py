@@ -1,6 +1,6 @@
 """LTX-2: video and audio streams of unlike width that look at each other, kept by the model's output alone (`whole_output.py`).
 
-Source: comfy/ldm/lightricks/av_model.py, of hosts newer than 0.3.75. Untested on the real host: read from source, tried on a stand-in.
+Source: comfy/ldm/lightricks/av_model.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class.
 A block takes and returns the pair (video, audio), and two heads read both last states: there is no one hidden state that could be kept.
 The model itself takes and returns a list of two latents, (B, 128, T, H, W) and (B, 8, T', 16), which the host packs one behind the other
 into (B, 1, numbers). Output is kept in that form, cut into rows of equal length (no more than a form to keep it in), and given back in it.

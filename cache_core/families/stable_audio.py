@@ -1,35 +1,60 @@
-"""Stable Audio: ungated blocks of self-attention, cross-attention to text and feed-forward over audio frames.
+"""Stable Audio: blocks of self-attention, cross-attention to text and feed-forward over audio frames; those of Stable Audio 3 are gated.
 
-Source: comfy/ldm/audio/dit.py (ComfyUI 0.3.75). Time and global conditioning are a token before the frames, added behind the input layer
-and cut off behind the blocks: a stream of its own, computed anew at every evaluation. The host calls the input layer only with frames.
+Source: comfy/ldm/audio/dit.py (ComfyUI 0.3.75; 3: 0.33.0). Tokens before the frames, added behind the input layer and cut off behind the
+blocks, are a stream of their own, computed anew at every evaluation: time and global conditioning, in Stable Audio 3 memory instead, as
+there the two come as scale, shift and gate. The host calls the input layer only with frames. Stable Audio 3 also adds in every block what
+it makes of a mask and a latent beside the frames, which do not change in a sampling, and may subtract a second attention from the first
+(differential), for which its layers make more projections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError
+from ..kinds import Kind
+from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights
 from .counting import around_macs, blocks_macs
-from .linears import StackLinears, equal_parts
+from .linears import LinearPart, StackLinears, equal_parts
 from .replaying import renewed
 
 _PATH, _FRAMES = "transformer.layers", "time+audio"
+_ONCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"self_attn.to_qkv": ("q", "k", "v"), "cross_attn.to_q": ("all",), "cross_attn.to_kv": ("k", "v")}
+)
+_AGAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"self_attn.to_qkv": ("q", "k", "v", "q2", "k2"), "cross_attn.to_q": ("q", "q2"), "cross_attn.to_kv": ("k", "k2", "v")}
+)
+
+
+def _is_differential(block: Any) -> bool:
+    return bool(getattr(block.self_attn, "differential", False))
+
+
+def _projections(layer: str, block: Any) -> tuple[LinearPart, ...]:
+    return equal_parts(layer, (_AGAIN if _is_differential(block) else _ONCE)[layer])[layer](block)
+
+
 _LINEARS = (
     StackLinears(
         path=_PATH,
-        streams={"cross_attn.to_kv": "txt", "": _FRAMES},
+        streams={"cross_attn.to_kv": "txt", "to_local_embed.": "audio", "": _FRAMES},
         skip=("to_scale_shift_gate",),
-        parts=equal_parts("self_attn.to_qkv", "qkv") | equal_parts("cross_attn.to_kv", "kv") | equal_parts("ff.ff.0.proj", "vg"),
+        parts={layer: partial(_projections, layer) for layer in _ONCE} | equal_parts("ff.ff.0.proj", "vg"),
     ),
 )
+_ATTENTION = ((_PATH, _FRAMES, _FRAMES), (_PATH, _FRAMES, "txt"))
 _AROUND = around_macs(
     {
         "transformer.project_in": "audio",
         "transformer.project_out": _FRAMES,
+        "transformer.global_cond_embedder": "",
         "to_timestep_embed": "",
         "to_global_embed": "",
         "to_cond_embed": "txt",
@@ -37,18 +62,35 @@ _AROUND = around_macs(
 )
 
 
+def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
+    attention = _ATTENTION * (2 if _is_differential(model.transformer.layers[0]) else 1)
+    return blocks_macs(_LINEARS, attention, attrgetter("transformer.dim"), chosen=("cross_attn.", "ff."))(model, lengths, kind, share)
+
+
 def _outside_macs(model: Any, lengths: Lengths) -> float:
-    """With the convolutions over single frames, before and behind."""
+    """With the convolutions over single frames, before and behind. Memory is cut off before the last layer, time behind it."""
     layers = (model.preprocess_conv, model.postprocess_conv)
-    return _AROUND(model, lengths) + lengths["audio"] * sum(layer.in_channels * layer.out_channels for layer in layers)
+    memory = getattr(model.transformer, "num_memory_tokens", 0) * linear_weights(model.transformer.project_out)
+    return _AROUND(model, lengths) - memory + lengths["audio"] * sum(layer.in_channels * layer.out_channels for layer in layers)
+
+
+def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    """Scale, shift and gate (B, 1, C) of the self-attention, then of the feed-forward; None where there is none."""
+    given = call.get("global_cond")
+    if given is None:
+        return None
+    if not getattr(block, "global_cond_shared_embed", False):
+        raise UnsupportedCallError("gates that every block makes itself")
+    return tuple((block.to_scale_shift_gate.to(given) + given).unsqueeze(1).chunk(6, dim=-1))
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Self-attention from the cache; cross-attention and feed-forward for the chosen frames."""
-    if call.get("mask") is not None or call.get("global_cond") is not None or block.conformer is not None:
-        raise UnsupportedCallError("masked frames, gates, or convolutions over frames")
-    text, options = call["context"], call.get("transformer_options", {})
-    x = attended = call["x"] + cached.whole("self_attn")
+    if call.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
+        raise UnsupportedCallError("masked frames, convolutions or means over frames")
+    text, options, modulation = call["context"], call.get("transformer_options", {}), _modulation(block, call)
+    attention = cached.whole("self_attn")
+    x = attended = call["x"] + (attention if modulation is None else attention * (1 - modulation[2]).sigmoid())
     tokens = cached.choose(_FRAMES, x.shape[1])
 
     def look(at: Tensor) -> Tensor:
@@ -56,7 +98,16 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
     if text is not None:
         x = x + renewed(cached, "cross_attn", tokens, look)
-    return (x + renewed(cached, "ff", tokens, lambda at: block.ff(block.ff_norm(x[:, at]))),)
+    if call.get("local_add_cond") is not None and getattr(block, "to_local_embed", None) is not None:
+        beside = cached.whole("local")
+        x = x + F.pad(beside, (0, 0, x.shape[1] - beside.shape[1], 0))
+
+    def feed(at: Tensor) -> Tensor:
+        normed = block.ff_norm(x[:, at])
+        return block.ff(normed if modulation is None else normed * (1 + modulation[3]) + modulation[4])
+
+    fed = renewed(cached, "ff", tokens, feed)
+    return (x + (fed if modulation is None else fed * (1 - modulation[5]).sigmoid()),)
 
 
 STABLE_AUDIO = ModelFamily(
@@ -68,7 +119,12 @@ STABLE_AUDIO = ModelFamily(
             parameters=("x", "context", "global_cond", "mask", "context_mask", "rotary_pos_emb", "transformer_options"),
             streams={"x": _FRAMES},
             contexts={"context": "txt"},
-            sites=(Site("self_attn", "self_attn", _FRAMES), Site("cross_attn", "cross_attn", _FRAMES), Site("ff", "ff", _FRAMES)),
+            sites=(
+                Site("self_attn", "self_attn", _FRAMES),
+                Site("cross_attn", "cross_attn", _FRAMES),
+                Site("local", "to_local_embed", "audio"),
+                Site("ff", "ff", _FRAMES),
+            ),
             replay=_replay,
         ),
     ),
@@ -76,9 +132,7 @@ STABLE_AUDIO = ModelFamily(
     channels=attrgetter("transformer.dim"),
     embed="transformer.project_in",
     input_channels=attrgetter("transformer.project_in.in_features"),
-    macs=blocks_macs(
-        _LINEARS, ((_PATH, _FRAMES, _FRAMES), (_PATH, _FRAMES, "txt")), attrgetter("transformer.dim"), chosen=("cross_attn.", "ff.")
-    ),
+    macs=_macs,
     outside_macs=_outside_macs,
     linears=_LINEARS,
     measures={"transformer.project_in": "audio"},

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import comfy.model_detection
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
 
 class Case(NamedTuple):
-    """make: the model. latent: shape of one. cond: conditioning from a seed, of `tokens` text tokens.
+    """make: the model. latent: shape of one, or of each of its parts where the host samples several together.
 
+    cond: conditioning from a seed, of `tokens` text tokens.
     last: its last block. hidden: where in what that returns the hidden state is, None for a bare tensor.
-    calls: model calls of an evaluation, two where the model never takes both conds in one. needs_both: where it cannot be without.
+    calls: model calls of an evaluation, two where the model never takes both conds in one.
     """
 
     name: str
     make: Callable[[], ModelPatcher]
-    latent: tuple[int, ...]
+    latent: tuple[Any, ...]
     cond: Callable[[int], list]
     last: Callable[[Any], torch.nn.Module]
     hidden: int | None = None
     calls: int = 1
-    needs_both: bool = False
 
 
 def tiny(config: type, **unet: Any) -> ModelPatcher:
-    """A model of the host's `config` class with these dimensions and repeatable random weights, in float32 on the CPU."""
-    conf = config(unet)
-    conf.set_inference_dtype(torch.float32, None)
-    model = conf.get_model({}, "")
+    """A model of the host's `config` class with these dimensions and repeatable random weights, in float32 on the CPU.
+
+    Fields that only some hosts ask for need not be among `unet`: the host's own detection says what they are.
+    """
+    try:
+        model = made(config, unet)
+    except TypeError:  # a field is lacking that this host asks for
+        model = made(config, {**asked_beside(config, unet), **unet})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.diffusion_model.named_parameters():
@@ -39,10 +48,48 @@ def tiny(config: type, **unet: Any) -> ModelPatcher:
                 weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
             else:  # norms' scales near one, biases near zero
                 weight.copy_(
-                    torch.randn(weight.shape, generator=generator) * 0.1 + float("norm" in name and name.endswith(("weight", "scale")))
+                    torch.randn(weight.shape, generator=generator) * 0.1
+                    + float("norm" in name and name.endswith(("weight", "scale", "gamma")))
                 )
     model.eval()
     return ModelPatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=torch.device("cpu"))
+
+
+def made(config: type, unet: dict[str, Any]) -> Any:
+    conf = config(unet)
+    conf.set_inference_dtype(torch.float32, None)
+    return conf.get_model({}, "")
+
+
+def asked_beside(config: type, unet: dict[str, Any]) -> dict[str, Any]:
+    """What this host's dataclasses of sizes ask for and `unet` lacks, as the host's detection finds it.
+
+    It is given the keys and shapes of a skeleton without memory, made with None for what is lacking.
+    """
+    lacking: list[str] = []
+
+    def lenient(original: Callable[..., None], required: list[str]) -> Callable[..., None]:
+        def init(self: Any, **given: Any) -> None:
+            missing = [name for name in required if name not in given]
+            lacking.extend(missing)
+            original(self, **given, **dict.fromkeys(missing))
+
+        return init
+
+    with ExitStack() as patches:
+        for cls in sized_by_dataclass():
+            required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+            patches.enter_context(patch.object(cls, "__init__", lenient(cls.__init__, required)))
+        skeleton = config(unet).get_model({}, "", device=torch.device("meta"))
+    found = comfy.model_detection.detect_unet_config(skeleton.diffusion_model.state_dict(), "")
+    return {name: found[name] for name in lacking}
+
+
+def sized_by_dataclass() -> list[type]:
+    """The host's dataclasses, among them those whose fields are a network's sizes."""
+    homes = [module for name, module in sys.modules.items() if name.startswith("comfy.ldm.")]
+    classes = {cls for home in homes for cls in vars(home).values() if isinstance(cls, type) and is_dataclass(cls)}
+    return [cls for cls in classes if cls.__module__.startswith("comfy.ldm.")]
 
 
 def text(tokens: int, channels: int, **more: Any) -> Callable[[int], list]:

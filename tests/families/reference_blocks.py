@@ -121,10 +121,19 @@ def hydit(block: Any, call: dict, settle: Settle) -> Tensor:
 
 
 def stable_audio(block: Any, call: dict, settle: Settle) -> Tensor:
-    x = call["x"]
-    x = x + settle("attn", block.self_attn(block.pre_norm(x), rotary_pos_emb=call["rotary_pos_emb"]))
+    x, given, beside = call["x"], call["global_cond"], call.get("local_add_cond")
+    zero, one = x.new_zeros(()), x.new_ones(())  # without modulation, every gate is open
+    m = (zero, zero, one, zero, zero, one)
+    if given is not None:
+        m = parts(block.to_scale_shift_gate + given, 6)
+        m = (*m[:2], 1 / (1 + (m[2] - 1).exp()), *m[3:5], 1 / (1 + (m[5] - 1).exp()))
+    attn = block.self_attn(block.pre_norm(x) * (1 + m[0]) + m[1], rotary_pos_emb=call["rotary_pos_emb"])
+    x = x + m[2] * settle("attn", attn)
     x = x + settle("cross", block.cross_attn(block.cross_attend_norm(x), context=call["context"]), "time+audio")
-    return x + settle("mlp", block.ff(block.ff_norm(x)), "time+audio")
+    if beside is not None:
+        more = block.to_local_embed(beside)
+        x = torch.cat((x[:, : -more.shape[1]], x[:, -more.shape[1] :] + more), 1)
+    return x + m[5] * settle("mlp", block.ff(block.ff_norm(x) * (1 + m[3]) + m[4]), "time+audio")
 
 
 def aura_double(block: Any, call: dict, settle: Settle) -> tuple[Tensor, Tensor]:

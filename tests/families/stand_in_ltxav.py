@@ -113,7 +113,8 @@ class LTXAVModel(LTXVModel):
     def forward(
         self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, **kwargs  # noqa: B006
     ):  # fmt: skip
-        video, audio = x if isinstance(x, list) else (x, x.new_zeros(x.shape[0], self.num_audio_channels, 0, 8))
+        video, *sound = x if isinstance(x, list) else (x,)  # newer hosts give a list of one
+        audio = sound[0] if sound else video.new_zeros(video.shape[0], self.num_audio_channels, 0, 8)
         v_time, a_time = timestep
         vx = self.patchify_proj(video.flatten(2).transpose(1, 2))
         ax = self.audio_patchify_proj(self.a_patchifier.patchify(audio))

@@ -7,6 +7,7 @@ by name, where reference pictures lie and how they are modulated. Class names ar
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import comfy.conds
@@ -89,6 +90,11 @@ class LTXVModel(lightricks.LTXVModel):
 
 class LTXVImageModel(LTXVModel):
     """A picture alone; text comes projected, by no layer at all in some checkpoints."""
+
+
+def calls_ltxv_so() -> bool:
+    """Whether the host itself calls the blocks of LTX-Video so: then its own class is tried instead."""
+    return "prompt_timestep" in signature(lightricks.BasicTransformerBlock.forward).parameters
 
 
 def normed(x: Tensor) -> Tensor:

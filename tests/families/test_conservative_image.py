@@ -186,12 +186,12 @@ def computed_in_full(case: Case, model, plain: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("name", ["qwen_image make", "lumina z_image"])
 def test_pictures_modulated_apart_are_computed_in_full(name, monkeypatch):
-    """As newer hosts tell the blocks."""
+    """As newer hosts tell the blocks; here the blocks do nothing with it."""
     case, model = VARIANTS[name][0], VARIANTS[name][0].make()
     plain = sample(case, model)
     block_type = type(case.last(network(model)))
     call, forward = block_type.__call__, block_type.forward
-    monkeypatch.setattr(block_type, "__call__", lambda *args, **more: call(*args, **more, timestep_zero_index=5))
+    monkeypatch.setattr(block_type, "__call__", lambda *args, **more: call(*args, **(more | {"timestep_zero_index": 5})))
     monkeypatch.setattr(block_type, "forward", lambda *args, timestep_zero_index, **more: forward(*args, **more))
     assert "modulated apart" in computed_in_full(case, model, plain)
 
@@ -213,7 +213,7 @@ def test_gates_of_stable_audio_are_computed_in_full():
     inner = network(model)
     inner.global_cond_type = "adaLN"
     for i, layer in enumerate(inner.transformer.layers):
-        layer.global_cond_dim = layer.dim
+        layer.global_cond_dim, layer.has_global_cond = layer.dim, True  # as older and newer hosts ask
         layer.to_scale_shift_gate = lambda given, weight=normal(i, layer.dim, 6 * layer.dim) / layer.dim: given @ weight
     assert "gates" in computed_in_full(case, model, sample(case, model))
 

@@ -21,9 +21,11 @@ from making import Case, text, tiny
 from test_every_family import cached, kinds, network, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import CASES
+from zoo import CASES as EVERY
 from zoo_image import hidream, with_more
+from zoo_newer_a import CASES as STAND_INS
 
+CASES = ({case.name: case for case in EVERY} | {case.name: case for case in STAND_INS}).values()  # some are changed below
 NAMES = ("cosmos", "hidream", "kandinsky5")
 RANK = 4
 
@@ -70,9 +72,9 @@ def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(c
 
     def run(is_apart) -> torch.Tensor:
         patched, step = cached(model, "FiFiiFii", linears=linears), [0]
-        free = comfy.samplers.model_management.get_free_memory
+        free = comfy.model_management.get_free_memory
         with monkeypatch.context() as patch:
-            patch.setattr(comfy.samplers.model_management, "get_free_memory", lambda *a, **k: 0 if is_apart(step[0]) else free(*a, **k))
+            patch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 0 if is_apart(step[0]) else free(*a, **k))
             result = comfy.sample.sample(
                 model=patched, noise=comfy.sample.prepare_noise(latent, 5), steps=8, cfg=2.0, sampler_name="euler", scheduler="simple",
                 positive=case.cond(1), negative=case.cond(2), latent_image=latent, seed=5, disable_pbar=True,

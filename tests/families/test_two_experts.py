@@ -178,8 +178,11 @@ LONG = {"samples": torch.zeros(1, 16, FRAMES, 4, 4)}
 
 
 def windowed(model, schedule: str = "standard_static"):
-    in_video = 4 * (WINDOW - 1) + 1, 4 * (OVERLAP - 1) + 1
-    return WanContextWindowsManualNode.execute(model, *in_video, schedule, 1, False, "pyramid").args[0]
+    """What a node of this host does with its own defaults, but no noise shuffled where it knows that."""
+    values = {given.id: given.default for given in WanContextWindowsManualNode.define_schema().inputs if given.id != "model"}
+    values |= {"context_length": 4 * (WINDOW - 1) + 1, "context_overlap": 4 * (OVERLAP - 1) + 1, "context_schedule": schedule}
+    values |= {name: False for name in values if name == "freenoise"}
+    return WanContextWindowsManualNode.execute(model, **values).args[0]
 
 
 @pytest.fixture

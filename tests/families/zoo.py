@@ -1,4 +1,4 @@
-"""Small models of every family, with random weights, through the host's own classes: one entry each."""
+"""Small models of every family, with random weights, through the host's own classes where it has them: one entry each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from zoo_dit import CASES as CASES_DIT
 from zoo_flux_like import CASES as CASES_FLUX_LIKE
 from zoo_image import CASES as CASES_IMAGE
 from zoo_newer_a import CASES as CASES_NEWER_A
+from zoo_newer_a import PAIR
 from zoo_newer_b import CASES as CASES_NEWER_B
+from zoo_newest import CASES as CASES_NEWEST
 from zoo_opensora import CASES as CASES_OPENSORA
 from zoo_video import CASES as CASES_VIDEO
 
@@ -31,4 +33,8 @@ def _qwen_image() -> Case:
     return Case("qwen_image", make, (16, 1, 12, 16), text(7, 24), lambda m: m.transformer_blocks[-1], 1)
 
 
-CASES = (_flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWER_A, *CASES_NEWER_B)
+_REAL = {case.name for case in CASES_NEWEST}
+_STAND_INS = [case for case in (*CASES_NEWER_A, PAIR, *CASES_NEWER_B) if case.name not in _REAL]  # of classes that this host has not
+CASES = (
+    _flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWEST, *_STAND_INS
+)  # fmt: skip

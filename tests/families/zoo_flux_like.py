@@ -38,13 +38,14 @@ def chroma_radiance(**more: Any) -> ModelPatcher:
     return tiny(comfy.supported_models.ChromaRadiance, **(_CHROMA | nerf | more))
 
 
-def flux2() -> ModelPatcher:
-    return tiny(
-        comfy.supported_models.Flux2, image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=24,
-        hidden_size=32, mlp_ratio=3.0, num_heads=2, depth=1, depth_single_blocks=2, axes_dim=[4, 4, 4, 4], theta=2000, patch_size=1,
-        qkv_bias=False, guidance_embed=True, global_modulation=True, mlp_silu_act=True, ops_bias=False, default_ref_method="index",
-        ref_index_scale=10.0,
-    )  # fmt: skip
+def flux2(**more: Any) -> ModelPatcher:
+    sizes = {
+        "image_model": "flux2", "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 24, "hidden_size": 32,
+        "mlp_ratio": 3.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 2, "axes_dim": [4, 4, 4, 4], "theta": 2000, "patch_size": 1,
+        "qkv_bias": False, "guidance_embed": True, "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+        "default_ref_method": "index", "ref_index_scale": 10.0,
+    }  # fmt: skip
+    return tiny(comfy.supported_models.Flux2, **(sizes | more))
 
 
 def hunyuan3d() -> ModelPatcher:

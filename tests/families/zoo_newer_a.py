@@ -1,4 +1,4 @@
-"""Small stand-ins of models that only newer hosts have, for zoo.py. Not LTX-2: its two latents in one are sampled in test_newer_a.py."""
+"""Small stand-ins of models that only newer hosts have, for zoo.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from making import Case, text, tiny
 from stand_in_ace15 import AceStepConditionGenerationModel
+from stand_in_ltxav import LTXAV, LTXAVModel
 from stand_in_newer_a import Anima, AnimaHost, CogVideoXTransformer3DModel, Kandinsky5, config_of
 from zoo_image import with_more
 from zoo_video import seeded
@@ -45,7 +46,11 @@ def ace_step15() -> ModelPatcher:
     return tiny(config_of(AceStepConditionGenerationModel, 8, 1, **named), audio=8, text=24, hidden_size=48, depth=3)
 
 
-_SONG = with_more(text(5, 24, codes=torch.arange(20)[None] % 16), lyrics=(1, 9, 24), reference=(1, 8, 4))
+def ltxav() -> ModelPatcher:
+    return tiny(config_of(LTXAVModel, 16, 3, LTXAV), inner_dim=32, audio_inner_dim=16, in_channels=16, text=12, depth=2)
+
+
+_SONG = with_more(text(5, 24, codes=torch.arange(20)[None] % 16), lyrics=(1, 9, 24), reference=(1, 8, 99))
 
 CASES = (
     Case("kandinsky5", kandinsky5, KANDINSKY_LATENT, text(7, 24, pooled_output=seeded(1, 12)), lambda m: m.visual_transformer_blocks[-1]),
@@ -54,3 +59,4 @@ CASES = (
     Case("anima", anima, (16, 2, 6, 4), text(7, 24, t5xxl_ids=torch.arange(5) % 3), lambda m: m.blocks[-1]),
     Case("ace_step15", ace_step15, (8, 99), _SONG, lambda m: m.decoder.layers[-1]),
 )
+PAIR = Case("ltxav", ltxav, ((16, 2, 3, 4), (2, 5, 8)), text(7, 24), lambda m: m)

@@ -74,15 +74,16 @@ def wan_humo() -> ModelPatcher:
         return wan_model(comfy.supported_models.WAN21_HuMo, "humo")
 
 
-def _ltxv() -> Case:
-    def make() -> ModelPatcher:
-        return tiny(
-            comfy.supported_models.LTXV, image_model="ltxv", cross_attention_dim=48, attention_head_dim=12, num_attention_heads=4,
-            caption_channels=24, num_layers=3,
-        )  # fmt: skip
+def ltxv(**more: Any) -> ModelPatcher:
+    return tiny(
+        comfy.supported_models.LTXV, image_model="ltxv", cross_attention_dim=48, attention_head_dim=12, num_attention_heads=4,
+        caption_channels=24, num_layers=3, **more,
+    )  # fmt: skip
 
+
+def _ltxv() -> Case:
     mask = (torch.arange(7) < 5).int()[None]
-    return Case("ltxv", make, (128, 2, 4, 3), text(7, 24, attention_mask=mask), lambda m: m.transformer_blocks[-1])
+    return Case("ltxv", ltxv, (128, 2, 4, 3), text(7, 24, attention_mask=mask), lambda m: m.transformer_blocks[-1])
 
 
 def _cosmos() -> ModelPatcher:
