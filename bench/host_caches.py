@@ -3,7 +3,7 @@
 The prompts and settings of bench/quality.py, each node in its own range (0.15 to 0.95 of the sampling). All pictures are one batch, for
 which the node decides once. EasyCache adds what it kept to the network's input in place. The demo model is float32, so that this is the
 very tensor from which the host then takes the denoised picture, and the picture is ruined; a model of 16 bit has a tensor of its own
-there. So EasyCache is given a copy. LazyCache adds out of place and needs none.
+there. So both are given a copy, which changes nothing for LazyCache: it adds out of place.
 `--quick` takes 4 prompts. Writes its table to docs/benchmarks.md.
 """
 
