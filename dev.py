@@ -26,6 +26,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an old python3 is what people st
 sys.path.insert(0, str(ROOT))
 from devtools.host_setup import Host, SetupError, ensure_host  # noqa: E402
 
+BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "families"]
+
 
 def main(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
@@ -60,7 +62,7 @@ def demo(host: Host, rest: list[str]) -> int:
 
 
 def bench(host: Host, rest: list[str]) -> int:
-    names = [a for a in rest if not a.startswith("-")] or ["overhead", "quality", "calibrated", "transfer", "sidecar_size", "families"]
+    names = [a for a in rest if not a.startswith("-")] or BENCHMARKS
     options = [a for a in rest if a.startswith("-")]
     return max(run(host, str(ROOT / "bench" / f"{name}.py"), *options) for name in names)
 

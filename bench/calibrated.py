@@ -15,9 +15,7 @@ from pathlib import Path
 from common import machine, publish, start, table
 
 start()
-import numpy as np
 import torch
-from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfyui_duca.cache_core import Kind, Settings
 from comfyui_duca.cache_core.calibration.calibration import STARTS, Calibration, Factors
 from comfyui_duca.cache_core.calibration.sidecar import read, write
@@ -37,7 +35,6 @@ LEARNED_FROM = (
 SPEEDS = {2.0: 14, 2.8: 10, 3.5: 8, 4.7: 6, 5.6: 5}  # full evaluations of 28
 METHODS = {"svd": "SVD", "ca_svd": "CA-SVD", "cd_svd": "CD-SVD"}
 RANKS = (8, 16, 32, 64, 128)
-THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.5)
 HEADER = ["setting", "full / calibrated / conservative / aggressive", "compute ×", "PSNR dB", "median", "SSIM"]
 
 
@@ -77,40 +74,6 @@ def at_rank(calibration: Calibration, rank: int) -> Calibration:
     assert calibration.factors is not None
     cut = {n: t[:, :rank] if n.endswith(".A") else t[:rank] for n, t in calibration.factors.tensors.items()}
     return replace(calibration, about=replace(calibration.about, rank=rank), factors=Factors(cut, calibration.factors.energy))
-
-
-class HostCaches:
-    """ComfyUI's own EasyCache and LazyCache, at the thresholds that come nearest to a number of computed evaluations."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        few = Bench(bench.prompts[:4])
-        self._counts = {
-            (node, threshold): self._sampled(few, node, threshold)[1] for node in (EasyCacheNode, LazyCacheNode) for threshold in THRESHOLDS
-        }
-
-    def row(self, node: type, full: int) -> list[str]:
-        threshold = min(THRESHOLDS, key=lambda t: (abs(self._counts[node, t] - full), t))
-        pictures, count = self._sampled(self._bench, node, threshold)
-        name = f"ComfyUI's {node.__name__.removesuffix('Node')}, threshold {threshold:g}"
-        values = [name, f"{count:.0f} / 0 / 0 / {STEPS - count:.0f}", f"{STEPS / count:.2f}", *self._bench.distances(pictures)]
-        print(*values, flush=True)
-        return values
-
-    @staticmethod
-    def _sampled(bench: Bench, node: type, threshold: float) -> tuple[np.ndarray, float]:
-        rows = 0
-
-        def counted(_module, args) -> None:
-            nonlocal rows
-            rows += args[0].shape[0]
-
-        model = node.execute(bench.model, threshold, 0.15, 0.95, False).result[0]  # the host's own range
-        hook = bench.model.model.diffusion_model.double_blocks[0].img_attn.qkv.register_forward_pre_hook(counted)
-        try:
-            return bench.pictures(model, STEPS), rows / (2 * len(bench.prompts))
-        finally:
-            hook.remove()
 
 
 def uncalibrated(full: int) -> dict[str, Settings | None]:
@@ -173,11 +136,9 @@ def main() -> None:
     learned, factors, measured = everything()
     bench = Bench(measured)
     bench.kinds = tuple(Kind)
-    host_caches = HostCaches(bench)
     sections = []
     for speed, full in SPEEDS.items():
         rows = [bench.row(name, settings, full) for name, settings in uncalibrated(full).items()]
-        rows[1:1] = [host_caches.row(node, full) for node in (EasyCacheNode, LazyCacheNode)]
         ours = calibrated(full, learned) | (icc(speed, factors) if speed < 3 else {})  # which ICC does not reach
         rows += [bench.row(name, settings) for name, settings in ours.items()]
         sections.append(f"\n**about {speed}× ({full} full evaluations of {STEPS})**\n\n{table(HEADER, rows)}")

@@ -19,6 +19,7 @@ from ..cache_core import Settings, find_family
 from . import calibrations, host, notices, sidecars
 from .cache_compare import comparison_outputs
 from .comparison import Row, output, score
+from .latents import decoded, fitted
 
 _MODES = ("auto", "paper", "forecast")
 _FASTEST, _MOST = 6, 12  # a speed-up, and how many of them
@@ -41,9 +42,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Sampled:
-    """latent: what the sampler ended in. seconds: it took. compute: so many times less than in full, as counted; None: no cache."""
+    """latent: what the sampler ended in, a tensor or several as one. seconds: it took.
 
-    latent: torch.Tensor
+    compute: so many times less than in full, as counted; None: no cache.
+    """
+
+    latent: Any
     seconds: float
     compute: float | None
 
@@ -147,8 +151,7 @@ def _draw(model: ModelPatcher, vae: Any, mode: str, runs: Sequence[Run], given: 
     rows = {}  # decoded after all are sampled: on a small GPU the VAE drives the model out, and loading it again would be timed
     for done, (run, own) in enumerate(sampled.items()):
         progress.decoding(done, len(runs))
-        pictures = vae.decode(own.latent).flatten(0, -4)  # a video's frames are pictures too
-        rows[run] = _row(run, own, runs[0], sampled[runs[0]], pictures)
+        rows[run] = _row(run, own, runs[0], sampled[runs[0]], decoded(vae, own.latent))
     progress.decoding(len(runs), len(runs))
     return rows
 
@@ -164,14 +167,14 @@ def _sample(plain: ModelPatcher, mode: str, run: Run, given: dict[str, Any], tel
     if run.speedup is not None:
         model = host.attach(plain, Settings(mode=mode, speedup=run.speedup))
     tell(0, run.steps)
-    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    start = fitted(model, latent)
     noise = comfy.sample.prepare_noise(start, given["noise_seed"], latent.get("batch_index"))
     begun = time.perf_counter()
     result = comfy.sample.sample(
         model, noise, run.steps, given["cfg"], given["sampler_name"], given["scheduler"], given["positive"], given["negative"], start,
         denoise=given["denoise"], noise_mask=latent.get("noise_mask"), disable_pbar=True, seed=given["noise_seed"],
         callback=lambda step, x0, x, total: tell(step + 1, total),
-    ).cpu()  # which waits for the device  # fmt: skip
+    ).to("cpu")  # which waits for the device  # fmt: skip
     seconds = time.perf_counter() - begun
     book = host.book_of(model)
     return Sampled(result, seconds, book.last.compute_speedup if book is not None and book.last is not None else None)

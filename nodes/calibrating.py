@@ -29,7 +29,7 @@ _STEPS = 1000  # of the progress bar
 class Sampling:
     """What is sampled, and how: what a KSampler would be given. positives, negatives: one conditioning per prompt.
 
-    latent: (1, …), where sampling starts from, usually empty. Prompt number k is sampled with seed + k.
+    latent: (1, …), where sampling starts from, usually empty, in the model's channels. Prompt number k is sampled with seed + k.
     """
 
     positives: Sequence[Any]
@@ -43,11 +43,10 @@ class Sampling:
 
     def run(self, model: ModelPatcher, prompt: int) -> torch.Tensor:
         """The latent that the host's sampler ends in."""
-        latent = comfy.sample.fix_empty_latent_channels(model, self.latent)
-        noise = comfy.sample.prepare_noise(latent, self.seed + prompt)
+        noise = comfy.sample.prepare_noise(self.latent, self.seed + prompt)
         return comfy.sample.sample(
             model, noise, self.steps, self.guidance, self.sampler, self.scheduler, self.positives[prompt], self.negatives[prompt],
-            latent, disable_pbar=True, seed=self.seed + prompt,
+            self.latent, disable_pbar=True, seed=self.seed + prompt,
         )  # fmt: skip
 
 

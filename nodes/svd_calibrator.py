@@ -21,6 +21,7 @@ from .calibrating import Sampling, calibrate
 from .calibration_plot import calibration_plot
 from .calibration_text import calibration_text
 from .duca_cache import advanced
+from .latents import fitted
 from .notices import say, show
 
 _WANTED = MappingProxyType({"forecast": ("forecast",), "ICC": ("icc",), "both": ("forecast", "icc")})
@@ -56,8 +57,8 @@ class SvdCalibrator(io.ComfyNode):
         wishes = Wishes(method=options["icc_method"], rank=options["rank"])
         negatives = [negative[min(i, len(negative) - 1)] for i in range(len(positive))]
         sampling = Sampling(
-            positive, negatives, latent[0]["samples"][:1], options["sampler_name"], options["scheduler"], options["steps"], options["cfg"],
-            options["first_seed"],
+            positive, negatives, fitted(model[0], latent[0])[:1], options["sampler_name"], options["scheduler"], options["steps"],
+            options["cfg"], options["first_seed"],
         )  # fmt: skip
         own = calibrations.find(model[0], None, lambda text: say(f"SVD Calibrator: {text}.", node_id))
         kept = own if own is not None and not options["recalibrate"] and _has(own[1], wanted, wishes) else None

@@ -12,6 +12,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 from comfyui_duca.nodes import DucaExtension, cache_sweep, host, sidecars
 from comfyui_duca.nodes.cache_sweep import CacheSweep, parse_speedups
@@ -115,6 +116,24 @@ def test_a_batch_with_a_mask_is_sampled_as_by_ksampler(model):
     _, _, table, images = sweep(model, latent_image=latent, sampler_name="dpmpp_2m", scheduler="beta", denoise=0.6).result
     assert images.shape == (6, 16, 16, 3) and len(cells(table)) == 3
     assert torch.allclose(images[:2], (expected["samples"].movedim(1, -1) / 2 + 0.5).clamp(0, 1), atol=1e-6)
+
+
+def test_an_empty_latent_of_another_kind_is_fitted_as_by_ksampler(model):
+    """Of four channels where the model has three, and, where the host heeds it, made for two pixels per element where it has one."""
+    from nodes import common_ksampler  # the host's
+
+    latent = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 2}
+    (expected,) = common_ksampler(model, 3, 4, 2.5, "euler", "simple", encode_prompt("red apple"), encode_prompt(""), latent)
+    images = sweep(model, latent_image=latent, steps=4, fewer_steps=False).result[3]
+    assert torch.allclose(images[:1], (expected["samples"].movedim(1, -1) / 2 + 0.5).clamp(0, 1), atol=1e-6)
+
+
+def test_of_pictures_with_sound_the_pictures_are_shown(model, monkeypatch):
+    """As VAE Decode does with a latent of both."""
+    latent, sound = noise(1).movedim(-1, 1) * 2 - 1, torch.zeros(1, 8, 5)
+    monkeypatch.setattr(cache_sweep.comfy.sample, "sample", lambda *a, **k: NestedTensor([latent, sound]))
+    images = sweep(model, fewer_steps=False).result[3]
+    assert torch.allclose(images, noise(1).expand(2, -1, -1, -1), atol=1e-6)
 
 
 def test_time_is_that_of_the_sampling_alone(model, shown, monkeypatch):
