@@ -32,15 +32,20 @@ _SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 # What ComfyUI's page itself writes to the console on a server without internet; newer pages also ask for what 0.3.75 does not have.
-_NOISE = ("at onChange", "JobsApiError")
+_NOISE = (
+    "at onChange",
+    "JobsApiError",
+    "ComfyApp graph accessed before initialization",  # 1.49 at nearly every start, before any extension is loaded
+    "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered, also without the pack
+)
 _seeds = itertools.count(1000)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """version: "shipped" with ComfyUI 0.3.75 or "newest". renderer: "classic" draws nodes on a canvas, "vue" as HTML."""
+    """version: "own", which the host requires, or "newest". renderer: "classic" draws nodes on a canvas, "vue" as HTML."""
 
-    version: str = "shipped"
+    version: str = "own"
     renderer: str = "classic"
 
     def __str__(self) -> str:
@@ -51,8 +56,9 @@ def on_pages(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("comfy", [Variant(*name.split("-")) for name in names], indirect=True, ids=str)
 
 
-everywhere = on_pages("shipped-classic", "shipped-vue", "newest-classic", "newest-vue")
-both_renderers = on_pages("shipped-classic", "shipped-vue")
+everywhere = on_pages("own-classic", "own-vue", "newest-classic", "newest-vue")
+both_renderers = on_pages("own-classic", "own-vue")
+classic = on_pages("own-classic", "newest-classic")
 
 
 class ComfyPage:
@@ -107,7 +113,8 @@ class ComfyPage:
         self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
 
     def ids(self, node_type: str) -> list[str]:
-        return self.page.evaluate("type => app.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type)
+        """Of the graph on the screen, which may be a subgraph. So it is for all that take a node's type."""
+        return self.page.evaluate("type => app.canvas.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type)
 
     def widget(self, node_type: str, name: str) -> Any:
         return self.page.evaluate(f"([type, name]) => {_WIDGET}.value", [node_type, name])
@@ -117,6 +124,16 @@ class ComfyPage:
         change = f"([type, name, value]) => {{ const w = {_WIDGET}; w.value = value; w.callback?.(value, app.canvas, {_NODE}); }}"
         self.page.evaluate(change, [node_type, name, value])
         self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow?.changeTracker?.checkState()")
+
+    def select(self, *node_types: str) -> None:
+        self.page.evaluate(_SELECT, node_types)
+
+    def command(self, name: str) -> None:
+        """Carries out what a menu or a key would, by the name that the page has for it."""
+        self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
+
+    def node_size(self, node_type: str) -> list[float]:
+        return self.page.evaluate(f"type => [...{_NODE}.size]", node_type)
 
     def drag_slider(self, node_type: str, name: str, start: float, end: float) -> None:
         """start, end: shares of the slider's length."""
@@ -184,14 +201,18 @@ class ComfyPage:
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", clip=clip)
 
 
-_NODE = "app.graph.nodes.find(node => node.type === type)"
+_NODE = "app.canvas.graph.nodes.find(node => node.type === type)"
 _WIDGET = f"{_NODE}.widgets.find(widget => widget.name === name)"
+_SELECT = """types => {
+  app.canvas.deselectAll();
+  for (const node of app.canvas.graph.nodes) if (types.includes(node.type)) app.canvas.select(node);
+}"""
 _IMAGES_SHOWN = """types => app.graph.nodes.filter(node => types.includes(node.type)).every(node => {
   const shown = LiteGraph.vueNodesMode ? document.querySelector(`[data-node-id="${node.id}"] img`) : node.imgs?.[0];
   return shown?.complete && shown.naturalWidth;
 })"""
 _SHOW = """async types => {
-  const { canvas, graph } = app, chosen = graph.nodes.filter(node => !types.length || types.includes(node.type));
+  const { canvas } = app, { graph } = canvas, chosen = graph.nodes.filter(node => !types.length || types.includes(node.type));
   const boxes = [...chosen.map(node => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]),
                  ...(types.length ? [] : graph.groups).map(group => [...group.pos, ...group.size])];
   const least = index => Math.min(...boxes.map(box => box[index]));
