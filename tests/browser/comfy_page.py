@@ -27,6 +27,7 @@ _RECORD = """() => {
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
+    "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.ColorPalette": "dark",
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
@@ -156,9 +157,17 @@ class ComfyPage:
     # --- runs
 
     def queue(self, **sampler: Any) -> None:
-        """Clicks Run, with a seed of its own so that the server has nothing cached."""
-        for name, value in {"seed": next(_seeds), **sampler}.items():
+        """Runs with a seed of its own so that the server has nothing cached."""
+        self.new_seed()
+        for name, value in sampler.items():
             self.set_widget("KSampler", name, value)
+        self.run()
+
+    def new_seed(self) -> None:
+        """Before the sampler goes into a subgraph: newer pages then have the seed outside."""
+        self.set_widget("KSampler", "seed", next(_seeds))
+
+    def run(self) -> None:
         self.page.evaluate("() => { window.seen.length = 0; }")
         self.page.get_by_test_id("queue-button").first.click()
 
@@ -204,8 +213,7 @@ class ComfyPage:
 _NODE = "app.canvas.graph.nodes.find(node => node.type === type)"
 _WIDGET = f"{_NODE}.widgets.find(widget => widget.name === name)"
 _SELECT = """types => {
-  app.canvas.deselectAll();
-  for (const node of app.canvas.graph.nodes) if (types.includes(node.type)) app.canvas.select(node);
+  app.canvas.selectItems(app.canvas.graph.nodes.filter(node => types.includes(node.type)));
 }"""
 _IMAGES_SHOWN = """types => app.graph.nodes.filter(node => types.includes(node.type)).every(node => {
   const shown = LiteGraph.vueNodesMode ? document.querySelector(`[data-node-id="${node.id}"] img`) : node.imgs?.[0];
