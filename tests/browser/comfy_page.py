@@ -39,6 +39,7 @@ _NOISE = (
     "ComfyApp graph accessed before initialization",  # 1.49 at nearly every start, before any extension is loaded
     "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered, also without the pack
 )
+_AROUND = 20  # pixels around what is shown
 _seeds = itertools.count(1000)
 
 
@@ -115,7 +116,9 @@ class ComfyPage:
 
     def ids(self, node_type: str) -> list[str]:
         """Of the graph on the screen, which may be a subgraph. So it is for all that take a node's type."""
-        return self.page.evaluate("type => app.canvas.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type)
+        return self.page.evaluate(
+            "type => app.canvas.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type
+        )
 
     def widget(self, node_type: str, name: str) -> Any:
         return self.page.evaluate(f"([type, name]) => {_WIDGET}.value", [node_type, name])
@@ -201,8 +204,20 @@ class ComfyPage:
         self.problems[:] = [problem for problem in self.problems if words not in problem]
 
     def show(self, *node_types: str) -> tuple[float, float, float, float]:
-        """Brings nodes of these types, or all and their groups, into view as large as possible. Returns their place on the screen."""
-        return tuple(self.page.evaluate(_SHOW, node_types))
+        """Brings nodes of these types, or all and their groups, into view as large as possible.
+
+        Returns their place on the screen, with a margin.
+        """
+        return tuple(self.page.evaluate(_SHOW, [node_types, _AROUND]))
+
+    def corner(self, node_type: str) -> tuple[float, float]:
+        """Brings the node into view. Returns the place of its lower right corner on the screen."""
+        if not self.page.evaluate("() => LiteGraph.vueNodesMode"):
+            left, top, width, height = self.show(node_type)
+            return left + width - _AROUND, top + height - _AROUND
+        self.show()  # not the node alone: its element may be higher than the graph knows
+        box = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first.bounding_box()
+        return box["x"] + box["width"], box["y"] + box["height"]
 
     def picture(self, name: str, place: tuple[float, float, float, float] | None = None) -> None:
         """Kept as .dev/screenshots/NAME.png. place: left, top, width and height; without it the whole page."""
@@ -219,7 +234,7 @@ _IMAGES_SHOWN = """types => app.graph.nodes.filter(node => types.includes(node.t
   const shown = LiteGraph.vueNodesMode ? document.querySelector(`[data-node-id="${node.id}"] img`) : node.imgs?.[0];
   return shown?.complete && shown.naturalWidth;
 })"""
-_SHOW = """async types => {
+_SHOW = """async ([types, around]) => {
   const { canvas } = app, { graph } = canvas, chosen = graph.nodes.filter(node => !types.length || types.includes(node.type));
   const boxes = [...chosen.map(node => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]),
                  ...(types.length ? [] : graph.groups).map(group => [...group.pos, ...group.size])];
@@ -232,7 +247,8 @@ _SHOW = """async types => {
   canvas.ds.offset[1] = (top + (high - height * scale) / 2) / scale - y;
   canvas.setDirty(true, true);
   for (let frame = 0; frame < 10; frame++) await new Promise(requestAnimationFrame);
-  return [(x + canvas.ds.offset[0]) * scale - 20, (y + canvas.ds.offset[1]) * scale - 20, width * scale + 40, height * scale + 40];
+  return [(x + canvas.ds.offset[0]) * scale - around, (y + canvas.ds.offset[1]) * scale - around,
+          width * scale + 2 * around, height * scale + 2 * around];
 }"""
 _SLIDER_PLACE = f"""([type, name]) => {{
   const node = {_NODE}, {{ ds }} = app.canvas, margin = 15;

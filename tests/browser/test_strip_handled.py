@@ -154,13 +154,12 @@ def test_a_new_node_has_its_own_values_under_an_id_that_another_had(comfy: Comfy
 
 @everywhere
 def test_the_strip_goes_with_a_resize_and_a_collapse(comfy: ComfyPage, strip: Locator):
+    right, bottom = comfy.corner("DuCaCache")
     high = height(strip)
-    left, top, wide, tall = comfy.show("DuCaCache")
-    corner = left + wide - 22, top + tall - 22  # the place has a margin of 20
     mouse = comfy.page.mouse
-    mouse.move(*corner)
+    mouse.move(right - 3, bottom - 3)
     mouse.down()
-    mouse.move(corner[0] + 60, corner[1] + 80, steps=5)
+    mouse.move(right + 57, bottom + 77, steps=5)
     mouse.up()
     comfy.page.wait_for_timeout(300)
     larger = height(strip)
