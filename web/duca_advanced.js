@@ -14,5 +14,16 @@ app.registerExtension({
       widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? LiteGraph.NODE_WIDGET_HEIGHT : -4]; // -4 takes the gap back
     }
     node.setSize([node.size[0], node.computeSize()[1]]); // a saved node gets its own size after this
+    keepTheRest(node);
   },
 });
+
+/** The page lets a node grow for what it shows, but does not shrink it for what it hides: both by the same height. */
+function keepTheRest(node) {
+  const { toggleAdvanced } = node;
+  node.toggleAdvanced = function (...given) {
+    const [height, least] = [this.size[1], this.computeSize()[1]];
+    toggleAdvanced?.apply(this, given);
+    if (!LiteGraph.vueNodesMode) this.setSize([this.size[0], height + this.computeSize()[1] - least]);
+  };
+}

@@ -142,7 +142,8 @@ function take(node, names, found) {
 // --- links: the next node that really computes something, in either direction
 
 const linksOf = (graph) => [...(graph?.links?.values?.() ?? [])]; // slots know theirs too, but newer pages warn of reading them there
-const linkInto = (node, slot) => (node.graph && node.getInputLink?.(slot)) || null;
+// not node.getInputLink: where that is asked of a subgraph's node it looks among the outputs
+const linkInto = (node, slot) => linksOf(node.graph).find((link) => String(link.target_id) === String(node.id) && link.target_slot === slot);
 const linksOutOf = (graph, id, slot) => linksOf(graph).filter((link) => String(link.origin_id) === String(id) && link.origin_slot === slot);
 const isSubgraph = (node) => Boolean(node.subgraph);
 const isReroute = (node) => node.type === "Reroute";

@@ -26,7 +26,10 @@ class Strip {
 
   /** Looks whether anything that the plan depends on has changed since; if so leaves a run's result and asks. */
   check() {
-    if (!this.node.graph) return;
+    if (this.node.graph) this.#guarded(() => this.#look());
+  }
+
+  #look() {
     this.view.root.dataset.nodeId = this.node.id; // known only once the node is in a graph
     this.#settle();
     const request = planRequest(this.node);
@@ -37,6 +40,20 @@ class Strip {
     if (this.run) Object.assign(this, { run: null, left: this.run });
     this.#showPresets();
     this.askSoon();
+  }
+
+  /** What fails in one node's surroundings is said there, and to the console once; the other strips go on. */
+  #guarded(action) {
+    try {
+      const result = action();
+      this.hasFailed = false;
+      return result;
+    } catch (error) {
+      if (!this.hasFailed) console.error("DuCa strip:", error);
+      this.hasFailed = true;
+      this.view.showNote("The workflow around this node could not be read; the plan may be out of date.");
+      return undefined;
+    }
   }
 
   /** Where undo or another workflow puts a node in the place of one of the same id, Vue nodes go on showing that one's element. */
@@ -98,7 +115,7 @@ class Strip {
   }
 
   follows(id) {
-    const cache = this.node.graph && cacheOf(this.node);
+    const cache = this.node.graph && this.#guarded(() => cacheOf(this.node));
     return Boolean(cache) && executionIds(cache).includes(id);
   }
 
@@ -250,6 +267,7 @@ function attach(node) {
   const strip = new Strip(node);
   const widget = node.addDOMWidget("duca_strip", "duca_strip", strip.view.root, {
     serialize: false, // not sent with a prompt
+    hideInPanel: true, // an element is in one place: the properties panel would take it away from the node
     margin: MARGIN,
     getMinHeight: () => HEIGHT[node.comfyClass] + 2 * MARGIN,
     getValue: () => "",

@@ -27,20 +27,27 @@ _RECORD = """() => {
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
+    "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.ColorPalette": "dark",
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 # What ComfyUI's page itself writes to the console on a server without internet; newer pages also ask for what 0.3.75 does not have.
-_NOISE = ("at onChange", "JobsApiError")
+_NOISE = (
+    "at onChange",
+    "JobsApiError",
+    "ComfyApp graph accessed before initialization",  # 1.49 at nearly every start, before any extension is loaded
+    "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered, also without the pack
+)
+_AROUND = 20  # pixels around what is shown
 _seeds = itertools.count(1000)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """version: "shipped" with ComfyUI 0.3.75 or "newest". renderer: "classic" draws nodes on a canvas, "vue" as HTML."""
+    """version: "own", which the host requires, or "newest". renderer: "classic" draws nodes on a canvas, "vue" as HTML."""
 
-    version: str = "shipped"
+    version: str = "own"
     renderer: str = "classic"
 
     def __str__(self) -> str:
@@ -51,8 +58,9 @@ def on_pages(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("comfy", [Variant(*name.split("-")) for name in names], indirect=True, ids=str)
 
 
-everywhere = on_pages("shipped-classic", "shipped-vue", "newest-classic", "newest-vue")
-both_renderers = on_pages("shipped-classic", "shipped-vue")
+everywhere = on_pages("own-classic", "own-vue", "newest-classic", "newest-vue")
+both_renderers = on_pages("own-classic", "own-vue")
+classic = on_pages("own-classic", "newest-classic")
 
 
 class ComfyPage:
@@ -107,7 +115,10 @@ class ComfyPage:
         self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
 
     def ids(self, node_type: str) -> list[str]:
-        return self.page.evaluate("type => app.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type)
+        """Of the graph on the screen, which may be a subgraph. So it is for all that take a node's type."""
+        return self.page.evaluate(
+            "type => app.canvas.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type
+        )
 
     def widget(self, node_type: str, name: str) -> Any:
         return self.page.evaluate(f"([type, name]) => {_WIDGET}.value", [node_type, name])
@@ -117,6 +128,16 @@ class ComfyPage:
         change = f"([type, name, value]) => {{ const w = {_WIDGET}; w.value = value; w.callback?.(value, app.canvas, {_NODE}); }}"
         self.page.evaluate(change, [node_type, name, value])
         self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow?.changeTracker?.checkState()")
+
+    def select(self, *node_types: str) -> None:
+        self.page.evaluate(_SELECT, node_types)
+
+    def command(self, name: str) -> None:
+        """Carries out what a menu or a key would, by the name that the page has for it."""
+        self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
+
+    def node_size(self, node_type: str) -> list[float]:
+        return self.page.evaluate(f"type => [...{_NODE}.size]", node_type)
 
     def drag_slider(self, node_type: str, name: str, start: float, end: float) -> None:
         """start, end: shares of the slider's length."""
@@ -139,9 +160,17 @@ class ComfyPage:
     # --- runs
 
     def queue(self, **sampler: Any) -> None:
-        """Clicks Run, with a seed of its own so that the server has nothing cached."""
-        for name, value in {"seed": next(_seeds), **sampler}.items():
+        """Runs with a seed of its own so that the server has nothing cached."""
+        self.new_seed()
+        for name, value in sampler.items():
             self.set_widget("KSampler", name, value)
+        self.run()
+
+    def new_seed(self) -> None:
+        """Before the sampler goes into a subgraph: newer pages then have the seed outside."""
+        self.set_widget("KSampler", "seed", next(_seeds))
+
+    def run(self) -> None:
         self.page.evaluate("() => { window.seen.length = 0; }")
         self.page.get_by_test_id("queue-button").first.click()
 
@@ -175,8 +204,20 @@ class ComfyPage:
         self.problems[:] = [problem for problem in self.problems if words not in problem]
 
     def show(self, *node_types: str) -> tuple[float, float, float, float]:
-        """Brings nodes of these types, or all and their groups, into view as large as possible. Returns their place on the screen."""
-        return tuple(self.page.evaluate(_SHOW, node_types))
+        """Brings nodes of these types, or all and their groups, into view as large as possible.
+
+        Returns their place on the screen, with a margin.
+        """
+        return tuple(self.page.evaluate(_SHOW, [node_types, _AROUND]))
+
+    def corner(self, node_type: str) -> tuple[float, float]:
+        """Brings the node into view. Returns the place of its lower right corner on the screen."""
+        if not self.page.evaluate("() => LiteGraph.vueNodesMode"):
+            left, top, width, height = self.show(node_type)
+            return left + width - _AROUND, top + height - _AROUND
+        self.show()  # not the node alone: its element may be higher than the graph knows
+        box = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first.bounding_box()
+        return box["x"] + box["width"], box["y"] + box["height"]
 
     def picture(self, name: str, place: tuple[float, float, float, float] | None = None) -> None:
         """Kept as .dev/screenshots/NAME.png. place: left, top, width and height; without it the whole page."""
@@ -184,14 +225,17 @@ class ComfyPage:
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", clip=clip)
 
 
-_NODE = "app.graph.nodes.find(node => node.type === type)"
+_NODE = "app.canvas.graph.nodes.find(node => node.type === type)"
 _WIDGET = f"{_NODE}.widgets.find(widget => widget.name === name)"
+_SELECT = """types => {
+  app.canvas.selectItems(app.canvas.graph.nodes.filter(node => types.includes(node.type)));
+}"""
 _IMAGES_SHOWN = """types => app.graph.nodes.filter(node => types.includes(node.type)).every(node => {
   const shown = LiteGraph.vueNodesMode ? document.querySelector(`[data-node-id="${node.id}"] img`) : node.imgs?.[0];
   return shown?.complete && shown.naturalWidth;
 })"""
-_SHOW = """async types => {
-  const { canvas, graph } = app, chosen = graph.nodes.filter(node => !types.length || types.includes(node.type));
+_SHOW = """async ([types, around]) => {
+  const { canvas } = app, { graph } = canvas, chosen = graph.nodes.filter(node => !types.length || types.includes(node.type));
   const boxes = [...chosen.map(node => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]),
                  ...(types.length ? [] : graph.groups).map(group => [...group.pos, ...group.size])];
   const least = index => Math.min(...boxes.map(box => box[index]));
@@ -203,7 +247,8 @@ _SHOW = """async types => {
   canvas.ds.offset[1] = (top + (high - height * scale) / 2) / scale - y;
   canvas.setDirty(true, true);
   for (let frame = 0; frame < 10; frame++) await new Promise(requestAnimationFrame);
-  return [(x + canvas.ds.offset[0]) * scale - 20, (y + canvas.ds.offset[1]) * scale - 20, width * scale + 40, height * scale + 40];
+  return [(x + canvas.ds.offset[0]) * scale - around, (y + canvas.ds.offset[1]) * scale - around,
+          width * scale + 2 * around, height * scale + 2 * around];
 }"""
 _SLIDER_PLACE = f"""([type, name]) => {{
   const node = {_NODE}, {{ ds }} = app.canvas, margin = 15;

@@ -35,7 +35,7 @@ def planned(comfy: ComfyPage) -> Locator:
     return strip
 
 
-@on_pages("shipped-classic", "shipped-vue", "newest-vue")
+@on_pages("own-classic", "own-vue", "newest-vue")
 def test_slider_and_presets_change_the_plan(comfy: ComfyPage):
     strip = planned(comfy)
     full = strip.locator(".duca-cell[data-kind=F]")
@@ -52,7 +52,7 @@ def test_slider_and_presets_change_the_plan(comfy: ComfyPage):
     expect(strip.locator(".duca-text")).to_contain_text("10 full, 18 aggressive")
 
 
-@on_pages("shipped-classic", "newest-vue")
+@on_pages("own-classic", "newest-vue")
 def test_one_of_two_samplers_shows_the_steps_that_it_runs(comfy: ComfyPage):
     """Wan 2.2's experts share 20 steps: ten each."""
     path = next(path for path in WORKFLOWS if path.stem == "duca_wan22_t2v")
@@ -64,7 +64,7 @@ def test_one_of_two_samplers_shows_the_steps_that_it_runs(comfy: ComfyPage):
         expect(comfy.page.locator(f".duca-strip[data-node-id='{node}'] .duca-cell")).to_have_count(10)
 
 
-@on_pages("shipped-classic", "newest-vue")
+@on_pages("own-classic", "newest-vue")
 def test_a_wrong_schedule_says_what_is_wrong(comfy: ComfyPage):
     strip = planned(comfy)
     comfy.page.evaluate(_ADD_SCHEDULE)
@@ -107,7 +107,7 @@ def test_a_run_fills_the_cells(comfy: ComfyPage, request: pytest.FixtureRequest)
     comfy.picture(f"demo_workflow_{name}")
 
 
-@on_pages("shipped-classic")
+@on_pages("own-classic")
 def test_a_reload_finds_the_run_that_goes_on_until_it_is_stopped(comfy: ComfyPage):
     strip = planned(comfy)
     comfy.queue(steps=LONG)
