@@ -159,7 +159,15 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
     adds_noise = samplers.adds_noise(patcher, sampler, sigmas) if sampler is not None else False
-    return Opening(patcher.model.diffusion_model, family, timeline, window, patcher.load_device, samplers.is_euler(sampler), adds_noise, recording.unrecorded
+    return Opening(
+        patcher.model.diffusion_model,
+        family,
+        timeline,
+        window,
+        patcher.load_device,
+        samplers.is_euler(sampler),
+        adds_noise,
+        recording.unrecorded,
     )
 
 
