@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,22 +90,26 @@ class FeatureStore:
 
     def drop(self, feature: Feature) -> None:
         """Gives a feature up; its memory may serve the next one."""
-        with self._lock:
+        with self._alone():
             for tensor in (feature.data, feature.scale):
                 if tensor is not None:
                     self._spare[_key(tensor)].append(tensor)
 
     def trim(self) -> None:
         """Frees spare memory, for when shapes have changed."""
-        with self._lock:
+        with self._alone():
             self.bytes -= sum(tensor.nbytes for spare in self._spare.values() for tensor in spare)
             self._spare.clear()
 
     def clear(self) -> None:
         """Forgets everything; features still held elsewhere are not to be used again."""
-        with self._lock:
+        with self._alone():
             self._spare.clear()
             self.bytes = 0
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Around what threads must not do at the same time. torch.compile traces no locks; compiled models are called by one thread."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _encode(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.format.dtype is not _FP8:
@@ -121,7 +126,7 @@ class FeatureStore:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         device = self.format.device or tensor.device
-        with self._lock:
+        with self._alone():
             spare = self._spare.get((tuple(tensor.shape), tensor.dtype, device))
             target = spare.pop() if spare else self._allocate(tensor, device)
         return target.copy_(tensor, non_blocking=True)
