@@ -158,7 +158,7 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
-    adds_noise = samplers.adds_noise(patcher, sampler, sigmas) if sampler is not None else False
+    adds_noise = samplers.adds_noise(sampling, sampler, sigmas) if sampler is not None else False
     return Opening(
         patcher.model.diffusion_model,
         family,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import comfy.model_sampling
 import comfy.samplers
 import numpy as np
 import torch
@@ -71,18 +72,28 @@ def _opening(asked: Asked) -> Opening:
         sigmas = _sigmas(known, asked.sampling, asked.total)[asked.steps.start : asked.steps.stop + 1]
         timeline = Timeline(sigmas.tolist(), host.model_times(known.sampling, sigmas))
         ends = [float(known.sampling.percent_to_sigma(part)) for part in settings.part]
-        return Opening(network, known.family, timeline, timeline.window(*ends), known.device, _is_euler(asked.sampling))
+        return Opening(
+            network, known.family, timeline, timeline.window(*ends), known.device, *_steps(asked.sampling, known.sampling, sigmas)
+        )
     calibration = settings.calibration
     forecast = calibration.forecast if calibration is not None else None
     times = [*_spread(forecast, asked.total), 0.0][asked.steps.start : asked.steps.stop + 1]
     window = [min(max(round(part * asked.total) - asked.steps.start, 0), len(asked.steps)) for part in settings.part]
-    return Opening(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"), _is_euler(asked.sampling))
+    known_steps = _steps(asked.sampling, _Flow(), torch.tensor(times))
+    return Opening(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"), *known_steps)
 
 
-def _is_euler(sampling: Mapping[str, Any]) -> bool:
-    """As a run would find it; Euler's where the page found no sampler."""
-    name = sampling.get("sampler_name")
-    return name is None or (name in comfy.samplers.KSampler.SAMPLERS and samplers.is_euler(comfy.samplers.sampler_object(name)))
+class _Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """Of most models that are served, for one that is not known yet."""
+
+
+def _steps(asked: Mapping[str, Any], sampling: Any, sigmas: torch.Tensor) -> tuple[bool, bool | None]:
+    """Whether the sampler takes Euler's steps, and whether it adds noise, as a run would find; Euler's where the page found no sampler."""
+    name = asked.get("sampler_name")
+    if name not in comfy.samplers.KSampler.SAMPLERS:
+        return name is None, False
+    sampler = comfy.samplers.sampler_object(name)
+    return samplers.is_euler(sampler), samplers.adds_noise(sampling, sampler, sigmas)
 
 
 def _sigmas(known: Known, sampling: Mapping[str, Any], steps: int) -> torch.Tensor:

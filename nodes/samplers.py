@@ -14,12 +14,12 @@ from typing import Any
 
 import comfy.k_diffusion.sampling
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 _NUMBERS = 256  # tried at once; the share of noise among so many is known to a few hundredths of itself
 _HARMLESS = 0.12  # share of noise per step: er_sde adds less in the second half and is fine, ancestral and SDE samplers 0.17 to 1
 _KEPT = 64
+_START = 20_000  # seed of the first latent; another than samplers are given, whose noise must not be the same numbers
 _known: OrderedDict[tuple, float | None] = OrderedDict()
 
 
@@ -29,20 +29,22 @@ def is_euler(sampler: Any) -> bool:
     return function is comfy.k_diffusion.sampling.sample_euler and not sampler.extra_options.get("s_churn")
 
 
-def adds_noise(patcher: ModelPatcher, sampler: Any, sigmas: Tensor) -> bool | None:
-    """Whether the sampler adds so much noise at these noise levels (n+1,) that a forecast would leave it in; None if it cannot be tried."""
-    share = _remembered(patcher, sampler, sigmas)
+def adds_noise(sampling: Any, sampler: Any, sigmas: Tensor) -> bool | None:
+    """Whether the sampler adds so much noise at these noise levels (n+1,) that a forecast would leave it in; None if it cannot be tried.
+
+    sampling: the model's `model_sampling`, as some samplers step differently for other kinds of model.
+    """
+    share = _remembered(sampling, sampler, sigmas)
     return None if share is None else share > _HARMLESS
 
 
-def _remembered(patcher: ModelPatcher, sampler: Any, sigmas: Tensor) -> float | None:
+def _remembered(sampling: Any, sampler: Any, sigmas: Tensor) -> float | None:
     function = getattr(sampler, "sampler_function", None)
     if function is None:
         return None
-    sampling = patcher.get_model_object("model_sampling")
     key = (function, repr(sorted(sampler.extra_options.items())), tuple(sigmas.tolist()), type(sampling))
     if key not in _known:
-        _known[key] = _tried(lambda: fresh_noise(patcher, function, sampler.extra_options, sigmas))
+        _known[key] = _tried(lambda: fresh_noise(sampling, function, sampler.extra_options, sigmas))
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return _known[key]
@@ -59,7 +61,7 @@ def _tried(measure: Callable[[], list[float]]) -> float | None:
 
 
 @torch.inference_mode()
-def fresh_noise(patcher: ModelPatcher, function: Callable[..., Any], extra_options: dict[str, Any], sigmas: Tensor) -> list[float]:
+def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict[str, Any], sigmas: Tensor) -> list[float]:
     """Of the latent at every evaluation but the first, the share (0..1, of its variance) that does not come from the one before.
 
     The sampler runs on `_NUMBERS` numbers, with a model that answers 0 to everything: what is left is the noise alone.
@@ -73,11 +75,13 @@ def fresh_noise(patcher: ModelPatcher, function: Callable[..., Any], extra_optio
             told({"denoised": answer, "cond_denoised": answer, "uncond_denoised": answer, "sigma": sigma, "input": x})
         return answer
 
-    model.inner_model = SimpleNamespace(inner_model=patcher.model, model_patcher=patcher, model_options={})  # type: ignore[attr-defined]
+    patcher = SimpleNamespace(get_model_object={"model_sampling": sampling}.__getitem__)
+    inner = SimpleNamespace(model_sampling=sampling)
+    model.inner_model = SimpleNamespace(inner_model=inner, model_patcher=patcher, model_options={})  # type: ignore[attr-defined]
     levels = sigmas.detach().float().cpu()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # the picture's own noise must not change
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        torch.manual_seed(_START)
         start = torch.randn(1, 1, 1, _NUMBERS) * levels[0]
         function(model, start, levels, extra_args={"model_options": {}, "seed": 0}, callback=None, disable=True, **extra_options)
     return [_unexplained(before, after) for before, after in pairwise(latents)]

@@ -37,34 +37,39 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def sigmas(model):
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+def sampling(model):
+    return model.get_model_object("model_sampling")
+
+
+@pytest.fixture(scope="module")
+def sigmas(sampling):
+    return comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
 
 
 @pytest.mark.parametrize("name", [*QUIET, "er_sde"])
-def test_samplers_that_add_little_or_none(model, sigmas, name):
-    assert samplers.adds_noise(model, comfy.samplers.sampler_object(name), sigmas) is False
+def test_samplers_that_add_little_or_none(sampling, sigmas, name):
+    assert samplers.adds_noise(sampling, comfy.samplers.sampler_object(name), sigmas) is False
 
 
 @pytest.mark.parametrize("name", [name for name in NOISY if name in comfy.samplers.SAMPLER_NAMES])
-def test_samplers_that_add_noise(model, sigmas, name):
-    assert samplers.adds_noise(model, comfy.samplers.sampler_object(name), sigmas) is True
+def test_samplers_that_add_noise(sampling, sigmas, name):
+    assert samplers.adds_noise(sampling, comfy.samplers.sampler_object(name), sigmas) is True
 
 
-def test_how_much_noise_by_hand(model, sigmas):
+def test_how_much_noise_by_hand(sampling, sigmas):
     """Flow models' ancestral Euler steps from σ to σ' by way of σ_down = σ'·(1 + (σ'/σ - 1)), scaled by (1 - σ') / (1 - σ_down), and adds
     the rest of the variance σ'²: the share 1 - (σ_down/σ' · (1 - σ') / (1 - σ_down))² is new."""
     function = comfy.k_diffusion.sampling.sample_euler_ancestral
-    measured = samplers.fresh_noise(model, function, {}, sigmas)
+    measured = samplers.fresh_noise(sampling, function, {}, sigmas)
     for share, (high, low) in zip(measured, zip(sigmas.tolist(), sigmas[1:].tolist())):
         down = low * (1 + (low / high - 1))
         assert share == pytest.approx(1 - (down / low * (1 - low) / (1 - down)) ** 2, abs=0.12)
 
 
-def test_plain_samplers_add_exactly_none(model, sigmas):
+def test_plain_samplers_add_exactly_none(sampling, sigmas):
     for name in ("euler", "dpmpp_2m", "res_multistep"):
         function = comfy.samplers.sampler_object(name).sampler_function
-        assert max(samplers.fresh_noise(model, function, {}, sigmas)) < 1e-9
+        assert max(samplers.fresh_noise(sampling, function, {}, sigmas)) < 1e-9
 
 
 @pytest.mark.parametrize("settings", [{"speedup": 2.0}, {"mode": "paper", "cycle_length": 5}], ids=["auto", "paper"])
@@ -83,34 +88,34 @@ def test_er_sde_is_served(model):
     assert psnr(result, sample(model, steps=STEPS, sampler="er_sde")) > 27
 
 
-def test_churn_counts_by_what_it_adds(model, sigmas):
+def test_churn_counts_by_what_it_adds(sampling, sigmas):
     churned = comfy.samplers.ksampler("euler", {"s_churn": 20.0})
-    assert samplers.adds_noise(model, churned, sigmas) is True
-    assert samplers.adds_noise(model, comfy.samplers.ksampler("euler", {"s_churn": 0.0}), sigmas) is False
+    assert samplers.adds_noise(sampling, churned, sigmas) is True
+    assert samplers.adds_noise(sampling, comfy.samplers.ksampler("euler", {"s_churn": 0.0}), sigmas) is False
 
 
-def test_a_sampler_that_cannot_be_tried_is_computed_in_full_and_said(model):
+def test_a_sampler_that_cannot_be_tried_is_not_known(sampling):
     def of_another_pack(model, x, sigmas, extra_args=None, callback=None, disable=None):
         model.inner_model.something_of_its_own()
 
     sampler = comfy.samplers.KSAMPLER(of_another_pack)
-    assert samplers.adds_noise(model, sampler, torch.tensor([1.0, 0.5, 0.0])) is None
-    assert samplers.adds_noise(model, object(), torch.tensor([1.0, 0.5, 0.0])) is None
+    assert samplers.adds_noise(sampling, sampler, torch.tensor([1.0, 0.5, 0.0])) is None
+    assert samplers.adds_noise(sampling, object(), torch.tensor([1.0, 0.5, 0.0])) is None
 
 
-def test_trying_a_sampler_leaves_the_random_numbers_alone(model, sigmas):
+def test_trying_a_sampler_leaves_the_random_numbers_alone(sampling, sigmas):
     torch.manual_seed(7)
     expected = torch.randn(4)
     torch.manual_seed(7)
     samplers._known.clear()
-    samplers.adds_noise(model, comfy.samplers.sampler_object("euler_ancestral"), sigmas)
+    samplers.adds_noise(sampling, comfy.samplers.sampler_object("euler_ancestral"), sigmas)
     assert torch.equal(torch.randn(4), expected)
 
 
-def test_a_sampler_is_tried_once(model, sigmas, monkeypatch):
+def test_a_sampler_is_tried_once(sampling, sigmas, monkeypatch):
     samplers._known.clear()
     tried, original = [], samplers.fresh_noise
     monkeypatch.setattr(samplers, "fresh_noise", lambda *args: tried.append(1) or original(*args))
     for _ in range(3):
-        samplers.adds_noise(model, comfy.samplers.sampler_object("dpmpp_2m"), sigmas)
+        samplers.adds_noise(sampling, comfy.samplers.sampler_object("dpmpp_2m"), sigmas)
     assert len(tried) == 1

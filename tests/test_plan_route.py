@@ -46,13 +46,22 @@ def request(steps=28, schedule=None, node="none", calibration=None, **cache) -> 
     return {"node_id": node, "cache": cache, "schedule": schedule, "calibration": calibration, "sampling": {"steps": steps}}
 
 
-@pytest.mark.parametrize(("start", "stop", "plan"), [(0, 10, "FaaaFaaaFa"), (10, 10000, "FaaaFaaaFa"), (18, 20, "Fa")])
+@pytest.mark.parametrize(("start", "stop", "plan"), [(0, 10, "FaaaFaaaFa"), (10, 10000, "FaaaFaaaFa"), (18, 20, "FF")])
 def test_one_of_several_samplers_runs_a_part_of_the_steps(ask, start, stop, plan):
     """As Wan 2.2's two experts do, 20 steps between them."""
     body = request(20, speedup=3.5)
     body["sampling"] |= {"start_at_step": start, "end_at_step": stop}
     answer = ask(body)[1]
     assert (answer["steps"], answer["plan"]) == (len(plan), plan)
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "lcm", "dpmpp_2m_sde"])
+def test_a_sampler_that_adds_noise_is_shown_as_it_will_run(ask, sampler):
+    body = request(20, speedup=2.8)
+    body["sampling"]["sampler_name"] = sampler
+    answer = ask(body)[1]
+    assert answer["plan"] == "F" * 20 and answer["name"] == "auto 2.8x, computed in full"
+    assert any("adds noise" in note for note in answer["notes"])
 
 
 def test_a_plan_without_a_run(ask):
