@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import comfy.sample
@@ -9,6 +10,7 @@ import comfy.supported_models
 import pytest
 import test_every_family as every
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from making import Case, text
@@ -131,3 +133,43 @@ def test_a_mean_over_frames_is_computed_in_full():
     patched = cached(model, "FcFcFcFc")
     assert torch.equal(sample(case, patched), sample(case, model)) and kinds(patched) == "F" * STEPS
     assert any("means over frames" in notice for notice in report_of(patched).notices)
+
+
+# -- LTX-2: passes that differ by flags alone -----------------------------------------------------------------
+
+
+def guided(model: Any) -> Any:
+    """Both of the host's guidance nodes: a pass with a block's self-attention passing through, one with sound and video apart."""
+    nodes = import_module("comfy_extras.nodes_lt")
+    model = nodes.LTXVSpatioTemporalGuidance.execute(model, 1.0, "1", 0.0, 1.0).args[0]
+    return nodes.LTXVModalityGuidance.execute(model, 3.0, 0.0, 1.0).args[0]
+
+
+def repeating(model: Any, plan: str) -> Any:
+    """The same without the pack: what each pass of each cond gave last, by the flags it was called with."""
+    kept: dict[tuple, Any] = {}
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "uuids" in a)
+        step = int((options["sample_sigmas"] == options["sigmas"][0]).nonzero()[0])
+        flags = options.get("stg_self_attn_blocks"), options.get("a2v_cross_attn")
+        key = (*options["uuids"], *flags)
+        if plan[step] == "F":
+            kept[key] = executor(*args, **kwargs)
+        return [part.clone() for part in kept[key]]
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    return clone
+
+
+def test_passes_of_two_guidance_nodes_keep_features_of_their_own():
+    case = case_of("LTXAV", "ltxav")
+    model = guided(case.make())
+    plain = sample(case, model)
+    assert not torch.equal(plain, sample(case, case.make()))
+    patched = cached(model, PLAN)
+    result = sample(case, patched)
+    assert kinds(patched) == PLAN and {evaluation.calls for evaluation in report_of(patched).evaluations} == {3}
+    assert torch.equal(result, sample(case, repeating(model, PLAN)))
+    assert not torch.equal(result, plain)
