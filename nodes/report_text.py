@@ -12,7 +12,7 @@ _MIB = 2**20
 def report_text(report: RunReport, verbose: bool = False) -> str:
     """A few lines for people; `verbose` adds one per evaluation."""
     evaluations = report.evaluations
-    counts = ", ".join(f"{report.count(kind)} {kind.label}" for kind in Kind)
+    counts = ", ".join(f"{count} {label}" for label, count in _counts(report).items())
     lines = [
         f"{report.setting} on {report.family}{'' if report.is_complete else ' (run not finished)'}",
         f"plan         {report.plan}",
@@ -39,7 +39,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
             {"step": e.step, "sigma": e.sigma, "planned": e.planned.label, "kind": e.label, "ms": e.ms, "macs": e.macs}
             for e in report.evaluations
         ],
-        "counts": {kind.label: report.count(kind) for kind in Kind},
+        "counts": _counts(report),
         "corrected": report.corrected,
         "compute_speedup": report.compute_speedup,
         "time_speedup": report.time_speedup,
@@ -48,3 +48,9 @@ def report_data(report: RunReport) -> dict[str, Any]:
         "predicted_bytes": report.predicted_bytes,
         "notices": list(report.notices),
     }
+
+
+def _counts(report: RunReport) -> dict[str, int]:
+    """Evaluations of every kind, by its label; where another node answered some, those too."""
+    elsewhere = sum(evaluation.kind is None for evaluation in report.evaluations)
+    return {kind.label: report.count(kind) for kind in Kind} | ({"elsewhere": elsewhere} if elsewhere else {})

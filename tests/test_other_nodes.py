@@ -56,7 +56,9 @@ def test_answers_of_another_node_are_told_apart_and_made_up_for(model, kind, is_
     assert report.count(Kind.FULL) == report.plan.count("F") == 10
     assert any("another node answered" in notice for notice in report.notices)
     assert report_data(report)["counts"]["aggressive"] == sum(e.kind is Kind.AGGRESSIVE for e in seen)
-    assert report_text(report, verbose=True)
+    unseen = len(report.evaluations) - len(seen)
+    assert report_data(report)["counts"].get("elsewhere", 0) == unseen
+    assert (f"{unseen} elsewhere" in report_text(report, verbose=True)) is (unseen > 0)
 
 
 def test_a_pack_that_splits_guidance_skips_as_much(model):

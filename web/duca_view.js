@@ -1,6 +1,6 @@
 // Draws the strip: presets, a cell for each evaluation, words. Gets states, gives elements; knows no graph and no server.
 
-const KINDS = { F: "full", i: "calibrated", c: "conservative", a: "aggressive" };
+const KINDS = { F: "full", i: "calibrated", c: "conservative", a: "aggressive", "-": "elsewhere" }; // the last: another node answered
 const LETTERS = Object.fromEntries(Object.entries(KINDS).map(([letter, word]) => [word, letter]));
 const MOST_CELLS = 512; // more would be finer than a pixel each
 const ANNOUNCE_MS = 1000;
