@@ -12,9 +12,7 @@ from .search import PlanSearch
 from .statistics import ForecastModel
 
 _MADE_UP = 0.5  # of a forecast's error, by correcting: the cost then goes best with what plans are worth; 0.3 and 0.8 do nearly as well
-_LONGEST = (
-    300  # steps of a run that nested plans are searched for; the time grows with more than their square: here seconds, minutes at 1000
-)
+_LONGEST = 300  # steps of a run that nested plans are searched for, which takes seconds; it took more than six minutes with 1000
 _MIDDLE = 2.0  # speedup of the plan that nested ones grow and shrink from
 
 
