@@ -35,8 +35,9 @@ class RunBook:
         return next((entry.report for entry in reversed(self._entries) if entry.mark == mark), None)
 
     def is_foreign(self, latent: torch.Tensor) -> bool:
-        """Whether none of these runs gave this latent; False too where that cannot be told."""
-        return _mark(latent) is not None and self.find(latent) is None
+        """Whether none of these runs gave this latent; False too where that cannot be told, as of a run that another guider led."""
+        is_told = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
+        return bool(is_told) and self.find(latent) is None
 
 
 def _mark(latent: torch.Tensor | None) -> tuple | None:
