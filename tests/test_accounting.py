@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import types
 
+import comfy.model_management
 import pytest
 import torch
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Opening, StoreFormat, Timeline
@@ -192,3 +194,11 @@ def test_token_choice_is_the_same_for_every_cond_and_differs_between_evaluations
     assert not torch.equal(first, a.tokens("img", 2, 3, 100, torch.device("cpu")))  # other blocks choose others
     a.begin(5)
     assert not torch.equal(first, a.tokens("img", 1, 3, 100, torch.device("cpu")))
+
+
+def test_free_memory_is_the_patchers_where_it_knows(monkeypatch):
+    """Dynamic patchers count weights that they would give back; others leave it to the host."""
+    asked = types.SimpleNamespace(get_free_memory=lambda device: 7)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 3)
+    assert host.free_memory(asked, torch.device("cpu")) == 7
+    assert host.free_memory(types.SimpleNamespace(), torch.device("cpu")) == 3
