@@ -189,8 +189,9 @@ class CacheRun:
     def _sum_up(self) -> None:
         """At the end of a finished run: what the list of evaluations does not say by itself."""
         evaluations = self.report.evaluations
-        seen = {evaluation.step for evaluation in evaluations if evaluation.calls}
-        unseen = self._timeline.steps - len(seen)
+        levels = self._timeline.sigmas[:-1]
+        seen = {levels[evaluation.step] for evaluation in evaluations if evaluation.calls}
+        unseen = sum(level not in seen for level in levels)  # by level, as some schedules have one twice
         if unseen:
             self.notify(
                 f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out"

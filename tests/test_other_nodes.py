@@ -166,3 +166,14 @@ def made_anew(strength):
 def test_options_that_change_the_network(one, other, is_equal):
     assert (variant_of(one) == variant_of(other)) is is_equal
     hash(variant_of(one))
+
+
+def test_a_schedule_with_a_level_twice_is_no_other_nodes_work(model):
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8)
+    twice = torch.cat((sigmas[:4], sigmas[3:]))
+    patched = cached(model, mode="auto", speedup=2.0)
+    guider = comfy.samplers.CFGGuider(patched)
+    guider.set_conds(encode_prompt("red apple"), encode_prompt(""))
+    noise = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), twice, disable_pbar=True, seed=0)
+    assert len(last_report(patched).evaluations) == 9 and not last_report(patched).notices
