@@ -216,7 +216,8 @@ class ComfyPage:
             left, top, width, height = self.show(node_type)
             return left + width - _AROUND, top + height - _AROUND
         self.show()  # not the node alone: its element may be higher than the graph knows
-        box = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first.bounding_box()
+        node = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first
+        box = node.bounding_box()
         return box["x"] + box["width"], box["y"] + box["height"]
 
     def picture(self, name: str, place: tuple[float, float, float, float] | None = None) -> None:
