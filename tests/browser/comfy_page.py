@@ -36,8 +36,8 @@ _SETTINGS = {
 _NOISE = (
     "at onChange",
     "JobsApiError",
-    "ComfyApp graph accessed before initialization",  # 1.49 at nearly every start, before any extension is loaded
-    "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered, also without the pack
+    "ComfyApp graph accessed before initialization",  # 1.49 at its start, of app.rootGraph, which the pack never reads
+    "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered
 )
 _AROUND = 20  # pixels around what is shown
 _seeds = itertools.count(1000)
