@@ -36,8 +36,8 @@ _SETTINGS = {
 _NOISE = (
     "at onChange",
     "JobsApiError",
-    "ComfyApp graph accessed before initialization",  # 1.49 at nearly every start, before any extension is loaded
-    "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered, also without the pack
+    "ComfyApp graph accessed before initialization",  # 1.49 at its start, of app.rootGraph, which the pack never reads
+    "Attempted to cleanup event listeners for graph that was never set up",  # 1.32 where a subgraph is entered
 )
 _AROUND = 20  # pixels around what is shown
 _seeds = itertools.count(1000)
@@ -216,7 +216,8 @@ class ComfyPage:
             left, top, width, height = self.show(node_type)
             return left + width - _AROUND, top + height - _AROUND
         self.show()  # not the node alone: its element may be higher than the graph knows
-        box = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first.bounding_box()
+        node = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first
+        box = node.bounding_box()
         return box["x"] + box["width"], box["y"] + box["height"]
 
     def picture(self, name: str, place: tuple[float, float, float, float] | None = None) -> None:

@@ -28,6 +28,8 @@ def test_every_node_is_found_by_its_name_and_added(comfy: ComfyPage):
         comfy.page.get_by_role("option").filter(has_text=name).first.click()
         comfy.page.wait_for_function("type => app.graph.nodes.some(node => node.type === type)", arg=node_type)
         expect(search).to_have_count(0)  # it fades out
+        comfy.page.mouse.move(800, 500)
+        comfy.page.wait_for_timeout(200)
         comfy.page.mouse.click(800, 500)  # newer pages let the node follow the cursor until then
         comfy.page.wait_for_function("() => app.graph.nodes.every(node => !node.flags.ghost)")
 
