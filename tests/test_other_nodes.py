@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.hooks
 import comfy.samplers
 import node_helpers
+import numpy as np
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -166,3 +167,39 @@ def made_anew(strength):
 def test_options_that_change_the_network(one, other, is_equal):
     assert (variant_of(one) == variant_of(other)) is is_equal
     hash(variant_of(one))
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), {"a": np.float64(0.5)}, np.ones(3), torch.eye(2).to_sparse(), torch.ones(2, device="meta")])
+def test_any_kind_of_option_can_be_compared(value):
+    assert variant_of({"o": value}) == variant_of({"o": value})
+    assert variant_of({"o": value}) != variant_of({})
+    assert variant_of({"o": np.float64(0.5)}) == variant_of({"o": 0.5}) != variant_of({"o": np.float64(0.6)})
+
+
+def test_what_lies_where_another_object_was_is_not_that_object():
+    """Freed memory is handed out again, so an address would make the plan a matter of chance."""
+
+    class Strength:
+        pass
+
+    for make in (Strength, lambda: torch.empty(4096), lambda: np.empty(4096)):
+        assert len({variant_of({"o": make()}) for _ in range(50)}) == 50
+    assert len({variant_of({"o": torch.tensor([0.0, 1.0])}) for _ in range(50)}) == 1  # few values are compared
+
+
+def test_a_patch_that_counts_or_remembers_stays_the_same(model):
+    """It is one function: what it closes over says nothing of the network."""
+    count, last = 0, {}
+
+    def patch(args):
+        nonlocal count
+        count += 1
+        last["img"] = args["img"]
+        return args
+
+    other = model.clone()
+    other.set_model_patch(patch, "post_input")
+    patched = cached(other, mode="auto", speedup=2.0)
+    sample(patched, steps=12)
+    report = last_report(patched)
+    assert count == 12 and kinds(report) == report.plan and not report.notices
