@@ -90,6 +90,25 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
     assert psnr(result, sample(cached(model, **AUTO), steps=STEPS)) > 60
 
 
+def test_tiles_of_a_latent_are_computed_in_full(model):
+    """They come as calls of the same conditioning, here of another part of the picture each time: none is answered with another's."""
+
+    def tiled(apply_model, given):
+        calls.append(1)
+        shifted = torch.roll(given["input"], 16 * len(calls), -1)
+        tiles = [apply_model(tile, given["timestep"], **given["c"]) for tile in shifted.chunk(3, -1)]
+        return torch.roll(torch.cat(tiles, -1), -16 * len(calls), -1)
+
+    calls: list[int] = []
+    other = model.clone()
+    other.set_model_unet_function_wrapper(tiled)
+    expected = sample(other, steps=12)
+    calls.clear()
+    patched = cached(other, mode="auto", speedup=2.0)
+    assert torch.equal(sample(patched, steps=12), expected)
+    assert any("same conditioning occurs twice" in notice for notice in last_report(patched).notices)
+
+
 # -- what changes while sampling ------------------------------------------------------------------------
 
 
