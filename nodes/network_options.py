@@ -7,15 +7,19 @@ one model). Options that are known to change nothing are left out; all others co
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Hashable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .keys import KEY
 
 _DEEPEST = 4  # containers and closures inside each other, before an object counts by its identity
+_SHORT = 1024  # bytes of a tensor or an array on the CPU that counts by its values, as it may be made anew at every call
 _HARMLESS = frozenset({
     "cond_or_uncond", "uuids", "sigmas", "sample_sigmas",  # which conds, which noise level: the cache asks for these elsewhere
     "callbacks",  # called around the sampling
@@ -23,6 +27,9 @@ _HARMLESS = frozenset({
     "block_index", "block_type", "total_blocks", "block", "transformer_index",  # the host counts its blocks here
     "img_slice", "original_shape", "activations_shape", "latent_shapes", "grid_sizes", "n_heads", "dim_head",
 })  # fmt: skip
+_numbers = WeakIdKeyDictionary()  # of objects; unlike an address, no number is ever another object's as well
+_functions = WeakIdKeyDictionary()  # what they compared as when they were first met
+_count = itertools.count()
 
 
 def variant_of(options: Mapping[str, Any]) -> frozenset[tuple[str, Hashable]]:
@@ -44,12 +51,14 @@ def _wrappers(value: Mapping[str, Mapping[Any, Any]]) -> Hashable:
 
 def _comparable(value: Any, depth: int) -> Hashable:
     """Equal for values that do the same, as far as can be told without running them: functions that are made anew at every call too."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (str, bytes, bool, int, float, torch.dtype, torch.device)):
         return value
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype, value.device, value.data_ptr()
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return _values(value)
     if depth == 0:
-        return type(value).__name__, id(value)
+        return _identity(value)
     inner = functools.partial(_comparable, depth=depth - 1)
     if isinstance(value, Mapping):
         pairs = ((inner(key), inner(item)) for key, item in value.items())
@@ -59,11 +68,28 @@ def _comparable(value: Any, depth: int) -> Hashable:
     if isinstance(value, functools.partial):
         return inner(value.func), inner(value.args), inner(value.keywords)
     if isinstance(value, MethodType):
-        return inner(value.__func__), id(value.__self__)
+        return inner(value.__func__), _identity(value.__self__)
     if isinstance(value, FunctionType):
-        cells = tuple(inner(cell.cell_contents) for cell in value.__closure__ or () if _is_filled(cell))
-        return id(value.__code__), inner(value.__defaults__ or ()), cells
-    return type(value).__name__, id(value)
+        if value not in _functions:  # what one and the same function closes over may count steps, or hold what it saw last
+            cells = tuple(inner(cell.cell_contents) for cell in value.__closure__ or () if _is_filled(cell))
+            _functions[value] = _identity(value.__code__), inner(value.__defaults__ or ()), cells
+        return _functions[value]
+    return _identity(value)
+
+
+def _values(value: torch.Tensor | np.ndarray) -> Hashable:
+    is_here = isinstance(value, np.ndarray) or (value.device.type == "cpu" and value.layout is torch.strided and not value.is_nested)
+    if is_here and value.nbytes <= _SHORT:
+        return tuple(value.shape), str(value.dtype), repr(value.tolist())
+    return _identity(value)
+
+
+def _identity(value: Any) -> Hashable:
+    """Of the object itself: another one is never equal, though it may lie where this one was."""
+    try:
+        return type(value).__name__, _numbers.setdefault(value, next(_count))
+    except TypeError:  # of the few kinds that cannot be known again, the address
+        return type(value).__name__, id(value)
 
 
 def _is_filled(cell: Any) -> bool:

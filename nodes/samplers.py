@@ -5,6 +5,7 @@ A forecast is made from older latents. Noise that a sampler adds in between is n
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +21,8 @@ _NUMBERS = 256  # tried at once; the share of noise among so many is known to a 
 _HARMLESS = 0.12  # share of noise per step: er_sde adds less in the second half and is fine, ancestral and SDE samplers 0.17 to 1
 _KEPT = 64
 _START = 20_000  # seed of the first latent; another than samplers are given, whose noise must not be the same numbers
-_known: OrderedDict[tuple, float | None] = OrderedDict()
+_MOST = 20  # evaluations a step, before a sampler is taken for one that does not end on the stand-in's answers
+_known: OrderedDict[tuple, tuple[Any, float | None]] = OrderedDict()
 
 
 def is_euler(sampler: Any) -> bool:
@@ -39,25 +41,32 @@ def adds_noise(sampling: Any, sampler: Any, sigmas: Tensor) -> bool | None:
 
 
 def _remembered(sampling: Any, sampler: Any, sigmas: Tensor) -> float | None:
-    function = getattr(sampler, "sampler_function", None)
+    function, options = getattr(sampler, "sampler_function", None), getattr(sampler, "extra_options", {})
     if function is None:
         return None
-    key = (function, repr(sorted(sampler.extra_options.items())), tuple(sigmas.tolist()), type(sampling))
+
+    def measure() -> list[float]:
+        return fresh_noise(sampling, function, options, sigmas)
+
+    if not all(value is None or isinstance(value, (str, bool, int, float)) for value in options.values()):
+        return _tried(measure)  # a sampler inside another may change, and be another at the same address
+    key = (id(function), tuple(sorted(options.items())), tuple(sigmas.tolist()), type(sampling))
     if key not in _known:
-        _known[key] = _tried(lambda: fresh_noise(sampling, function, sampler.extra_options, sigmas))
+        _known[key] = function, _tried(measure)  # with the function, so that its number stays its own
         while len(_known) > _KEPT:
             _known.popitem(last=False)
-    return _known[key]
+    return _known[key][1]
 
 
 def _tried(measure: Callable[[], list[float]]) -> float | None:
     """The most noise of any step in the second half, where the picture is made out of what is left; None where a sampler asks the
-    stand-in for more than it has."""
+    stand-in for more than it has, or gives no numbers."""
     try:
         shares = measure()
     except Exception:  # other packs' samplers may need anything of a model
         return None
-    return max(shares[len(shares) // 2 :], default=0.0)
+    second_half = shares[len(shares) // 2 :]
+    return None if any(map(math.isnan, second_half)) else max(second_half, default=0.0)
 
 
 @torch.inference_mode()
@@ -70,6 +79,8 @@ def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict
 
     def model(x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_more: Any) -> Tensor:
         latents.append(x.detach().double().flatten().clone())
+        if len(latents) > _MOST * len(sigmas):
+            raise RecursionError("the sampler does not come to an end")
         answer = torch.zeros_like(x)
         for told in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers ask for the unguided answer in this way
             told({"denoised": answer, "cond_denoised": answer, "uncond_denoised": answer, "sigma": sigma, "input": x})
@@ -81,7 +92,7 @@ def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict
     levels = sigmas.detach().float().cpu()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # the picture's own noise must not change
         warnings.simplefilter("ignore")
-        torch.manual_seed(_START)
+        torch.default_generator.manual_seed(_START)  # torch.manual_seed would seed every device
         start = torch.randn(1, 1, 1, _NUMBERS) * levels[0]
         function(model, start, levels, extra_args={"model_options": {}, "seed": 0}, callback=None, disable=True, **extra_options)
     return [_unexplained(before, after) for before, after in pairwise(latents)]

@@ -119,3 +119,46 @@ def test_a_sampler_is_tried_once(sampling, sigmas, monkeypatch):
     for _ in range(3):
         samplers.adds_noise(sampling, comfy.samplers.sampler_object("dpmpp_2m"), sigmas)
     assert len(tried) == 1
+
+
+def test_trying_a_sampler_seeds_no_device(sampling, sigmas, monkeypatch):
+    """Their numbers are the picture's, where a sampler or a patch draws some without a seed of its own."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    samplers._known.clear()
+    samplers.adds_noise(sampling, comfy.samplers.sampler_object("euler"), sigmas)
+    assert not seeded
+
+
+def test_a_sampler_inside_another_is_not_taken_for_one_that_lay_there(sampling, sigmas):
+    """As nodes make them that bend another sampler's noise levels: a new one may lie where the last one was."""
+
+    def bending(model, x, sigmas, *, inner, extra_args=None, callback=None, disable=None):
+        return inner.sampler_function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    def adds_noise(name):
+        return samplers.adds_noise(sampling, comfy.samplers.KSAMPLER(bending, {"inner": comfy.samplers.ksampler(name)}), sigmas)
+
+    assert [adds_noise(name) for name in ("euler", "euler_ancestral") * 20] == [False, True] * 20
+
+
+def test_samplers_that_break_the_trial_are_not_known(sampling):
+    """One that never ends, one that cannot be hashed, one that gives NaN."""
+
+    def endless(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        while bool((model(x, sigmas[:1]) == 0).all()):
+            pass
+
+    def divides_by_zero(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return model(model(x * 0, sigmas[:1]) / 0, sigmas[1:2])
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+            return model(x, sigmas[:1])
+
+    levels = torch.tensor([1.0, 0.5, 0.0])
+    assert samplers.adds_noise(sampling, comfy.samplers.KSAMPLER(endless), levels) is None
+    assert samplers.adds_noise(sampling, comfy.samplers.KSAMPLER(Unhashable()), levels) is False
+    assert samplers.adds_noise(sampling, comfy.samplers.KSAMPLER(divides_by_zero), levels) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.hooks
 import comfy.samplers
 import node_helpers
+import numpy as np
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -87,6 +88,25 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
     report = last_report(patched)
     assert report.count(Kind.FULL) == 10 and report.compute_speedup > 2.6
     assert psnr(result, sample(cached(model, **AUTO), steps=STEPS)) > 60
+
+
+def test_tiles_of_a_latent_are_computed_in_full(model):
+    """They come as calls of the same conditioning, here of another part of the picture each time: none is answered with another's."""
+
+    def tiled(apply_model, given):
+        calls.append(1)
+        shifted = torch.roll(given["input"], 16 * len(calls), -1)
+        tiles = [apply_model(tile, given["timestep"], **given["c"]) for tile in shifted.chunk(3, -1)]
+        return torch.roll(torch.cat(tiles, -1), -16 * len(calls), -1)
+
+    calls: list[int] = []
+    other = model.clone()
+    other.set_model_unet_function_wrapper(tiled)
+    expected = sample(other, steps=12)
+    calls.clear()
+    patched = cached(other, mode="auto", speedup=2.0)
+    assert torch.equal(sample(patched, steps=12), expected)
+    assert any("same conditioning occurs twice" in notice for notice in last_report(patched).notices)
 
 
 # -- what changes while sampling ------------------------------------------------------------------------
@@ -177,3 +197,41 @@ def test_a_schedule_with_a_level_twice_is_no_other_nodes_work(model):
     noise = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), twice, disable_pbar=True, seed=0)
     assert len(last_report(patched).evaluations) == 9 and not last_report(patched).notices
+
+
+@pytest.mark.parametrize(
+    "value", [np.float64(0.5), {"a": np.float64(0.5)}, np.ones(3), torch.eye(2).to_sparse(), torch.ones(2, device="meta")]
+)
+def test_any_kind_of_option_can_be_compared(value):
+    assert variant_of({"o": value}) == variant_of({"o": value})
+    assert variant_of({"o": value}) != variant_of({})
+    assert variant_of({"o": np.float64(0.5)}) == variant_of({"o": 0.5}) != variant_of({"o": np.float64(0.6)})
+
+
+def test_what_lies_where_another_object_was_is_not_that_object():
+    """Freed memory is handed out again, so an address would make the plan a matter of chance."""
+
+    class Strength:
+        pass
+
+    for make in (Strength, lambda: torch.empty(4096), lambda: np.empty(4096)):
+        assert len({variant_of({"o": make()}) for _ in range(50)}) == 50
+    assert len({variant_of({"o": torch.tensor([0.0, 1.0])}) for _ in range(50)}) == 1  # few values are compared
+
+
+def test_a_patch_that_counts_or_remembers_stays_the_same(model):
+    """It is one function: what it closes over says nothing of the network."""
+    count, last = 0, {}
+
+    def patch(args):
+        nonlocal count
+        count += 1
+        last["img"] = args["img"]
+        return args
+
+    other = model.clone()
+    other.set_model_patch(patch, "post_input")
+    patched = cached(other, mode="auto", speedup=2.0)
+    sample(patched, steps=12)
+    report = last_report(patched)
+    assert count == 12 and kinds(report) == report.plan and not report.notices

@@ -137,6 +137,7 @@ class SlotTable:
         self._slots: dict[_Key, Slot] = {}
         self._seen: Counter[tuple] = Counter()  # (cond, variant) in earlier passes of this evaluation
         self._in_pass: set[tuple] = set()  # and in the present one
+        self._repeated: set[tuple] = set()  # ever met twice in a pass: its calls cannot be told apart, not even the first of them
         self._evaluation = -1
         self._number = 1
 
@@ -166,9 +167,11 @@ class SlotTable:
         self._in_pass.clear()
 
     def find(self, conds: Sequence[Hashable], variant: Variant, signature: Hashable) -> list[Slot] | None:
-        """The slots of a call's conds, in order; emptied where the signature changed. None if one was there before in this pass."""
+        """The slots of a call's conds, in order; emptied where the signature changed. None from when one came twice in a pass."""
         wanted = [(cond, variant) for cond in conds]
         if len(set(wanted)) < len(wanted) or self._in_pass.intersection(wanted):
+            self._repeated.update(wanted)
+        if self._repeated.intersection(wanted):
             return None
         self._in_pass.update(wanted)
         return [self._slot(_Key(cond, variant, self._seen[cond, variant]), signature) for cond in conds]
