@@ -65,6 +65,7 @@ class DucaCache(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache on it.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # of two equal nodes each tells the page of its own runs, so the host must not take one's output for both
         )
 
     @classmethod
