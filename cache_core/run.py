@@ -78,6 +78,7 @@ class CacheRun:
         self._sigma, self._time = float("inf"), 1.0
         self._kind = Kind.FULL
         self._is_disabled = self._lacks_input = False
+        self._is_explained = False  # whether the user was told why calls are computed in full
         self._weights: dict[Hashable, Hashable] = {}  # by cond, as its last call had them
         self._is_owed = False  # a full evaluation that another node answered
         self._lock = threading.RLock()  # of all that calls in several threads share; not held while the model runs
@@ -197,7 +198,7 @@ class CacheRun:
                 f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out"
             )
         wanted = any(evaluation.planned is not Kind.FULL for evaluation in evaluations)
-        if wanted and all(evaluation.kind in (Kind.FULL, None) for evaluation in evaluations):
+        if wanted and not self._is_explained and all(evaluation.kind in (Kind.FULL, None) for evaluation in evaluations):
             self.notify("nothing could be skipped in this run")
 
     # -- one call ---------------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ class CacheRun:
             bypass = self._networks.unfit(call) or call.bypass
             slots = None if bypass else self._slots.find(call.conds, call.variant, (call.signature, call.weights))
             if slots is None:
+                self._is_explained = True
                 reason = bypass or "the same conditioning occurs twice in one evaluation"
                 self.notify(f"{reason}: computed in full, past the cache")
             elif not all(slot.anchors for slot in slots) and self._kind is not Kind.FULL:
@@ -251,6 +253,7 @@ class CacheRun:
             return self._carry_out(Kind.FULL, call, slots, compute)
         except UnsupportedCallError as reason:
             call.abandoned()
+            self._is_explained = True
             self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
             if kind is not Kind.FULL:
                 return None

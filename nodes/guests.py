@@ -37,7 +37,7 @@ class Guest:
         self._run: Any = None
         self._network: Any = None
         self._evaluation = ExitStack()
-        self._is_last = False
+        self._is_asked = self._is_last = False
 
     def add_to(self, model: ModelPatcher) -> None:
         model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, self._prepare_state)
@@ -47,10 +47,10 @@ class Guest:
         """The host's callback before every pass of the model. Hosts that give no options have no guider of two models."""
         options = (model_options or {}).get("transformer_options", {})
         sigmas = options.get("sample_sigmas")
-        if RUN in options or sigmas is None:  # the guider's own model is cached: its run serves this one too
+        if RUN in options or sigmas is None:  # the guider's own model is cached: its run, if it has one, serves this one too
             return
-        if self._run is None:
-            self._run, self._network = self._open_run(patcher, sigmas), patcher.model
+        if not self._is_asked:
+            self._run, self._network, self._is_asked = self._open_run(patcher, sigmas), patcher.model, True
         if self._run is None:
             return
         self._evaluation.close()
@@ -69,7 +69,7 @@ class Guest:
         return self._carry_out(self._run, options, executor, x, t, *args, **kwargs)
 
     def _clean_up(self, _patcher: ModelPatcher) -> None:
-        run, self._run, self._network = self._run, None, None
+        run, self._run, self._network, self._is_asked = self._run, None, None, False
         if run is None:
             return
         self._evaluation.close()

@@ -131,18 +131,17 @@ def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Calla
     def outer_sample(executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
         guider = executor.class_obj
         run = open_run(guider.model_patcher, sigmas, sampler)
-        if run is None:
-            return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         shared_options = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(shared_options)
-        guider.model_options.setdefault("transformer_options", {})[RUN] = run
+        guider.model_options.setdefault("transformer_options", {})[RUN] = run  # None too: it was asked for
         result = None
         try:
             result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
             return result
         finally:
             guider.model_options = shared_options
-            finished(run, result)
+            if run is not None:
+                finished(run, result)
 
     return outer_sample
 
@@ -217,7 +216,7 @@ def _open_run(
 
 
 def _warn_of_few(run: CacheRun) -> None:
-    steps, computed = len(run.plan), run.plan.count(Kind.FULL) + run.plan.count(Kind.CALIBRATED)
+    steps, computed = len(run.plan), len(run.plan) - run.plan.count(Kind.AGGRESSIVE)
     if computed < steps and (steps < _FEW_STEPS or computed < _FEW_COMPUTED):
         run.notify(f"{computed} of {steps} steps are computed: fewer steps without a cache are likely to look better; compare")
 
@@ -253,7 +252,7 @@ def _calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: torch.Tensor, 
 
 
 def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and RUN in a), None)
+    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and a.get(RUN) is not None), None)
     if options is None:
         return executor(x, t, *args, **kwargs)
     return _carried_out(options[RUN], options, executor, x, t, *args, **kwargs)

