@@ -216,9 +216,10 @@ def _open_run(
 
 
 def _warn_of_few(run: CacheRun) -> None:
-    steps, computed = len(run.plan), len(run.plan) - run.plan.count(Kind.AGGRESSIVE)
-    if computed < steps and (steps < _FEW_STEPS or computed < _FEW_COMPUTED):
-        run.notify(f"{computed} of {steps} steps are computed: fewer steps without a cache are likely to look better; compare")
+    steps, full = len(run.plan), run.plan.count(Kind.FULL)
+    computed = steps - run.plan.count(Kind.AGGRESSIVE)
+    if full < steps and (steps < _FEW_STEPS or computed < _FEW_COMPUTED):
+        run.notify(f"{full} of {steps} steps are computed in full: fewer steps without a cache are likely to look better; compare")
 
 
 def free_memory(patcher: ModelPatcher, device: torch.device) -> int:
