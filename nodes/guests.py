@@ -49,7 +49,7 @@ class Guest:
         sigmas = options.get("sample_sigmas")
         if RUN in options or sigmas is None:  # the guider's own model is cached: its run serves this one too
             return
-        if self._run is None:
+        if self._network is None:
             self._run, self._network = self._open_run(patcher, sigmas), patcher.model
         if self._run is None:
             return

@@ -130,9 +130,7 @@ def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Calla
 
     def outer_sample(executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
         guider = executor.class_obj
-        run = open_run(guider.model_patcher, sigmas, sampler)
-        if run is None:
-            return executor(noise, latent, sampler, sigmas, *args, **kwargs)
+        run = open_run(guider.model_patcher, sigmas, sampler)  # None is passed on as well: no guest is to ask again
         shared_options = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(shared_options)
         guider.model_options.setdefault("transformer_options", {})[RUN] = run
@@ -142,7 +140,8 @@ def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Calla
             return result
         finally:
             guider.model_options = shared_options
-            finished(run, result)
+            if run is not None:
+                finished(run, result)
 
     return outer_sample
 
@@ -253,7 +252,7 @@ def _calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: torch.Tensor, 
 
 
 def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and RUN in a), None)
+    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and a.get(RUN) is not None), None)
     if options is None:
         return executor(x, t, *args, **kwargs)
     return _carried_out(options[RUN], options, executor, x, t, *args, **kwargs)
