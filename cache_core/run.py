@@ -196,7 +196,7 @@ class CacheRun:
                 f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out"
             )
         wanted = any(evaluation.planned is not Kind.FULL for evaluation in evaluations)
-        if wanted and all(evaluation.kind in (Kind.FULL, None) for evaluation in evaluations):
+        if wanted and all(evaluation.kind in (Kind.FULL, None) and not evaluation.skipped for evaluation in evaluations):
             self.notify("nothing could be skipped in this run")
 
     # -- one call ---------------------------------------------------------------------------------------
