@@ -198,7 +198,8 @@ class CacheRun:
                 f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out"
             )
         wanted = any(evaluation.planned is not Kind.FULL for evaluation in evaluations)
-        if wanted and not self._is_explained and all(evaluation.kind in (Kind.FULL, None) for evaluation in evaluations):
+        skipped = any(evaluation.skipped or evaluation.kind not in (Kind.FULL, None) for evaluation in evaluations)
+        if wanted and not skipped and not self._is_explained:
             self.notify("nothing could be skipped in this run")
 
     # -- one call ---------------------------------------------------------------------------------------

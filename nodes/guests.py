@@ -37,7 +37,7 @@ class Guest:
         self._run: Any = None
         self._network: Any = None
         self._evaluation = ExitStack()
-        self._is_asked = self._is_last = False
+        self._is_last = False
 
     def add_to(self, model: ModelPatcher) -> None:
         model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, self._prepare_state)
@@ -49,8 +49,8 @@ class Guest:
         sigmas = options.get("sample_sigmas")
         if RUN in options or sigmas is None:  # the guider's own model is cached: its run, if it has one, serves this one too
             return
-        if not self._is_asked:
-            self._run, self._network, self._is_asked = self._open_run(patcher, sigmas), patcher.model, True
+        if self._network is None:
+            self._run, self._network = self._open_run(patcher, sigmas), patcher.model
         if self._run is None:
             return
         self._evaluation.close()
@@ -69,7 +69,7 @@ class Guest:
         return self._carry_out(self._run, options, executor, x, t, *args, **kwargs)
 
     def _clean_up(self, _patcher: ModelPatcher) -> None:
-        run, self._run, self._network, self._is_asked = self._run, None, None, False
+        run, self._run, self._network = self._run, None, None
         if run is None:
             return
         self._evaluation.close()

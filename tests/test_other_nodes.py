@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.network_options import variant_of
@@ -88,6 +89,16 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
     report = last_report(patched)
     assert report.count(Kind.FULL) == 10 and report.compute_speedup > 2.6
     assert psnr(result, sample(cached(model, **AUTO), steps=STEPS)) > 60
+
+
+def test_guidance_that_is_always_full_beside_skips_is_no_run_without_any(model):
+    """Layers left out at the very beginning make their own pass one that is never skipped; the sampler's own is."""
+    guided = SkipLayerGuidanceDiT.execute(model=model, scale=2.0, start_percent=0.0, end_percent=1.0, double_layers="0", single_layers="", rescaling_scale=0.0)
+    patched = cached(guided.args[0], mode="auto", speedup=2.0)
+    sample(patched, steps=12)
+    report = last_report(patched)
+    assert set(kinds(report)) == {"F"} and sum(evaluation.skipped for evaluation in report.evaluations) == report.plan.count("a")
+    assert not any("nothing could be skipped" in notice for notice in report.notices)
 
 
 def test_tiles_of_a_latent_are_computed_in_full(model):

@@ -7,6 +7,7 @@ import threading
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import pytest
@@ -98,6 +99,21 @@ def test_with_a_cache_on_both_sides_the_guiders_own_serves(model, other):
     assert torch.equal(guided(first, second), guided(cached(model, **AUTO), other))
     assert last_report(first).count(Kind.FULL) == 4
     assert host.book_of(second).last is None
+
+
+def test_a_cache_that_stands_aside_says_so_once(model, other, monkeypatch):
+    """On the guider's own model, and on the other one: asked before every evaluation, it would look for a calibration and say it anew."""
+    said: list[str] = []
+    monkeypatch.setattr(host, "say", lambda text, _node_id=None: said.append(text))
+    rising = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    euler, prompts = comfy.samplers.sampler_object("euler"), (encode_prompt("red apple"), encode_prompt(""))
+    latent = torch.zeros(1, 3, 48, 48)
+    comfy.sample.sample_custom(cached(model, **AUTO), latent, 2.5, euler, rising, *prompts, latent, disable_pbar=True, seed=0)
+    assert len(said) == 1 and "stands aside" in said[0]
+    if DualModelGuider is not None:
+        guider = DualModelGuider.execute(model, prompts[0], 2.5, cached(other, **AUTO), prompts[1]).args[0]
+        guider.sample(latent, latent, euler, rising, disable_pbar=True, seed=0)
+        assert len(said) == 2
 
 
 @two_models
