@@ -93,7 +93,9 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
 
 def test_guidance_that_is_always_full_beside_skips_is_no_run_without_any(model):
     """Layers left out at the very beginning make their own pass one that is never skipped; the sampler's own is."""
-    guided = SkipLayerGuidanceDiT.execute(model=model, scale=2.0, start_percent=0.0, end_percent=1.0, double_layers="0", single_layers="", rescaling_scale=0.0)
+    guided = SkipLayerGuidanceDiT.execute(
+        model=model, scale=2.0, start_percent=0.0, end_percent=1.0, double_layers="0", single_layers="", rescaling_scale=0.0
+    )
     patched = cached(guided.args[0], mode="auto", speedup=2.0)
     sample(patched, steps=12)
     report = last_report(patched)
