@@ -1,8 +1,9 @@
-"""The only file that knows ComfyUI's sampling: puts a cache on a MODEL through wrappers and takes it off after each run.
+"""Puts a cache on a MODEL through ComfyUI's wrappers and takes it off after each run.
 
 OUTER_SAMPLE makes and frees the run, PREDICT_NOISE opens an evaluation, CALC_COND_BATCH tells the sampler's own
 pass over the conds from extra ones, APPLY_MODEL carries out a model call. Wrappers live on a clone of the model;
-nothing on the model itself outlasts a call.
+nothing on the model itself outlasts a call. What hosts differ in has a file each: `recording.py` (what is done around
+blocks), `guests.py` (guiders of two models), `samplers.py` (what a sampler does), `network_options.py` (what tells passes apart).
 """
 
 from __future__ import annotations
