@@ -96,7 +96,7 @@ def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
 
 @pytest.mark.parametrize(
     ("sampling", "is_followed"),
-    [({}, True), *(({"sampler_name": name}, name in ("euler", "ddim")) for name in ("euler", "ddim", "heun", "euler_ancestral", "?", 3))],
+    [({}, True), *(({"sampler_name": name}, name in ("euler", "ddim")) for name in ("euler", "ddim", "heun", "dpmpp_2m", "?", 3))],
     ids=str,
 )
 def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):

@@ -233,4 +233,4 @@ class Calibrator:
 
 def _budgets(steps: int, speedups: Sequence[float]) -> list[int]:
     """Numbers of full evaluations, most first, fewer than all."""
-    return sorted({max(2, round(steps / speedup)) for speedup in speedups} - {steps}, reverse=True)
+    return sorted({min(steps, max(2, round(steps / speedup))) for speedup in speedups} - {steps}, reverse=True)
