@@ -179,7 +179,6 @@ class CacheRun:
         kept, answered = self._slots.checked()
         if not kept:
             self.notify("a full evaluation gave values that are not finite: they are not kept, and the next one is computed in full")
-            self._is_owed = True
             if self._corrector is not None:
                 self._corrector.clear()
         if not answered:

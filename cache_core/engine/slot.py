@@ -44,9 +44,8 @@ class Slot:
         self.sublayers: dict[SiteKey, Feature] = {}
         self.linears: dict[SiteKey, Feature] = {}
         self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
-        # with a sum of each hidden state not checked yet, finite where all of it is: reading it at once would make a GPU wait
-        self._kept: list[tuple[Anchor, Tensor]] = []
-        self._answered: list[Tensor] = []  # the same sums of answers
+        self._kept: list[Tensor] = []  # a sum of each hidden state not checked yet, finite where all of it is; reading it now would
+        self._answered: list[Tensor] = []  # make a GPU wait. The same of answers
         self._store = store
         self.history = history
 
@@ -61,27 +60,20 @@ class Slot:
             self._drop(self.anchors.pop(0))
         self.anchors.append(Anchor(time, self._store.put(hidden), None if tokens is None else self._store.put(tokens)))
         with self._store.unrecorded():
-            self._kept.append((self.anchors[-1], hidden.sum(dtype=torch.float32)))
+            self._kept.append(hidden.sum(dtype=torch.float32))
 
     def note_answer(self, hidden: Tensor) -> None:
         """To be told the hidden state that a skipped evaluation was going to answer with, where that may not be finite."""
         self._answered.append(hidden.sum(dtype=torch.float32))
 
     def checked(self) -> tuple[bool, bool]:
-        """Whether all that was kept, and all that was to be answered since the last check, is finite.
-
-        Hidden states that are not are given up, and with them all that full evaluations keep of the blocks before.
-        """
-        bad = [anchor for anchor, total in self._kept if not math.isfinite(total.item())]
-        is_answered = all(math.isfinite(total.item()) for total in self._answered)
+        """Whether all that was kept, and all that was to be answered since the last check, is finite. What is not kept well is given up."""
+        is_kept, is_answered = (all(math.isfinite(total.item()) for total in totals) for totals in (self._kept, self._answered))
         self._kept.clear()
         self._answered.clear()
-        for anchor in [anchor for anchor in self.anchors if any(anchor is other for other in bad)]:
-            self.anchors = [other for other in self.anchors if other is not anchor]
-            self._drop(anchor)
-        if bad:
-            self._drop_inner()
-        return not bad, is_answered
+        if not is_kept:
+            self.reset(self.signature)
+        return is_kept, is_answered
 
     def remember_sublayer(self, key: SiteKey, output: Tensor) -> None:
         """Keeps a sublayer's output (rows, L, C) in place of the last one."""
@@ -105,18 +97,14 @@ class Slot:
         """Gives every feature up."""
         for anchor in self.anchors:
             self._drop(anchor)
-        self._drop_inner()
-        self.anchors.clear()
-        self._rests.clear()
-        self._kept.clear()
-        self.signature = signature
-
-    def _drop_inner(self) -> None:
-        """Gives up what is kept of sublayers and linear layers."""
         for features in (self.sublayers, self.linears):
             for feature in features.values():
                 self._store.drop(feature)
             features.clear()
+        self.anchors.clear()
+        self._rests.clear()
+        self._kept.clear()
+        self.signature = signature
 
     def _replace(self, features: dict[SiteKey, Feature], key: SiteKey, value: Tensor) -> None:
         if key in features:
