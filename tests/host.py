@@ -19,6 +19,8 @@ from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfyui_duca.cache_core import RunReport, Settings
+from comfyui_duca.cache_core.engine.linear_sites import find_linears
+from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt
 
@@ -55,6 +57,16 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean over the batch, in dB, of latents in -1..1."""
     error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().flatten(1).mean(1)
     return float((10 * torch.log10(4 / error)).mean())
+
+
+def exact_factors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Factors of the demo network's linear layers that lose nothing: each matrix itself, and the identity."""
+    factors = {}
+    for site in find_linears(FLUX, network):
+        for part in site.parts:
+            own = site.module.weight.detach()[part.rows or slice(None)]
+            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
+    return factors
 
 
 def perturbed(model: ModelPatcher) -> ModelPatcher:

@@ -27,8 +27,7 @@ from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes import host, recording
 from comfyui_duca.nodes.calibrating import Sampling, calibrate
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, kinds, last_report, sample
-from test_second_models import exact_factors
+from host import cached, exact_factors, kinds, last_report, sample
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

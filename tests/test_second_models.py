@@ -18,7 +18,7 @@ from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, kinds, last_report, perturbed, psnr, sample
+from host import cached, exact_factors, kinds, last_report, perturbed, psnr, sample
 
 try:
     from comfy_extras.nodes_custom_sampler import DualModelGuider
@@ -186,18 +186,6 @@ def evaluated(networks, sites, plan, threaded) -> tuple:
         results += [answers[0], answers[1]]
     report = run.close(is_complete=True)
     return results, [e.letter for e in report.evaluations], [e.calls for e in report.evaluations], report.peak_bytes, tuple(report.notices)
-
-
-def exact_factors(network) -> dict[str, torch.Tensor]:
-    """Factors that lose nothing, as in tests of ICC."""
-    from comfyui_duca.cache_core.engine.linear_sites import find_linears
-
-    factors = {}
-    for site in find_linears(FLUX, network):
-        for part in site.parts:
-            own = site.module.weight.detach()[part.rows or slice(None)]
-            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
-    return factors
 
 
 @pytest.mark.skipif(not hasattr(comfy.samplers, "_calc_cond_batch_multigpu"), reason="this ComfyUI has no MultiGPU CFG Split")
