@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from . import recording
-from .keys import KEY, RUN
+from .keys import KEY, RUN, options_with
 
 CALLBACKS = (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP)
 
@@ -63,7 +63,7 @@ class Guest:
 
     def _apply_model(self, executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The APPLY_MODEL wrapper. The options that carry it are the guider's, so it hears of the other model's calls as well."""
-        options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "uuids" in a), None)
+        options = options_with("uuids", args, kwargs)
         if self._run is None or options is None or executor.class_obj is not self._network:
             return executor(x, t, *args, **kwargs)
         return self._carry_out(self._run, options, executor, x, t, *args, **kwargs)

@@ -22,7 +22,7 @@ from ..cache_core import CacheRun, Kind, ModelCall, Opening, Settings, Timeline,
 from ..cache_core.meter import Evaluation
 from . import calibrations, guests, recording, samplers
 from .guests import Guest
-from .keys import KEY, RUN
+from .keys import KEY, RUN, options_with
 from .live_runs import LiveRun, live_runs
 from .network_options import variant_of
 from .notices import say
@@ -254,7 +254,7 @@ def _calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: torch.Tensor, 
 
 
 def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    options = next((a for a in (*args, *kwargs.values()) if isinstance(a, dict) and a.get(RUN) is not None), None)
+    options = options_with(RUN, args, kwargs)
     if options is None:
         return executor(x, t, *args, **kwargs)
     return _carried_out(options[RUN], options, executor, x, t, *args, **kwargs)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from .keys import SKIPS
+from .keys import SKIPS, options_with
 
 try:
     import comfy.model_prefetch as prefetch
@@ -48,9 +48,9 @@ def note_skip(options: dict[str, Any], skips: bool) -> None:
 
 def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """The DIFFUSION_MODEL wrapper: weights of blocks that will not run are not fetched. The host sets its option just before this."""
-    for options in (*args, *kwargs.values()):
-        if isinstance(options, dict) and options.get(SKIPS) and _PREFETCHES in options:
-            options[_PREFETCHES] = False
+    options = options_with(SKIPS, args, kwargs)
+    if options is not None and options[SKIPS] and _PREFETCHES in options:
+        options[_PREFETCHES] = False
     return executor(*args, **kwargs)
 
 
