@@ -11,18 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds import Kind
+from ..refusals import UnknownInputError, UnsupportedCallError
 from .as_read import has
 from .linears import StackLinears
 
 Lengths = Mapping[str, int]  # tokens of every stream, e.g. {"img": 4096, "txt": 512}
-
-
-class UnsupportedCallError(Exception):
-    """A block was called in a way that a replay or a skip does not know: compute this call in full instead."""
-
-
-class UnknownInputError(UnsupportedCallError):
-    """What the model was given cannot be told from what it added before its blocks."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,204 @@
+"""One full evaluation, watched: which lists of blocks run, what their blocks are given and give, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.overrides import Forward, Override, forward_overrides, uncompiled
+from ..store import Unrecorded
+from .flops import Macs, counted
+from .trees import Path, mapped, tensors
+
+_LEAST = 0.03  # of a model's multiply-adds, before a list of blocks is worth a copy of what it gives
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor looks like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass
+class BlockCall:
+    """One call of a block. given: its tensors by their path in (args, kwargs), their number ones too. gave: its result, with a `Spec`
+    for every tensor. same: paths of tensors that it gave -> where it was given the very same one. starts, ends: multiply-adds so far.
+    """
+
+    index: int
+    given: dict[Path, Any]
+    gave: Any = None
+    same: dict[Path, Path] = field(default_factory=dict)
+    starts: float = 0.0
+    ends: float = 0.0
+
+
+@dataclass
+class ListCalls:
+    """The calls of a list's blocks. links: for every call but the first, the path in (args, kwargs) of each tensor that the call before
+    gave, as the same object. kept: copies of what the last block gave. changed: what the call left changed in a block, by name.
+    """
+
+    path: str
+    blocks: list[nn.Module]
+    calls: list[BlockCall] = field(default_factory=list)
+    links: list[dict[Path, Path | None]] = field(default_factory=list)
+    kept: dict[Path, Tensor] = field(default_factory=dict)
+    changed: str = ""
+    _before: Any = None  # what the block before gave, until the next one is called
+
+    @property
+    def macs(self) -> float:
+        return sum(call.ends - call.starts for call in self.calls)
+
+    @property
+    def ends(self) -> float:
+        """Multiply-adds by the time the last block is left."""
+        return self.calls[-1].ends
+
+
+@dataclass
+class Watched:
+    """What one full evaluation showed. output: a copy of what the network returned, None where it was not called or ran nothing.
+
+    lengths: numbers of tokens that blocks of any list were given. inputs: what every watched layer was given, call by call, by its key.
+    """
+
+    lists: list[ListCalls]
+    lengths: set[int] = field(default_factory=set)
+    macs: float = 0.0
+    output: Any = None
+    inputs: dict[Any, list[Spec]] = field(default_factory=dict)
+
+
+def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
+    """The outermost lists of blocks, by their dotted path. A sequence counts where its modules are of one class."""
+    found: dict[str, list[nn.Module]] = {}
+    for name, module in network.named_modules():
+        if not name or any(name.startswith(f"{other}.") for other in found):
+            continue
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            blocks = list(module.values() if isinstance(module, nn.ModuleDict) else module)
+        elif isinstance(module, nn.Sequential) and len(module) > 1 and len({type(block) for block in module}) == 1:
+            blocks = list(module)
+        else:
+            continue
+        if blocks and not all(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks):
+            found[name] = blocks
+    return found
+
+
+@contextmanager
+def watching(network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Unrecorded) -> Iterator[Watched]:
+    """Around one full evaluation. layers: whose inputs are to be noted, by any key. The result is complete when the context ends."""
+    lists = [ListCalls(path, blocks) for path, blocks in lists_of(network).items()]
+    watched = Watched(lists)
+    before = {entry.path: _state(entry.blocks) for entry in lists}
+    with counted() as macs, uncompiled():
+        overrides: list[Override] = []
+        for entry in lists:
+            overrides += [(block, _noting(entry, index, macs, unrecorded)) for index, block in enumerate(entry.blocks)]
+        overrides += [(layer, _noting_input(watched.inputs, key)) for key, layer in layers.items()]
+        overrides.append((network, _noting_output(watched, unrecorded)))
+        with forward_overrides(overrides):
+            yield watched
+        watched.macs = macs.so_far
+    if not watched.macs:
+        watched.output = None
+    for entry in lists:
+        entry._before = None
+        entry.changed = next((name for name, value in _state(entry.blocks).items() if before[entry.path].get(name) != value), "")
+    given = (spec for entry in lists for call in entry.calls for spec in call.given.values())
+    watched.lengths = {spec.shape[1] for spec in given if len(spec.shape) == 3 and spec.shape[1] > 1}
+    watched.lists = [entry for entry in lists if entry.calls and entry.macs >= _LEAST * watched.macs]
+
+
+def _noting(entry: ListCalls, index: int, macs: Macs, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
+    def make(forward: Forward) -> Forward:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given = [(path, tensor) for path, tensor in tensors((args, kwargs))]
+            if entry._before is not None:
+                entry.links.append({out: _path_of(tensor, given) for out, tensor in tensors(entry._before)})
+                entry._before = None
+            call = BlockCall(index, {path: _kind(tensor) for path, tensor in given}, starts=macs.so_far)
+            entry.calls.append(call)
+            result = forward(*args, **kwargs)
+            call.ends = macs.so_far
+            call.gave = mapped(result, lambda _path, leaf: _kind(leaf) if isinstance(leaf, Tensor) else leaf)
+            call.same = {out: path for out, tensor in tensors(result) if (path := _path_of(tensor, given)) is not None}
+            if len(entry.calls) == len(entry.blocks):
+                if entry.macs >= _LEAST * macs.so_far:
+                    with unrecorded():
+                        entry.kept = {path: tensor.clone() for path, tensor in tensors(result)}  # the host may write into it
+            else:
+                entry._before = result
+            return result
+
+        return noted
+
+    return make
+
+
+def _noting_output(watched: Watched, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
+    def make(forward: Forward) -> Forward:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            with unrecorded():
+                watched.output = mapped(result, lambda _path, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            return result
+
+        return noted
+
+    return make
+
+
+def _noting_input(inputs: dict[Any, list[Spec]], key: Any) -> Callable[[Forward], Forward]:
+    def make(forward: Forward) -> Forward:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], Tensor):
+                inputs.setdefault(key, []).append(_kind(args[0]))
+            return forward(*args, **kwargs)
+
+        return noted
+
+    return make
+
+
+def _kind(tensor: Tensor) -> Spec:
+    return Spec(tensor.shape, tensor.dtype)
+
+
+def _path_of(tensor: Tensor, given: list[tuple[Path, Tensor]]) -> Path | None:
+    return next((path for path, other in given if other is tensor), None)
+
+
+def _state(blocks: list[nn.Module]) -> dict[str, Any]:
+    """Numbers and tensors that modules of the blocks hold beside weights, comparable: counters, and caches of keys and values.
+
+    Layers with a weight of their own are left out: hosts keep books there.
+    """
+    state: dict[str, Any] = {}
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if "weight" in module._parameters or hasattr(module, "in_features"):
+                continue
+            for key, value in (*module.__dict__.items(), *module._buffers.items()):
+                if isinstance(value, Tensor):
+                    state[f"{index}.{name}.{key}"] = id(value), value.data_ptr(), _version(value)
+                elif isinstance(value, (int, float)):
+                    state[f"{index}.{name}.{key}"] = value
+                elif isinstance(value, list) and not key.startswith("_"):
+                    state[f"{index}.{name}.{key}"] = len(value)
+    return state
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
