@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .discovery.places import Places
 from .families import FAMILIES, find_family
 from .kinds import Kind, Plan
 from .meter import RunReport
@@ -21,6 +22,7 @@ __all__ = [
     "Kind",
     "ModelCall",
     "Opening",
+    "Places",
     "Plan",
     "RunReport",
     "Settings",

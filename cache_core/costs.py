@@ -1,18 +1,17 @@
-"""What a plan will cost, before it is run."""
+"""What a plan will cost, before it is run: multiply-adds and bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch import nn
-
-from .families import ModelFamily
+from .discovery.places import CallShape, Known
+from .engine.linear_sites import weight_share
 from .kinds import Kind, Plan
-from .meter import CallShape
 from .schedule import CONSERVATIVE_COST
-from .strategy import Strategy, predicted_bytes, row_macs
+from .store import StoreFormat
+from .strategy import ATTENTION_COST, Strategy
 
 # As shares of a full evaluation, for a model not known yet: FLUX.1 at 1024x1024, counted; calibrated ones at rank 128.
 _USUAL = MappingProxyType({Kind.FULL: 1.0, Kind.CALIBRATED: 0.2, Kind.AGGRESSIVE: 0.0002})
@@ -29,20 +28,51 @@ class Costs(NamedTuple):
     is_counted: bool
 
 
-def expected_costs(strategy: Strategy, plan: Plan, known: tuple[ModelFamily, nn.Module, CallShape] | None) -> Costs:
-    """known: the family, the model, and what its calls are like."""
-    if known is None:
-        usual = {**_USUAL, Kind.CONSERVATIVE: CONSERVATIVE_COST * strategy.token_share}
+def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> Costs:
+    """shape: of calls that were made before, None where there were none. What was not counted in them is taken from the usual."""
+    usual = {**_USUAL, Kind.CONSERVATIVE: CONSERVATIVE_COST * strategy.token_share}
+    if strategy.factors is not None:
+        usual[Kind.CALIBRATED] = weight_share(strategy.factors) + ATTENTION_COST
+    if shape is None or shape.known.place is None:
         return Costs(_share(plan, usual), None, False)
-    family, model, shape = known
+    counted = {kind: shape.known.costs.get(cost_key(kind, strategy)) for kind in Kind}
+    shares = {kind: usual[kind] if macs is None else macs / shape.known.macs for kind, macs in counted.items()}
+    return Costs(_share(plan, shares), shape.slots * slot_bytes(strategy, plan, shape), True)
 
-    def cost(kind: Kind) -> float:
-        linears = strategy.linears if kind is Kind.CALIBRATED else None
-        return row_macs(strategy.token_share, family, model, shape.lengths, kind, linears)
 
-    shares = {kind: cost(kind) / cost(Kind.FULL) for kind in Kind if plan.has(kind)}
-    needed = predicted_bytes(strategy, plan, family, model, shape.lengths, shape.rows, shape.dtype)
-    return Costs(_share(plan, shares), needed, True)
+def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
+    """Evaluations of this kind, by strategies with the same key, have the same number of multiply-adds."""
+    if kind is Kind.AGGRESSIVE and strategy.predictor.uses_input:
+        return kind, "corrected"
+    if kind is Kind.CONSERVATIVE:
+        return kind, strategy.token_share
+    if kind is Kind.CALIBRATED and strategy.factors is not None:
+        return kind, weight_share(strategy.factors)
+    return kind
+
+
+def slot_bytes(strategy: Strategy, plan: Plan, shape: CallShape, first_step: int = 0) -> int:
+    """Bytes the cache will hold for one slot, a cond or all that share one, when its history is full.
+
+    first_step: at which the cond is met; its first evaluation is full whatever its step has in the plan.
+    """
+    known, fmt = shape.known, strategy.storage
+    assert known.place is not None, "nothing is kept where there is no place"
+    writes = 1 + sum(kind is not Kind.AGGRESSIVE for kind in plan.kinds[first_step + 1 :])
+    kept = sum(kept.rows_and_tokens * fmt.bytes_per_token(kept.shape[-1], kept.dtype) for kept in known.place.kept)
+    if strategy.predictor.uses_input and shape.input_channels:
+        first = known.place.kept[0]
+        kept += first.rows_and_tokens * fmt.bytes_per_token(shape.input_channels, first.dtype)
+    total = kept * min(strategy.predictor.history, writes)
+    if plan.has(Kind.CONSERVATIVE, first_step):
+        total += known.rows * _sublayer_bytes(known, fmt)
+    total //= 1 if known.place.is_joint else known.conds
+    return total + (shape.linear_bytes if plan.has(Kind.CALIBRATED, first_step) else 0)
+
+
+def _sublayer_bytes(known: Known, fmt: StoreFormat) -> int:
+    assert known.place is not None
+    return sum(tokens * fmt.bytes_per_token(channels, known.place.kept[0].dtype) for tokens, channels in known.sublayers)
 
 
 def _share(plan: Plan, costs: Mapping[Kind, float]) -> float:

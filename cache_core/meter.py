@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from .discovery.places import CallShape
 from .kinds import Kind
 
 
@@ -53,14 +53,6 @@ class Evaluation:
         return self.kind.label if self.kind is not None else "elsewhere"
 
 
-class CallShape(NamedTuple):
-    """What a run's calls were like. lengths: tokens by stream. rows: batch rows of all conds together. dtype: of activations."""
-
-    lengths: Mapping[str, int]
-    rows: int
-    dtype: torch.dtype
-
-
 @dataclass
 class RunReport:
     """A finished run in plain numbers; it holds no tensors.
@@ -68,7 +60,7 @@ class RunReport:
     setting: the strategy in words. plan: its text. predicted_bytes, peak_bytes: of the cache.
     corrected: full evaluations that made up for skipped ones. notices: what the user was told during the run.
     is_complete: False after a cancel or an error.
-    shape: None where no call reached the model's blocks.
+    shape: what its calls were like, None where none was cached. place: where the hidden state was found, or why not, in words.
     """
 
     setting: str
@@ -81,6 +73,7 @@ class RunReport:
     notices: list[str] = field(default_factory=list)
     is_complete: bool = False
     shape: CallShape | None = None
+    place: str = ""
 
     def count(self, kind: Kind) -> int:
         return sum(e.kind is kind for e in self.evaluations)

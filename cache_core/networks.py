@@ -41,13 +41,7 @@ def check(strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
     """Raises ValueError, with a remedy, for what this family or this strategy cannot do."""
     if plan.has(Kind.CONSERVATIVE) and not family.is_conservative:
         raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
-    if strategy.predictor.uses_input and not family.embed:
-        raise ValueError(f"{family.name} models have no calibrated forecast: take the calibration off")
-    if not plan.has(Kind.CALIBRATED):
-        return
-    if not family.linears:
-        raise ValueError(f"{family.name} models have no calibrated evaluation: choose mode auto, paper or forecast")
-    if strategy.linears is None:
+    if plan.has(Kind.CALIBRATED) and strategy.factors is None:
         raise ValueError(
             f"the strategy {strategy.name!r} has no calibration factors: calibrate this model with low-rank factors first, "
             "or choose a plan without calibrated evaluations"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .discovery.places import Places
 from .families import ModelFamily
 from .store import Unrecorded
 from .timeline import Timeline
@@ -17,7 +18,8 @@ class Opening(NamedTuple):
     """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
 
     is_euler: whether the sampler takes plain steps along the direction of one evaluation each. adds_noise: whether it adds noise that
-    a forecast from older latents would leave in the picture; None where that is not known. unrecorded: see `store.Unrecorded`.
+    a forecast from older latents would leave in the picture; None where that is not known. unrecorded: see `store.Unrecorded`. places: what was found out in
+    this process so far; None starts anew.
     """
 
     network: nn.Module
@@ -28,3 +30,4 @@ class Opening(NamedTuple):
     is_euler: bool = False
     adds_noise: bool | None = False
     unrecorded: Unrecorded = nullcontext
+    places: Places | None = None

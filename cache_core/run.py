@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .corrector import Corrector
+from .costs import cost_key, slot_bytes
+from .discovery.flops import counted
+from .discovery.places import CallShape, Known, Places
+from .discovery.proof import FAILURES
 from .engine import (
     CalibratedLinears,
     EngineCall,
@@ -21,16 +25,21 @@ from .engine import (
     calibrated,
     conservative,
     listening,
-    noting,
+    resting,
     skipping,
 )
-from .families import ModelFamily, UnknownInputError, UnsupportedCallError
+from .engine.inputs import ModelInput
+from .engine.linear_sites import LinearSite, find_linears
+from .families import ModelFamily
 from .kinds import Kind
-from .meter import CallShape, Evaluation, RunReport, Stopwatch
+from .meter import Evaluation, RunReport, Stopwatch
 from .model_call import ModelCall
 from .networks import Networks, check
+from .overrides import uncompiled
+from .placing import Discovered, Placing
+from .refusals import UnknownInputError, UnsupportedCallError
 from .store import FeatureStore, StoreFullError, Unrecorded
-from .strategy import Strategy, predicted_bytes, row_macs
+from .strategy import Strategy
 from .timeline import Timeline
 
 
@@ -41,7 +50,7 @@ class CacheRun:
     family: of the model. device: where the model runs. say: told every notice once, in words for the user.
     choose_device: for storage left to us: given the bytes needed, the device to keep them on (None: the model's).
     told: hears of every evaluation when it is over; its time is known only at the end of the run. is_euler: see Opening.
-    unrecorded: around every allocation of what outlives a block (see `store.Unrecorded`).
+    unrecorded: around every allocation of what outlives a block (see `store.Unrecorded`). places: what was found out in this process.
 
     Model calls of one evaluation may come in several threads at once, each with a network of its own.
     """
@@ -58,6 +67,7 @@ class CacheRun:
         told: Callable[[Evaluation], None] = lambda _evaluation: None,
         is_euler: bool = False,
         unrecorded: Unrecorded = nullcontext,
+        places: Places | None = None,
     ) -> None:
         self.plan = strategy.policy.plan(timeline.steps, window)
         check(strategy, self.plan, family)
@@ -71,8 +81,9 @@ class CacheRun:
         self._corrector = Corrector(timeline, self.plan) if strategy.corrects and is_euler else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._networks = Networks(strategy, self.plan, family)
+        self._placing = Placing(family, Places() if places is None else places, strategy.predictor.uses_input, unrecorded)
         self._linears: dict[nn.Module, CalibratedLinears] = {}  # of every network that is called, from the first call that needs them
-        self._macs: dict[tuple, float] = {}
+        self._past: dict[Hashable, float] = {}  # multiply-adds of calls that go past the cache
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
         self._sigma, self._time = float("inf"), 1.0
@@ -84,8 +95,6 @@ class CacheRun:
         self._lock = threading.RLock()  # of all that calls in several threads share; not held while the model runs
         for text in strategy.notices:
             self.notify(text)
-        if family.is_whole and (self.plan.has(Kind.AGGRESSIVE) or strategy.first_only):
-            self.notify("of this model only the whole output can be cached: skipped evaluations do not see the present latent")
 
     # -- the host's moments ---------------------------------------------------------------------------
 
@@ -126,15 +135,19 @@ class CacheRun:
         self._slots.next_pass()
 
     def model_call(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
-        """Carries out one model call. `compute` runs the host's model; it may be called a second time."""
-        slots = self._slots_for(call)
-        if slots is None:
+        """Carries out one model call. `compute` runs the host's model; it may be called more than once."""
+        if not self._may_cache(call):
             return self._past_the_cache(call, compute)
         try:
+            found = None if self._placing.known(call) is not None else self._placing.discover(call, compute)
+            known = self._placing.known(call)
+            slots = None if known is None else self._slots_for(call, known)
+            if known is None or slots is None:
+                return self._past_the_cache(call, compute, found)
             kind = self._possible_kind(slots)
-            result = self._carry_out(kind, call, slots, compute)
+            result = self._carry_out(kind, call, slots, compute, known, found)
             if result is None:
-                result = self._carry_out(Kind.FULL, call, slots, compute)
+                result = self._carry_out(Kind.FULL, call, slots, compute, known)
             assert result is not None, "a full evaluation always has an answer"
             return result
         except StoreFullError:
@@ -204,21 +217,43 @@ class CacheRun:
 
     # -- one call ---------------------------------------------------------------------------------------
 
-    def _slots_for(self, call: ModelCall) -> list[Slot] | None:
-        """The slots of a call's conds; None, said to the user, where it must go past the cache."""
+    def _may_cache(self, call: ModelCall) -> bool:
+        """Whether a call may use the cache; why not is said to the user."""
         with self._lock:
-            if self._is_disabled:
+            bypass = "" if self._is_disabled else self._networks.unfit(call) or call.bypass
+            if bypass:
+                self._bypass(bypass)
+            return not (self._is_disabled or bypass)
+
+    def _slots_for(self, call: ModelCall, known: Known) -> list[Slot] | None:
+        """The slots of a call's conds, one for all where they cannot be told apart; None, said to the user, where there are none."""
+        with self._lock:
+            if known.place is None:
+                self._bypass(f"nothing inside this model can be cached, as {known.reason}")
                 return None
-            bypass = self._networks.unfit(call) or call.bypass
-            slots = None if bypass else self._slots.find(call.conds, call.variant, (call.signature, call.weights))
+            self._describe(known)
+            conds = [tuple(call.conds)] if known.place.is_joint else call.conds
+            slots = self._slots.find(conds, call.variant, (call.signature, call.weights, len(conds) if known.place.is_joint else 0))
             if slots is None:
-                self._is_explained = True
-                reason = bypass or "the same conditioning occurs twice in one evaluation"
-                self.notify(f"{reason}: computed in full, past the cache")
+                self._bypass("the same conditioning occurs twice in one evaluation")
             elif not all(slot.anchors for slot in slots) and self._kind is not Kind.FULL:
                 self._explain(call)
             self._weights.update(dict.fromkeys(call.conds, call.weights))
         return slots
+
+    def _bypass(self, reason: str) -> None:
+        self._is_explained = True
+        self.notify(f"{reason}: computed in full, past the cache")
+
+    def _describe(self, known: Known) -> None:
+        """Says in the report where the hidden state is, and to the user where only the last resort is left."""
+        assert known.place is not None
+        self.report.place = known.place.text
+        if known.place.is_whole and (self.plan.has(Kind.AGGRESSIVE) or self._strategy.first_only):
+            self.notify(
+                "of this model only the whole output can be cached: skipped evaluations do not see the present latent "
+                f"({known.place.reason})"
+            )
 
     def _explain(self, call: ModelCall) -> None:
         """Why there is nothing yet to skip with, where an option of the network or its weights changed since the evaluation before."""
@@ -240,25 +275,35 @@ class CacheRun:
             return Kind.CALIBRATED
         return Kind.FULL
 
-    def _carry_out(self, kind: Kind, call: ModelCall, slots: list[Slot], compute: Callable[[], Tensor]) -> Tensor | None:
-        """The model's output, or None where it must be computed in full instead."""
+    def _carry_out(
+        self,
+        kind: Kind,
+        call: ModelCall,
+        slots: list[Slot],
+        compute: Callable[[], Tensor],
+        known: Known,
+        found: Discovered | None = None,
+    ) -> Tensor | None:
+        """The model's output, or None where it must be computed in full instead. found: a full evaluation that was watched already."""
         strategy = self._strategy  # another thread may replace it
-        engine = self._engine_call(kind, call, slots, strategy)
         try:
-            call.starting(kind)
-            with self._engine_for(kind, engine, strategy):
-                result = compute()
+            engine = self._engine_call(kind, call, slots, strategy, known)
+            if found is not None and not engine.keeps_sublayers and engine.linears is None:
+                result = self._kept(engine, found)
+            else:
+                call.starting(kind)
+                with self._counting(engine, known, strategy, kind), self._engine_for(kind, engine, strategy):
+                    result = compute()
         except UnknownInputError as reason:
             call.abandoned()
             self._fill_without_input(slots, str(reason))
-            return self._carry_out(Kind.FULL, call, slots, compute)
+            return self._carry_out(Kind.FULL, call, slots, compute, known)
         except UnsupportedCallError as reason:
-            call.abandoned()
-            self._is_explained = True
-            self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
-            if kind is not Kind.FULL:
-                return None
-            return self._past_the_cache(call, compute)
+            return self._refused(kind, call, compute, str(reason))
+        except FAILURES as error:
+            if kind is not Kind.AGGRESSIVE or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._refused(kind, call, compute, f"{type(error).__name__}: {error}")
         if not engine.is_touched:
             self.notify("another node answered for the model in some evaluations; the cache does not see those")
         elif not engine.is_finished:
@@ -267,8 +312,24 @@ class CacheRun:
                 return None
             for slot in slots:  # what was kept so far does not belong together
                 slot.reset(slot.signature)
-        self._count(engine, kind, result.shape[0])
+        elif kind is Kind.FULL and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine):
+            for slot in slots:
+                slot.reset(slot.signature)
+        self._count(engine, known, strategy, kind)
         return result
+
+    def _kept(self, engine: EngineCall, found: Discovered) -> Tensor:
+        """The answer of an evaluation that was watched, with what it showed kept."""
+        engine.given, engine.hidden, engine.is_touched = found.given, found.hidden, True
+        self._entered(engine)
+        engine.keep(found.hidden)
+        return found.result
+
+    def _refused(self, kind: Kind, call: ModelCall, compute: Callable[[], Tensor], reason: str) -> Tensor | None:
+        call.abandoned()
+        self._is_explained = True
+        self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
+        return None if kind is not Kind.FULL else self._past_the_cache(call, compute)
 
     def _fill_without_input(self, slots: list[Slot], reason: str) -> None:
         """From here on. What was kept lacks the embedded input: that of these slots goes now, of others before the next evaluation."""
@@ -281,14 +342,25 @@ class CacheRun:
                 slot.reset(slot.signature)
                 slot.history = self._strategy.predictor.history
 
-    def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
+    def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor], found: Discovered | None = None) -> Tensor:
+        """found: where that was computed already."""
         call.starting(Kind.FULL)
         if not self._networks.is_known(call.model):
             return compute()
-        engine = self._engine_call(Kind.FULL, call, [], self._strategy)
-        with noting(engine):
+        key = call.model, call.signature, call.variant, len(call.conds)
+        if found is not None:
+            result, self._past[key] = found.result, found.macs
+        elif key in self._past:
             result = compute()
-        self._count(engine, Kind.FULL, result.shape[0])
+        else:
+            with uncompiled(), counted() as macs:
+                result = compute()
+            self._past[key] = macs.so_far
+        if self._past[key]:
+            with self._lock:
+                self._evaluation.add_call(Kind.FULL, self._past[key], self._past[key])
+        else:
+            self.notify("another node answered for the model in some evaluations; the cache does not see those")
         return result
 
     def _engine_for(self, kind: Kind, engine: EngineCall, strategy: Strategy) -> AbstractContextManager[None]:
@@ -298,33 +370,43 @@ class CacheRun:
             return conservative(engine, self.store)
         return calibrated(engine, self.store) if kind is Kind.CALIBRATED else listening(engine)
 
-    def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot], strategy: Strategy) -> EngineCall:
+    def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot], strategy: Strategy, known: Known) -> EngineCall:
         """A call of this kind. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
-        step = self._evaluation.step
-        keeps_input = strategy.predictor.uses_input and bool(slots)
-        keeps_sublayers = self.plan.has(Kind.CONSERVATIVE, step)
-        engine = EngineCall(call.model, self.family, slots, self._time, self._choice, keeps_sublayers, keeps_input, self._entered)
+        assert known.place is not None, "calls of a model without a place go past the cache"
+        step, is_full = self._evaluation.step, kind is Kind.FULL
+        engine = EngineCall(call.model, known.place, self.family, slots, self._time, self._choice)
+        engine.on_enter = self._entered
         engine.unrecorded = self.store.unrecorded
-        if slots and (kind is Kind.CALIBRATED or (kind is Kind.FULL and self.plan.has(Kind.CALIBRATED, step))):
-            engine.linears = self._bound_linears(call.model)
-        engine.rests = kind is self._kind is Kind.FULL and keeps_sublayers and engine.linears is None and self._follows_a_skip(step)
+        engine.keeps_sublayers = is_full and self.plan.has(Kind.CONSERVATIVE, step)
+        engine.keeps_hidden = is_full and not known.place.is_whole and not self._placing.is_proved(call)
+        engine.known = known
+        if strategy.predictor.uses_input:
+            engine.given = ModelInput(self.family, call.model, self.store.unrecorded)
+        if kind is Kind.CALIBRATED or (is_full and self.plan.has(Kind.CALIBRATED, step)):
+            engine.linears = self._bound_linears(call.model, known)
+        if is_full and self._kind is kind and engine.keeps_sublayers and engine.linears is None and self._follows_a_skip(step):
+            engine.rests = resting(engine)
         return engine
 
     def _follows_a_skip(self, step: int) -> bool:
         """Whether the step before is not full. Warm-ups, tails and what else is full twice in a row are to be exact."""
         return step > 0 and self.plan[step - 1] is not Kind.FULL
 
-    def _bound_linears(self, model: nn.Module) -> CalibratedLinears:
+    def linear_sites(self, model: nn.Module, known: Known) -> list[LinearSite]:
+        """The linear layers that calibrated evaluations can answer for."""
+        return find_linears(self.family, known.linears, model)
+
+    def _bound_linears(self, model: nn.Module, known: Known) -> CalibratedLinears:
         """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
         with self._lock:
             if model not in self._linears:
-                assert self._strategy.linears is not None, "plans with calibrated evaluations are refused without factors"
-                self._linears[model] = CalibratedLinears.bind(self.family, model, self._strategy.linears.factors)
+                assert self._strategy.factors is not None, "plans with calibrated evaluations are refused without factors"
+                self._linears[model] = CalibratedLinears.bind(self.linear_sites(model, known), self._strategy.factors)
             return self._linears[model]
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
-    def _entered(self, engine: EngineCall, tokens: Tensor) -> None:
+    def _entered(self, engine: EngineCall) -> None:
         """When a call reaches its first block: puts the factors in place, predicts the bytes of slots that are new, and
         chooses a device for the first."""
         new = [slot for slot in engine.slots if not slot.predicted_bytes]
@@ -332,41 +414,53 @@ class CacheRun:
             return
         with self._lock:
             if engine.linears is not None:
-                self._linears[engine.model] = engine.linears = self._placed(engine.linears, tokens)
+                self._linears[engine.model] = engine.linears = self._placed(engine.linears, engine)
             if new:
-                self._predict_bytes(engine, new, tokens)
+                self._predict_bytes(engine, new)
 
-    def _placed(self, linears: CalibratedLinears, like: Tensor) -> CalibratedLinears:
+    def _placed(self, linears: CalibratedLinears, engine: EngineCall) -> CalibratedLinears:
         try:
             with self.store.unrecorded():
-                return linears.placed(like.device, like.dtype)
+                return linears.placed(engine.device, engine.dtype)
         except torch.OutOfMemoryError as error:
             raise StoreFullError from error
 
-    def _predict_bytes(self, engine: EngineCall, new: list[Slot], tokens: Tensor) -> None:
-        rows = tokens.shape[0] // len(engine.slots)
+    def _predict_bytes(self, engine: EngineCall, new: list[Slot]) -> None:
+        known, strategy = engine.known, self._strategy
+        assert known is not None
+        linears = 0
+        if engine.linears is not None:
+            linears = known.rows // len(engine.slots) * engine.linears.bytes(engine.dtype, strategy.storage)
+        shape = CallShape(known, len(self._slots), engine.given.channels if engine.given is not None else 0, linears)
         for slot in new:
-            slot.predicted_bytes = predicted_bytes(
-                self._strategy, self.plan, self.family, engine.model, engine.lengths, rows, tokens.dtype, self._evaluation.step
-            )
+            slot.predicted_bytes = slot_bytes(strategy, self.plan, shape, self._evaluation.step)
         self.report.predicted_bytes = max(self.report.predicted_bytes, self._slots.predicted_bytes)
-        self.report.shape = CallShape(dict(engine.lengths), rows * len(self._slots), tokens.dtype)
+        self.report.shape = shape
         if self._choose_device is not None and not self.store.bytes:
             expected = max(2, len(engine.slots))  # the other cond may follow in a call of its own
             device = self._choose_device(expected * new[0].predicted_bytes)
             self.store.format = replace(self.store.format, device=device)
 
-    def _count(self, engine: EngineCall, kind: Kind, rows: int) -> None:
+    def _count(self, engine: EngineCall, known: Known, strategy: Strategy, kind: Kind) -> None:
         with self._lock:
-            if engine.lengths:
-                done = self._cost(engine, kind, engine.linears) - engine.saved_macs
-                self._evaluation.add_call(kind, rows * done, rows * self._cost(engine, Kind.FULL))
-            elif engine.is_touched:  # another node's patch: it ran, and nobody knows what it cost
-                self._evaluation.add_call(kind, 0.0, 0.0)
+            if engine.is_touched:
+                self._evaluation.add_call(kind, known.costs.get(_cost_key(engine, kind, strategy), 0.0), known.macs)
 
-    def _cost(self, engine: EngineCall, kind: Kind, linears: CalibratedLinears | None = None) -> float:
-        """Multiply-adds of one batch row. linears: those that the call keeps something of or replaces."""
-        key = (kind, linears is None, *engine.lengths.items())
-        if key not in self._macs:
-            self._macs[key] = row_macs(self._strategy.token_share, self.family, engine.model, engine.lengths, kind, linears)
-        return self._macs[key]
+    @contextmanager
+    def _counting(self, engine: EngineCall, known: Known, strategy: Strategy, kind: Kind) -> Iterator[None]:
+        """Around an evaluation: counts its multiply-adds where it is the first of its like."""
+        key = _cost_key(engine, kind, strategy)
+        if key in known.costs:
+            yield
+            return
+        with uncompiled(), counted() as macs:
+            yield
+        if engine.is_finished:
+            known.costs[key] = macs.so_far
+
+
+def _cost_key(engine: EngineCall, kind: Kind, strategy: Strategy) -> Hashable:
+    """See `costs.cost_key`; a full evaluation costs more where it keeps what calibrated ones need, and less where sublayers rest."""
+    if kind is Kind.FULL and engine.linears is not None:
+        return kind, cost_key(Kind.CALIBRATED, strategy)
+    return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from .calibration.calibration import Calibration, Choice, Forecast
 from .calibration.use import NotCoveredError, check_covered, choice_at, predictor_of, searched_plan
 from .checks import check_count, check_kind, check_number, check_one_of
-from .engine import CalibratedLinears
-from .families import ModelFamily
-from .families.base import Lengths, stream_length
+from .engine.linear_sites import Factors, check_factors, weight_share
 from .kinds import Kind, Plan
 from .opening import Opening
 from .policies import AlwaysCompute, FixedInterval, FrontLoaded, Given, IccCycle, Policy
@@ -22,7 +18,7 @@ from .store import StoreFormat
 
 MODES = ("auto", "paper", "forecast", "off", "icc")
 
-_ATTENTION_COST = 0.1  # a calibrated evaluation's cost beyond its layers', for the same purpose; FLUX at 1024²: 0.15
+ATTENTION_COST = 0.1  # a calibrated evaluation's cost beyond its layers', for the same purpose; FLUX at 1024²: 0.15
 
 
 _NOISY = (
@@ -36,7 +32,7 @@ _UNTRIED = "what this sampler does could not be tried out beforehand: everything
 class Strategy:
     """policy: when. predictor: with what. token_share: recomputed by conservative evaluations, 0..1. seed: of their choice.
 
-    storage: where features live. name: what a report calls it. linears: what plans with calibrated evaluations need.
+    storage: where features live. name: what a report calls it. factors: what plans with calibrated evaluations need.
     first_only: of several evaluations of one step, only the first is of the plan's kind; the others are aggressive.
     corrects: whether full evaluations make up for what was skipped before them, where the sampler is Euler's (see Corrector).
     notices: what the user is to be told when a run with it begins.
@@ -48,7 +44,7 @@ class Strategy:
     seed: int = 0
     storage: StoreFormat = StoreFormat()
     name: str = "all full"
-    linears: CalibratedLinears | None = None
+    factors: Factors | None = None
     first_only: bool = False
     corrects: bool = False
     notices: tuple[str, ...] = ()
@@ -145,14 +141,15 @@ class Settings:
                 choice, refused = _tried(calibration.forecast, opening, plan.count(Kind.FULL))
                 predictor = predictor_of(calibration.forecast.model, choice.share if choice is not None else None)
                 notices += refused
-        linears = None
+        factors = None
         if (
             calibration is not None
             and calibration.factors is not None
             and policy.plan(opening.timeline.steps, opening.window).has(Kind.CALIBRATED)
         ):
-            linears = CalibratedLinears.bind(opening.family, opening.network, calibration.factors.tensors)
-        return Strategy(policy, predictor, name=schedule.name, linears=linears, first_only=schedule.first_only, notices=notices, **common)
+            factors = calibration.factors.tensors
+            check_factors(opening.network, factors)
+        return Strategy(policy, predictor, name=schedule.name, factors=factors, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, opening: Opening, common: dict[str, Any]) -> Strategy:
         """The plan that does best in general, filled without calibration; or what did best in the calibration where it covers the run."""
@@ -184,14 +181,15 @@ class Settings:
         """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
         if self.calibration is None or self.calibration.factors is None:
             raise ValueError("mode icc needs low-rank factors of this model: run SVD Calibrator with an ICC method first")
-        linears = CalibratedLinears.bind(opening.family, opening.network, self.calibration.factors.tensors)
+        factors = self.calibration.factors.tensors
+        check_factors(opening.network, factors)
         warmup, steps, length = 1 if self.warmup is None else self.warmup, opening.timeline.steps, self.cycle_length
         if not length:
-            cost = linears.weight_share + _ATTENTION_COST
+            cost = weight_share(factors) + ATTENTION_COST
             costs = {Kind.FULL: 1.0, Kind.CALIBRATED: cost}
             length = shortest(lambda n: IccCycle(n, warmup, self.tail), steps, self.speedup, costs)
         name = f"ICC {self.calibration.about.method} rank {self.calibration.about.rank} every {length}"
-        return Strategy(IccCycle(length, warmup, self.tail), Reuse(), name=name, linears=linears, **common)
+        return Strategy(IccCycle(length, warmup, self.tail), Reuse(), name=name, factors=factors, **common)
 
     def _forecast_policy(self) -> Policy:
         if self.cycle_length:
@@ -206,38 +204,3 @@ def _tried(forecast: Forecast, opening: Opening, full: int) -> tuple[Choice | No
     except NotCoveredError as reason:
         return None, (f"the calibration is not used: {reason}",)
     return choice_at(forecast, opening.timeline.steps, full), ()
-
-
-def row_macs(
-    token_share: float, family: ModelFamily, model: torch.nn.Module, lengths: Lengths, kind: Kind, linears: CalibratedLinears | None = None
-) -> float:
-    """Multiply-adds of one batch row. linears: those that the evaluation keeps something of or replaces."""
-    blocks = family.macs(model, lengths, Kind.FULL if kind is Kind.CALIBRATED else kind, token_share)
-    blocks += linears.extra_macs(kind, lengths) if linears is not None else 0.0
-    return blocks + family.outside_macs(model, lengths)
-
-
-def predicted_bytes(
-    strategy: Strategy,
-    plan: Plan,
-    family: ModelFamily,
-    model: torch.nn.Module,
-    lengths: Lengths,
-    rows: int,
-    dtype: torch.dtype,
-    first_step: int = 0,
-) -> int:
-    """Bytes the cache will hold for `rows` batch rows (all conds together) whose activations have `dtype`.
-
-    first_step: at which the conds are met; their first evaluation is full whatever its step has in the plan.
-    """
-    writes = 1 + sum(kind is not Kind.AGGRESSIVE for kind in plan.kinds[first_step + 1 :])
-    per_token = strategy.storage.bytes_per_token(family.channels(model), dtype)
-    beside = strategy.storage.bytes_per_token(family.input_channels(model), dtype) if strategy.predictor.uses_input else 0
-    hidden = stream_length(family.hidden, lengths) * min(strategy.predictor.history, writes) * (per_token + beside)
-    linears = sublayers = 0
-    if plan.has(Kind.CONSERVATIVE, first_step):
-        sublayers = sum(n * strategy.storage.bytes_per_token(width, dtype) for n, width in family.sublayers(model, lengths))
-    if strategy.linears is not None and plan.has(Kind.CALIBRATED, first_step):
-        linears = strategy.linears.bytes(lengths, dtype, strategy.storage)
-    return rows * (hidden + sublayers + linears)

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..cache_core import Settings, find_family
+from ..cache_core import Settings
 from . import calibrations, host, notices, sidecars
 from .cache_compare import comparison_outputs
 from .comparison import Row, output, score
@@ -140,9 +140,9 @@ def _draw(model: ModelPatcher, vae: Any, mode: str, runs: Sequence[Run], given: 
     Raises ValueError for a model that cannot be cached, and the host's own exception after a cancel.
     """
     plain = host.detach(model)
-    if find_family(plain.model.diffusion_model) is None:
+    if host.is_unet(plain):
         name = type(plain.model.diffusion_model).__name__
-        raise ValueError(f"Cache Sweep does not know the model {name}: only diffusion transformers that DuCa Cache knows")
+        raise ValueError(f"Cache Sweep is for diffusion transformers; {name} is a UNet")
     # What only the first sampling does (loading the model, knowing it by its weights) would else make the uncached run look slow.
     warm_up = Run("warming up", _WARM_UP_STEPS, 1.0)
     progress = _Progress([warm_up, *runs], node_id)

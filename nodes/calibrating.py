@@ -57,17 +57,9 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
     """
     plain = host.detach(model)
     network = plain.model.diffusion_model
+    if host.is_unet(model):
+        raise ValueError(f"SVD Calibrator is for diffusion transformers; {type(network).__name__} is a UNet")
     family = find_family(network)
-    if family is None:
-        raise ValueError(
-            f"SVD Calibrator does not know the model {type(network).__name__}: only diffusion transformers that DuCa Cache knows"
-        )
-    if not family.embed and not family.linears:
-        raise ValueError(f"there is nothing to calibrate in {family.name} models: their skipped evaluations are filled without it")
-    if wishes.forecast and not family.embed:
-        raise ValueError(f"{family.name} models have no calibrated forecast: calibrate low-rank factors only")
-    if wishes.method and not family.linears:
-        raise ValueError(f"{family.name} models have no calibrated evaluation: calibrate the forecast only")
     fingerprint = sidecars.fingerprint_of(model)  # first, as there may be none
     sigmas: list[list[float]] = []
 
@@ -82,7 +74,7 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
         return sampling.run(listening, prompt).float().cpu()
 
     progress = _Progress(wishes, node_id)
-    learned = Calibrator(family, network, sample, len(sampling.positives), wishes, progress).run()
+    learned = Calibrator(sample, len(sampling.positives), wishes, progress).run()
     about = _about(family.name, name, sampling, wishes, learned, sigmas[0])
     return Calibration(about, fingerprint, learned.forecast, learned.factors)
 

@@ -18,7 +18,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..cache_core import CacheRun, Kind, ModelCall, Opening, Settings, Timeline, find_family
+from ..cache_core import CacheRun, Kind, ModelCall, Opening, Places, Settings, Timeline, find_family
 from ..cache_core.meter import Evaluation
 from . import calibrations, guests, recording, samplers
 from .guests import Guest
@@ -31,6 +31,7 @@ from .run_book import RunBook
 
 _FEW_STEPS = 8  # below this, and where fewer are computed than the number below, fewer steps were better in docs/benchmarks.md
 _FEW_COMPUTED = 4
+_places = Places()  # of every network that was sampled, for as long as it lives
 _OpenRun = Callable[[ModelPatcher, torch.Tensor, Any], Any]
 
 
@@ -49,7 +50,7 @@ class HostOptions(NamedTuple):
 def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostOptions()) -> ModelPatcher:
     """A clone of `model` that samples with the cache; any cache of ours already on it is replaced.
 
-    A model of no known family, or mode "off", comes back without one. Raises ValueError for a calibration of another checkpoint.
+    A UNet, or mode "off", comes back without one. Raises ValueError for a calibration of another checkpoint.
     """
     if not hasattr(getattr(model, "model", None), "diffusion_model"):  # some packs pass networks of their own as MODEL
         say(f"DuCa Cache serves models that ComfyUI samples; {type(model).__name__} is passed through unchanged.", options.node_id)
@@ -57,8 +58,8 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
     clone = detach(model)
     if settings.mode == "off":
         return clone
-    if find_family(clone.model.diffusion_model) is None:
-        say(unknown_model(clone), options.node_id)
+    if is_unet(clone):
+        say(unet(clone), options.node_id)
         return clone
     if settings.calibration is not None:
         calibrations.check(settings.calibration, clone)
@@ -118,12 +119,15 @@ def book_of(model: ModelPatcher) -> RunBook | None:
     return model.get_attachment(KEY)
 
 
-def unknown_model(model: ModelPatcher) -> str:
-    """Why a model is passed through, in words for the user."""
+def is_unet(model: ModelPatcher) -> bool:
+    """Whether its blocks are of no use to the cache: they shrink and grow the picture, and later ones take from earlier ones."""
+    return all(hasattr(model.model.diffusion_model, name) for name in ("input_blocks", "middle_block", "output_blocks"))
+
+
+def unet(model: ModelPatcher) -> str:
+    """Why a UNet is passed through, in words for the user."""
     name = type(model.model.diffusion_model).__name__
-    if hasattr(model.model.diffusion_model, "input_blocks"):
-        return f"DuCa Cache is for diffusion transformers; {name} is a UNet and is passed through unchanged."
-    return f"DuCa Cache does not know the model {name}; it is passed through unchanged, without a cache."
+    return f"DuCa Cache is for diffusion transformers; {name} is a UNet and is passed through unchanged."
 
 
 def _sampling(open_run: _OpenRun, finished: Callable[[Any, Any], None]) -> Callable[..., torch.Tensor]:
@@ -152,22 +156,22 @@ def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: fl
 
     Raises ValueError in words for the user.
     """
-    family = find_family(patcher.model.diffusion_model)
-    if family is None:
-        raise ValueError(unknown_model(patcher))
+    if is_unet(patcher):
+        raise ValueError(unet(patcher))
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
     window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
     adds_noise = samplers.adds_noise(sampling, sampler, sigmas) if sampler is not None else False
     return Opening(
         patcher.model.diffusion_model,
-        family,
+        find_family(patcher.model.diffusion_model),
         timeline,
         window,
         patcher.load_device,
         samplers.is_euler(sampler),
         adds_noise,
         recording.unrecorded,
+        _places,
     )
 
 
@@ -208,6 +212,7 @@ def _open_run(
         told=told,
         is_euler=begun.is_euler,
         unrecorded=begun.unrecorded,
+        places=begun.places,
     )
     if options.node_id is not None:
         live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, finder.found)

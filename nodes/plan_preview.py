@@ -126,7 +126,7 @@ def _costs(strategy: Strategy, plan: Plan, asked: Asked) -> dict[str, Any]:
     network = known.network() if known is not None else None
     model = None
     if known is not None and network is not None and known.shape is not None:
-        model = known.family, network, known.shape
+        model = known.shape
     costs = expected_costs(strategy, plan, model)
     share = costs.compute
     return {"speedup": 1 / share if share else None, "compute": share, "is_counted": costs.is_counted, "cache_bytes": costs.bytes}

@@ -112,8 +112,6 @@ def find(model: ModelPatcher, refused: Refused = lambda path, reason: None) -> F
     Raises ValueError as `fingerprint_of` does.
     """
     family = find_family(model.model.diffusion_model)
-    if family is None:
-        return None
     seen = [(path, mtime, said) for path, mtime, said in _known.files(_candidates(), refused) if said.about.family == family.name]
     if not seen:
         return None

@@ -18,7 +18,7 @@ from comfyui_duca.cache_core.engine.linear_sites import (
     icc_macs,
 )
 from comfyui_duca.cache_core.engine.linears import linear_taps
-from comfyui_duca.cache_core.engine.overrides import forward_overrides
+from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.families.base import UnsupportedCallError
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.linear_sites import LinearSite
-from ..engine.overrides import Forward, forward_overrides
+from ..overrides import Forward, forward_overrides
 from ..families.linears import LinearPart
 
 METHODS = ("svd", "ca_svd", "cd_svd")

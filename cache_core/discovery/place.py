@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.overrides import Forward, Override
+from ..overrides import Forward, Override
 from ..refusals import UnsupportedCallError
 from .trees import Path, at, filled, replaced
 
@@ -19,11 +19,13 @@ from .trees import Path, at, filled, replaced
 class Passed:
     """A list of blocks that a skip does not run. path: of the list on the network, "" for the network itself as the only block.
 
-    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given.
+    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given. first, last: by order of calls.
     """
 
     path: str
     templates: tuple[Any, ...]
+    first: int = 0
+    last: int = 0
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         if not self.path:
@@ -57,6 +59,12 @@ class Kept:
         flat = flat.unsqueeze(1) if flat.ndim == 2 else flat
         return flat if self.tokens is None else flat[:, self.tokens]
 
+    @property
+    def rows_and_tokens(self) -> int:
+        """B·L of what is kept."""
+        total = self.shape.numel() // self.shape[-1]
+        return total if self.tokens is None else total // self.shape[1] * (self.tokens.stop - self.tokens.start)
+
     def whole(self, part: Tensor, given: Tensor | None) -> Tensor:
         """The tensor to answer with. part: what `of` gives. given: what the block was given in its place."""
         if given is not None and given.shape != self.shape:
@@ -87,10 +95,13 @@ class Place:
 
     passed: tuple[Passed, ...]
     first: Site
-    last: Site
     kept: tuple[Kept, ...]
     reason: str = ""
     is_joint: bool = False
+
+    @property
+    def last(self) -> Site:
+        return Site(self.passed[-1].path, self.passed[-1].last)
 
     @property
     def is_whole(self) -> bool:
@@ -106,6 +117,14 @@ class Place:
 
     def block(self, network: nn.Module, site: Site) -> nn.Module:
         return next(passed for passed in self.passed if passed.path == site.path).blocks(network)[site.index]
+
+    def since(self, path: str) -> Place:
+        """The same without the lists that run before the one at `path`: what they make is needed."""
+        paths = [passed.path for passed in self.passed]
+        if path not in paths:
+            return self
+        passed = self.passed[paths.index(path) :]
+        return replace(self, passed=passed, first=Site(passed[0].path, passed[0].first))
 
     def hidden(self, result: Any) -> list[Tensor]:
         """What is kept of the answering block's result, each (B, L, C). Raises UnsupportedCallError where it is not there."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.overrides import forward_overrides, uncompiled
+from ..overrides import forward_overrides, uncompiled
 from ..refusals import UnsupportedCallError
 from .flops import counted
 from .place import Kept, Passed, Place, Site
@@ -23,7 +23,7 @@ _MOST_LEFT = 0.8  # of a full evaluation's multiply-adds that a skip may cost: w
 _WORTH = 0.2  # of them, before what a later stack would save is worth keeping more
 _MOST_AXES = 6  # places of the batch that are tried
 Hidden = dict[Path, Tensor]  # what the answering block gave, by path
-_FAILURES = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, NotImplementedError, UnsupportedCallError)
+FAILURES = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, NotImplementedError, UnsupportedCallError)
 
 
 class Found(NamedTuple):
@@ -62,7 +62,7 @@ class Prover:
 
     def __init__(self, network: nn.Module, compute: Callable[[], Any], answer: Any, conds: int) -> None:
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
-        self._rows = next(tensor.shape[0] for _, tensor in tensors(answer))
+        self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The network's answer with `hidden`, one tensor for each that the place keeps, put in."""
@@ -103,7 +103,7 @@ class Prover:
         if macs - sum(stack.macs for stack in stacks) > _MOST_LEFT * macs:
             return None
         passed = tuple(stack.passed for stack in stacks if stack is not answering) + (answering.passed,)
-        place, hidden = Place(passed, stacks[0].first, answering.last, answering.kept), answering.hidden
+        place, hidden = Place(passed, stacks[0].first, answering.kept), answering.hidden
         if not self._holds_with(place, hidden):
             return None
         place = self._with_rows(self._with_fewer(place, hidden), hidden)
@@ -123,7 +123,7 @@ class Prover:
 
     def _with_rows(self, place: Place, hidden: Hidden) -> Place:
         """Where each cond's part of the kept tensors lies: proved by changing the first one's and looking whose answer changes."""
-        for axes in islice(product(*(_rows_axes(kept.shape, self._rows, self._conds) for kept in place.kept)), _MOST_AXES):
+        for axes in islice(product(*(_rows_axes(kept.shape, self.rows, self._conds) for kept in place.kept)), _MOST_AXES):
             there = replace(place, kept=tuple(replace(kept, rows=axis) for kept, axis in zip(place.kept, axes)))
             if self._conds == 1:
                 return there
@@ -164,7 +164,7 @@ class Prover:
                 return self.skipped(place, hidden)
         except torch.OutOfMemoryError:
             raise
-        except _FAILURES:
+        except FAILURES:
             return None
 
     def _is_same(self, answer: Any, hidden: Sequence[Tensor]) -> bool:
@@ -172,12 +172,12 @@ class Prover:
 
     def _whole(self, watched: Watched, reason: str) -> Found:
         found = list(tensors(watched.output))
-        axes = [next(_rows_axes(tensor.shape, self._rows, self._conds), None) for _, tensor in found]
+        axes = [next(_rows_axes(tensor.shape, self.rows, self._conds), None) for _, tensor in found]
         if None in axes:
             axes = [None] * len(axes)
         kept = tuple(Kept(path, None, tensor.shape, tensor.dtype, axis) for (path, tensor), axis in zip(found, axes))
         template = mapped(watched.output, lambda _path, leaf: None if isinstance(leaf, Tensor) else leaf)
-        place = Place((Passed("", (template,)),), Site("", 0), Site("", 0), kept, reason, is_joint=None in axes)
+        place = Place((Passed("", (template,)),), Site("", 0), kept, reason, is_joint=None in axes)
         return Found(place, _parts(place, dict(found)), reason)
 
 

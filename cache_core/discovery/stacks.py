@@ -15,17 +15,19 @@ from .watch import BlockCall, ListCalls, Spec
 class Stack(NamedTuple):
     """A list whose blocks were called once each. macs: of all of them; starts, ends: of the model until the first and after the last.
 
-    hidden: copies of the tensors that the last block gave. first, last: blocks by order of calls.
+    hidden: copies of the tensors that the last block gave.
     """
 
     passed: Passed
-    first: Site
-    last: Site
     kept: tuple[Kept, ...]
     hidden: dict[Path, Tensor]
     macs: float
     starts: float
     ends: float
+
+    @property
+    def first(self) -> Site:
+        return Site(self.passed.path, self.passed.first)
 
     @property
     def bytes(self) -> int:
@@ -47,9 +49,7 @@ def stack_of(watched: ListCalls) -> Stack | None:
     if not any(isinstance(leaf, Given) for leaf in at_last.values()):
         return None
     return Stack(
-        Passed(watched.path, tuple(templates[index] for index in sorted(templates))),
-        Site(watched.path, watched.calls[0].index),
-        Site(watched.path, last.index),
+        Passed(watched.path, tuple(templates[index] for index in sorted(templates)), watched.calls[0].index, last.index),
         kept,
         watched.kept,
         watched.macs,

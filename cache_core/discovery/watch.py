@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.overrides import Forward, Override, forward_overrides, uncompiled
+from ..overrides import Forward, Override, forward_overrides, uncompiled
 from ..store import Unrecorded
 from .flops import Macs, counted
 from .trees import Path, mapped, tensors

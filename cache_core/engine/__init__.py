@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .call import EngineCall
 from .conservative import conservative
-from .full import listening, noting
+from .full import listening, resting
 from .linear_sites import CalibratedLinears
 from .linears import calibrated
 from .skip import skipping
@@ -20,6 +20,6 @@ __all__ = [
     "calibrated",
     "conservative",
     "listening",
-    "noting",
+    "resting",
     "skipping",
 ]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.base import Stack, UnsupportedCallError
+from ..families.base import Stack
+from ..refusals import UnsupportedCallError
 from ..store import Feature, FeatureStore
 from .call import EngineCall
-from .overrides import Forward, Override, around, forward_overrides
+from ..overrides import Forward, Override, around, forward_overrides
 
 
 class BlockFeatures:
@@ -52,14 +53,15 @@ class BlockFeatures:
 
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:
     """Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept, as the paper does."""
-    overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in call.placed]
+    placed = call.family.placed(call.model)
+    overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in placed]
     overrides += call.entry()
-    overrides.append((call.placed[-1][2], around(after=call.remember_hidden)))
+    overrides.append((call.last_block, around(after=call.remember_hidden)))
     return forward_overrides(overrides)
 
 
 def _replaying(call: EngineCall, store: FeatureStore, stack: Stack, index: int, block: nn.Module) -> Any:
-    blocks = sum(other is stack for other, _, _ in call.placed)
+    blocks = len(stack.blocks(call.model))
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
         named = stack.checked(args, kwargs)

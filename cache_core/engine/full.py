@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..families.base import Site, Stack
 from .call import EngineCall
 from .linears import linear_taps
-from .overrides import Forward, Override, around, forward_overrides, uncompiled
+from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
 
@@ -21,25 +21,17 @@ from .slot import SiteKey
 def listening(call: EngineCall) -> Iterator[None]:
     """Keeps the last hidden state and what the call asks for: every sublayer's output for conservative evaluations to
     come, every linear layer's output and projected input for calibrated ones."""
-    overrides: list[Override] = [
-        *call.entry(),
-        (call.placed[-1][2], around(after=call.remember_hidden)),
-    ]
+    overrides: list[Override] = [*call.entry(), (call.last_block, around(after=call.remember_hidden))]
     if call.keeps_sublayers:
-        for stack, index, block in call.placed:
+        for stack, index, block in call.family.placed(call.model):
             for site in stack.sites_of(block):
                 key = (stack.path, index, site.name)
                 overrides.append(_tap(call, stack, site, key, block))
-                if call.rests and site.every > 1:
-                    overrides.append((attrgetter(site.module)(block), _resting(call, site, key, block)))
+                if site.name in call.rests:
+                    overrides.append((attrgetter(site.module)(block), _resting(call, key)))
     overrides += linear_taps(call)
     with nullcontext() if call.linears is None else uncompiled(), forward_overrides(overrides):
         yield
-
-
-def noting(call: EngineCall) -> AbstractContextManager[None]:
-    """A full evaluation past the cache: only the stream lengths are noted."""
-    return forward_overrides(call.entry())
 
 
 def _tap(call: EngineCall, stack: Stack, site: Site, key: SiteKey, block: nn.Module) -> Override:
@@ -53,19 +45,26 @@ def _tap(call: EngineCall, stack: Stack, site: Site, key: SiteKey, block: nn.Mod
     return module, around(before=_first_argument(keep)) if site.source == "input" else around(after=keep)
 
 
-def _resting(call: EngineCall, site: Site, key: SiteKey, block: nn.Module) -> Callable[[Forward], Forward]:
-    """A sublayer that is computed in one of `site.every` full evaluations: all slots have it answered, or none."""
+def _resting(call: EngineCall, key: SiteKey) -> Callable[[Forward], Forward]:
+    """A sublayer that what was kept of it answers for."""
 
     def make(forward: Forward) -> Forward:
         def rested(*args: Any, **kwargs: Any) -> Any:
-            if not args or not all(slot.can_rest(key, site.every) for slot in call.slots):
+            if not args:
                 return forward(*args, **kwargs)
-            call.saved_macs += site.macs(block, call.lengths)
             return torch.cat([slot.rest(key, args[0]) for slot in call.slots])  # a copy even of one: the host may write into it
 
         return rested
 
     return make
+
+
+def resting(call: EngineCall) -> frozenset[str]:
+    """The names of sublayers that may rest in a full evaluation: in all blocks and slots, or in none."""
+    sites = [(site, (stack.path, i, site.name)) for stack, i, block in call.family.placed(call.model) for site in stack.sites_of(block)]
+    names = {site.name for site, _ in sites if site.every > 1}
+    awake = {site.name for site, key in sites for slot in call.slots if site.name in names and not slot.can_rest(key, site.every)}
+    return frozenset(names - awake)
 
 
 def _first_argument(keep: Callable[[Tensor], None]) -> Callable[[tuple, dict[str, Any]], None]:

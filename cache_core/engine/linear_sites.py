@@ -1,4 +1,4 @@
-"""Where the linear layers of a model are and the low-rank factors that stand in for them (ICC, arXiv 2505.05829): shapes and costs."""
+"""The linear layers of a model and the low-rank factors that stand in for them (ICC, arXiv 2505.05829): shapes and costs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from ..families.base import Lengths, ModelFamily, stream_length
-from ..families.linears import LinearPart, StackLinears
+from ..discovery.layers import LayerCall, LayerKey
+from ..families.base import ModelFamily
+from ..families.linears import WHOLE, LinearPart
 from ..kinds import Kind
+from ..refusals import UnsupportedCallError
 from ..store import StoreFormat
 from .slot import SiteKey
 
@@ -23,9 +25,9 @@ Ranks = int | Factors  # one rank for all, cut to each part's size, or the facto
 class LinearSite:
     """One linear layer of one block.
 
-    stack: path of the block's stack. index: of the block there. layer: dotted path inside the block.
-    parts: the matrices it is made of. stream: whose tokens it works on. is_grouped: they come in groups (B·groups, L/groups, C).
-    in_pieces: it may get them in several calls. batch: axis of the batch in its input and its output.
+    stack: path of the block's list. index: of the block there. layer: dotted path inside the block. parts: the matrices it is made of.
+    tokens: of a batch row, in each call that an evaluation makes of it. batch: axis of the batch in its input and its output, or of
+    batch times groups where tokens come in groups (B·groups, L/groups, C).
     """
 
     stack: str
@@ -33,11 +35,9 @@ class LinearSite:
     layer: str
     module: nn.Module
     parts: tuple[LinearPart, ...]
-    stream: str
+    tokens: tuple[int, ...]
     in_features: int
     out_features: int
-    is_grouped: bool = False
-    in_pieces: bool = False
     batch: int = 0
 
     @property
@@ -85,14 +85,16 @@ class CalibratedLinears:
     place: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
-    def bind(cls, family: ModelFamily, model: nn.Module, factors: Factors) -> CalibratedLinears:
-        """For the layers that `model` has now. factors: as `Factors` names them; those of other layers do no harm.
+    def bind(cls, sites: Iterable[LinearSite], factors: Factors) -> CalibratedLinears:
+        """Those of the sites that there are factors for; others are left to the host.
 
-        Raises ValueError where the family describes no linear layers, or factors are missing or of another model's shapes.
+        Raises UnsupportedCallError where there are none at all, ValueError for factors of another model's shapes.
         """
-        sites = find_linears(family, model)
-        check_factors(sites, factors)
-        return cls(tuple(sites), factors)
+        own = [site for site in sites if all(f"{site.key(part)}.{side}" in factors for part in site.parts for side in "AB")]
+        if not own:
+            raise UnsupportedCallError("none of the calibrated layers is given tokens")
+        check_shapes(own, factors)
+        return cls(tuple(own), factors)
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> CalibratedLinears:
         """The same with the factors of these layers on that device in that dtype, so that no evaluation converts them."""
@@ -102,45 +104,76 @@ class CalibratedLinears:
         factors = {name: self.factors[name].to(device=device, dtype=dtype) for name in names}
         return replace(self, factors=factors, place=(device, dtype))
 
-    def extra_macs(self, kind: Kind, lengths: Lengths) -> float:
+    def extra_macs(self, kind: Kind) -> float:
         """Multiply-adds per batch row beyond those of the host's own blocks: positive for a full evaluation that keeps
         what calibrated ones need, negative for a calibrated one. No other kind has any to do with these layers."""
         if kind is Kind.FULL:
-            return anchor_macs(self.sites, lengths, self.factors)
+            return anchor_macs(self.sites, self.factors)
         assert kind is Kind.CALIBRATED, "the layers of other kinds are not ours"
-        return icc_macs(self.sites, lengths, self.factors) - dense_macs(self.sites, lengths)
+        return icc_macs(self.sites, self.factors) - dense_macs(self.sites)
 
-    @property
-    def weight_share(self) -> float:
-        """Multiply-adds of the factors as a share of the layers' own, each layer taken once per token."""
-        dense = sum(site.in_features * site.out_features for site in self.sites)
-        return sum(n for site in self.sites for n in _part_weights(site, self.factors)) / dense
-
-    def bytes(self, lengths: Lengths, dtype: torch.dtype, fmt: StoreFormat) -> int:
+    def bytes(self, dtype: torch.dtype, fmt: StoreFormat) -> int:
         """Bytes kept per batch row of a model that computes in `dtype`; the factors themselves are not counted."""
-        return icc_bytes(self.sites, lengths, self.factors, dtype, fmt)
+        return icc_bytes(self.sites, self.factors, dtype, fmt)
 
 
-def find_linears(family: ModelFamily, model: nn.Module) -> list[LinearSite]:
-    """All linear layers inside the family's blocks whose input is per token, in the order of the blocks, then those beside them.
+def weight_share(factors: Factors) -> float:
+    """Multiply-adds of the factors as a share of the layers' own, each layer taken once per token."""
+    pairs = [(factors[f"{name[:-2]}.A"], b) for name, b in factors.items() if name.endswith(".B")]
+    dense = sum(a.shape[0] * b.shape[1] for a, b in pairs)
+    return sum(b.shape[0] * (a.shape[0] + b.shape[1]) for a, b in pairs) / max(dense, 1)
 
-    A linear layer is what has `in_features` and `out_features`: quantised and wrapped ones need not be `nn.Linear`.
-    Raises ValueError for a stack or a layer that the family's `linears` do not describe.
+
+def find_linears(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], network: nn.Module) -> list[LinearSite]:
+    """The linear layers that were found to be given tokens, as the network has them now.
+
+    family: says which of them are several matrices in one.
     """
-    rules = {rule.path: rule for rule in family.linears}
-    sites: list[LinearSite] = []
-    for stack, index, block in family.placed(model):
-        if stack.path not in rules:
-            raise ValueError(f"{family.name}: the linear layers of {stack.path} are not described")
-        sites += _sites_of_block(rules[stack.path], index, getattr(block, "_orig_mod", block))  # a compiled block wraps the real one
-    beside = [rule for rule in family.linears if rule.path not in {stack.path for stack in family.stacks}]
-    for rule in beside:
-        for index, module in enumerate(attrgetter(rule.path)(model)):
-            sites += _sites_of_block(rule, index, module)
+    sites = []
+    for (path, index, layer), call in calls.items():
+        blocks = attrgetter(path)(network)
+        block = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)[index]
+        block = getattr(block, "_orig_mod", block)
+        module = attrgetter(layer)(block) if layer else block
+        split = family.fused.get(path, {}).get(layer)
+        parts = (WHOLE,) if split is None else split(block)
+        sites.append(
+            LinearSite(path, index, layer, module, parts, call.tokens, int(module.in_features), int(module.out_features), call.batch)
+        )
     return sites
 
 
-def check_factors(sites: Iterable[LinearSite], factors: Factors) -> None:
+def check_factors(network: nn.Module, factors: Factors) -> None:
+    """Raises ValueError, naming the part, where factors are for layers that the network has not, or of other shapes."""
+    for name, b in factors.items():
+        if not name.endswith(".B"):
+            continue
+        key, a = name[:-2], factors.get(f"{name[:-2]}.A")
+        layer = key.rpartition(".")[0]
+        try:
+            module = network.get_submodule(_with_numbers(network, layer))
+            sizes = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        except AttributeError:
+            raise ValueError(f"there are factors for {layer}, which this model has not: they were made for another model") from None
+        if a is None or a.shape[0] > sizes[0] or b.shape[1] != sizes[1] or a.shape[1] != b.shape[0]:
+            raise ValueError(f"the factors of {key} do not have the model's shapes: they were made for another model")
+
+
+def _with_numbers(network: nn.Module, layer: str) -> str:
+    """The layer's path on the network: blocks are numbered where a ModuleDict has names, and compiled ones hold the real one."""
+    module, path = network, []
+    for step in layer.split("."):
+        if isinstance(module, nn.ModuleDict) and step not in module and step.isdigit() and int(step) < len(module):
+            step = list(module)[int(step)]
+        module = getattr(module, step)
+        path.append(step)
+        if hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+            path.append("_orig_mod")
+    return ".".join(path)
+
+
+def check_shapes(sites: Iterable[LinearSite], factors: Factors) -> None:
     """Raises ValueError, naming the part, where factors are missing or do not have the model's shapes."""
     for site in sites:
         for part in site.parts:
@@ -152,34 +185,27 @@ def check_factors(sites: Iterable[LinearSite], factors: Factors) -> None:
                 raise ValueError(f"the factors of {key} are {tuple(a.shape)} and {tuple(b.shape)}: they were made for another model")
 
 
-def dense_macs(sites: Iterable[LinearSite], lengths: Lengths) -> float:
-    """Multiply-adds of the layers in a full evaluation, per batch row.
-
-    Blocks in a calibrated evaluation cost family.macs(full) - dense_macs + icc_macs.
-    """
-    return float(sum(stream_length(site.stream, lengths) * site.in_features * site.out_features for site in sites))
+def dense_macs(sites: Iterable[LinearSite]) -> float:
+    """Multiply-adds of the layers in a full evaluation, per batch row."""
+    return float(sum(sum(site.tokens) * site.in_features * site.out_features for site in sites))
 
 
-def icc_macs(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks) -> float:
+def icc_macs(sites: Iterable[LinearSite], ranks: Ranks) -> float:
     """Multiply-adds of the layers in a calibrated evaluation, per batch row: tokens · rank · (inputs + outputs) over all parts."""
-    return float(sum(stream_length(site.stream, lengths) * n for site in sites for n in _part_weights(site, ranks)))
+    return float(sum(sum(site.tokens) * n for site in sites for n in _part_weights(site, ranks)))
 
 
-def anchor_macs(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks) -> float:
+def anchor_macs(sites: Iterable[LinearSite], ranks: Ranks) -> float:
     """Multiply-adds that a full evaluation costs more per batch row for z_c: tokens · rank · inputs over all parts."""
-    total = 0
-    for site in sites:
-        per_token = sum(rank * site.in_features for part, rank in zip(site.parts, site.ranks(ranks)))
-        total += stream_length(site.stream, lengths) * per_token
-    return float(total)
+    return float(sum(sum(site.tokens) * sum(site.ranks(ranks)) * site.in_features for site in sites))
 
 
-def icc_bytes(sites: Iterable[LinearSite], lengths: Lengths, ranks: Ranks, dtype: torch.dtype, fmt: StoreFormat = StoreFormat()) -> int:
+def icc_bytes(sites: Iterable[LinearSite], ranks: Ranks, dtype: torch.dtype, fmt: StoreFormat = StoreFormat()) -> int:
     """Bytes kept per batch row of a model that computes in `dtype`: tokens · (out_features + sum of ranks) · bytes of a number."""
     total = 0
     for site in sites:
         per_token = fmt.bytes_per_token(site.out_features, dtype) + fmt.bytes_per_token(sum(site.ranks(ranks)), dtype)
-        total += stream_length(site.stream, lengths) * per_token
+        total += sum(site.tokens) * per_token
     return total
 
 
@@ -189,17 +215,3 @@ def _size(place: slice | None, whole: int) -> int:
 
 def _part_weights(site: LinearSite, ranks: Ranks) -> list[int]:
     return [rank * (site.in_features + site.outputs(part)) for part, rank in zip(site.parts, site.ranks(ranks))]
-
-
-def _sites_of_block(rule: StackLinears, index: int, block: nn.Module) -> list[LinearSite]:
-    sites: list[LinearSite] = []
-    for layer, module in block.named_modules():
-        if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or layer.startswith(rule.skip):
-            continue
-        if sites and layer.startswith(f"{sites[-1].layer}."):
-            continue  # inside a wrapper that is itself called as the layer
-        sizes = int(module.in_features), int(module.out_features)
-        parts, stream = rule.parts_of(block, layer), rule.stream(layer)
-        is_grouped, in_pieces = layer.startswith(rule.grouped), layer.startswith(rule.pieces)
-        sites.append(LinearSite(rule.path, index, layer, module, parts, stream, *sizes, is_grouped, in_pieces, rule.batch))
-    return sites

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..families.base import UnsupportedCallError, stream_length
+from ..refusals import UnsupportedCallError
 from ..store import Feature, FeatureStore
 from .call import EngineCall
 from .linear_sites import Factors, LinearSite
-from .overrides import Forward, Override, around, forward_overrides, uncompiled
+from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
 
@@ -48,7 +48,7 @@ def calibrated(call: EngineCall, store: FeatureStore) -> Iterator[None]:
     assert call.linears is not None, "plans with calibrated evaluations are refused without factors"
     overrides: list[Override] = [(site.module, _calibrating(call, site, store)) for site in call.linears.sites]
     overrides += call.entry()
-    overrides.append((call.placed[-1][2], around(after=call.remember_hidden)))
+    overrides.append((call.last_block, around(after=call.remember_hidden)))
     with uncompiled(), forward_overrides(overrides):
         yield
 
@@ -89,7 +89,7 @@ def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Cal
             nonlocal number
             tokens = _tokens(call, site, args, number)
             if tokens is None:
-                raise UnsupportedCallError(f"{site.name} is called with another shape or more than once")
+                raise UnsupportedCallError(f"{site.name} is called with another shape or more often than before")
             # copies even of one: y is added to below
             y = torch.cat(_features(call, site, _numbered(site.output_key, number), store, tokens))
             z = torch.cat(_features(call, site, _numbered(site.projection_key, number), store, tokens))
@@ -128,17 +128,15 @@ def _numbered(key: SiteKey, number: int) -> SiteKey:
 def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any], number: int) -> Tensor | None:
     """The input of the layer's call of this number as (B, L, in_features); the tokens may lie in a grid.
 
-    None where it has not all tokens of its stream, or is not the first; but some layers get them in pieces.
-    Groups of tokens are put side by side again, in whatever order they come: it is the same one for y_c and z_c.
+    None where it is not what this call was given when the layer was found. Groups of tokens are put side by side again, in whatever
+    order they come: it is the same one for y_c and z_c.
     """
-    if not args or not call.lengths or args[0].ndim < 3:
+    if not args or args[0].ndim < 3 or number >= len(site.tokens) or args[0].shape[-1] != site.in_features:
         return None
-    x, length = site.ordered(args[0]).flatten(1, -2), stream_length(site.stream, call.lengths)
-    if site.is_grouped and x.shape[0] * x.shape[1] % length == 0:
-        x = x.reshape(-1, length, x.shape[-1])
-    is_known = x.ndim == 3 and x.shape[2] == site.in_features
-    is_known &= x.shape[1] <= length if site.in_pieces else number == 0 and x.shape[1] == length
-    return x if is_known and x.shape[0] % len(call.slots) == 0 else None
+    x, length = site.ordered(args[0]), site.tokens[number]
+    if x[..., 0].numel() % (length * len(call.slots)):
+        return None
+    return x.reshape(-1, length, site.in_features)
 
 
 def _features(call: EngineCall, site: LinearSite, key: SiteKey, store: FeatureStore, like: Tensor) -> list[Tensor]:

@@ -17,13 +17,14 @@ Variant = frozenset[tuple[str, Hashable]]  # options that change what a network 
 
 
 class Anchor(NamedTuple):
-    """A computed hidden state, the model's time at which it was computed and, where the predictor uses it, its input.
+    """A computed hidden state, one feature for each tensor that is kept of it, the model's time at which it was computed and, where the
+    predictor uses it, its input.
 
     With an input, `hidden` is without the embedded input.
     """
 
     time: float
-    hidden: Feature
+    hidden: tuple[Feature, ...]
     input: Feature | None
 
 
@@ -49,8 +50,8 @@ class Slot:
         self._store = store
         self.history = history
 
-    def remember_hidden(self, time: float, hidden: Tensor, tokens: Tensor | None = None) -> None:
-        """Adds an anchor: hidden (rows, L, C) and the input tokens (rows, L, d) where they are used.
+    def remember_hidden(self, time: float, hidden: Sequence[Tensor], tokens: Tensor | None = None) -> None:
+        """Adds an anchor: hidden states (rows, L, C) and the input tokens (rows, L, d) where they are used.
 
         One at the same time is replaced, the oldest is dropped when there are too many.
         """
@@ -58,9 +59,10 @@ class Slot:
             self._drop(self.anchors.pop())
         if len(self.anchors) == self.history:
             self._drop(self.anchors.pop(0))
-        self.anchors.append(Anchor(time, self._store.put(hidden), None if tokens is None else self._store.put(tokens)))
+        kept = tuple(self._store.put(tensor) for tensor in hidden)
+        self.anchors.append(Anchor(time, kept, None if tokens is None else self._store.put(tokens)))
         with self._store.unrecorded():
-            self._kept.append(hidden.sum(dtype=torch.float32))
+            self._kept += [tensor.sum(dtype=torch.float32) for tensor in hidden]
 
     def note_answer(self, hidden: Tensor) -> None:
         """To be told the hidden state that a skipped evaluation was going to answer with, where that may not be finite."""
@@ -112,7 +114,8 @@ class Slot:
         features[key] = self._store.put(value)
 
     def _drop(self, anchor: Anchor) -> None:
-        self._store.drop(anchor.hidden)
+        for feature in anchor.hidden:
+            self._store.drop(feature)
         if anchor.input is not None:
             self._store.drop(anchor.input)
 

@@ -6,25 +6,9 @@ image inside the image stream. The host adds ControlNet residuals after each blo
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
-from .counting import around_macs
 from .flux_blocks import flux_like, has_flux_blocks
-
-FLUX_AROUND = MappingProxyType(
-    {
-        "img_in": "img",
-        "txt_in": "txt",
-        "time_in": "",
-        "vector_in": "",
-        "guidance_in": "",
-        "final_layer.adaLN_modulation": "",
-        "final_layer.linear": "img",
-    }
-)
 
 FLUX = flux_like(
     name="flux",
     matches=lambda model: has_flux_blocks(model, "Flux", own_modulation=True),  # FLUX.2 has not
-    outside_macs=around_macs(FLUX_AROUND),
 )

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kinds import Kind
-from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights, modulate
-from .flux_linears import flux_linears
+from ..refusals import UnsupportedCallError
+from .base import Cached, ModelFamily, Site, Stack, modulate
+from .flux_linears import FLUX_FUSED
 from .replaying import finite
 
 
@@ -34,27 +34,12 @@ def has_flux_blocks(model: nn.Module, class_name: str, own_modulation: bool) -> 
 def flux_like(
     name: str,
     matches: Callable[[nn.Module], bool],
-    outside_macs: Callable[[nn.Module, Lengths], float],
     joint: str = "txt+img",
-    channels: Callable[[nn.Module], int] = attrgetter("hidden_size"),
     embed: str = "img_in",
-    input_channels: Callable[[nn.Module], int] = attrgetter("in_channels"),
     tokens: Callable[[nn.Module, Tensor], Tensor] = lambda _module, given: given,
 ) -> ModelFamily:
     """A family of these blocks. joint: the stream of the single blocks, "txt+img" or "img+txt"; all else as in ModelFamily."""
-    return ModelFamily(
-        name=name,
-        matches=matches,
-        stacks=_stacks(joint),
-        hidden="img",
-        channels=channels,
-        embed=embed,
-        input_channels=input_channels,
-        macs=_macs,
-        outside_macs=outside_macs,
-        linears=flux_linears(joint),
-        tokens=tokens,
-    )
+    return ModelFamily(name, matches, _stacks(joint), embed=embed, tokens=tokens, fused=FLUX_FUSED)
 
 
 def _stacks(joint: str) -> tuple[Stack, Stack]:
@@ -145,24 +130,3 @@ def _modulated(x: Tensor, mod: Any, rows: Tensor | None, tokens: Tensor) -> Tens
     """The chosen tokens x (B, k, C), shifted and scaled."""
     rows = None if rows is None else rows[tokens]
     return modulate(x, _taken(mod.shift, rows), _taken(mod.scale, rows))
-
-
-def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
-    """Multiply-adds of all blocks for one batch row."""
-    if kind is Kind.AGGRESSIVE:
-        return 0.0
-    img, txt = lengths["img"], lengths["txt"]
-    joint = img + txt
-    total = 0.0
-    for block in model.double_blocks:
-        total += linear_weights(getattr(block, "img_mod", None), getattr(block, "txt_mod", None))
-        if kind is Kind.FULL:
-            total += img * linear_weights(block.img_attn, block.img_mlp) + txt * linear_weights(block.txt_attn, block.txt_mlp)
-            total += 2 * joint * joint * block.hidden_size
-        else:
-            total += share * (img * linear_weights(block.img_mlp) + txt * linear_weights(block.txt_mlp))
-    for block in model.single_blocks:
-        per_token = joint * linear_weights(block.linear1, block.linear2)
-        total += linear_weights(block.modulation)
-        total += per_token + 2 * joint * joint * block.hidden_size if kind is Kind.FULL else share * per_token
-    return total

@@ -1,28 +1,12 @@
-"""The linear layers of FLUX's blocks: which are several matrices in one, and whose tokens each works on."""
+"""The linear layers of FLUX's blocks that are several matrices in one."""
 
 from __future__ import annotations
 
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
-from .linears import WHOLE, LinearPart, StackLinears
-
-
-def flux_linears(joint: str) -> tuple[StackLinears, StackLinears]:
-    """joint: the stream of the single blocks, "txt+img" or "img+txt"."""
-    double = StackLinears(
-        path="double_blocks",
-        streams={"img_": "img", "txt_": "txt"},
-        skip=("img_mod.", "txt_mod."),
-        parts={
-            "img_attn.qkv": _qkv,
-            "txt_attn.qkv": _qkv,
-            "img_mlp.0": lambda block: _mlp_in(attrgetter("img_mlp.0", "img_mlp.2")(block)),
-            "txt_mlp.0": lambda block: _mlp_in(attrgetter("txt_mlp.0", "txt_mlp.2")(block)),
-        },
-    )
-    single = StackLinears(path="single_blocks", streams={"": joint}, skip=("modulation.",), parts={"linear1": _qkv_and_mlp})
-    return double, single
+from .linears import WHOLE, LinearPart
 
 
 def _qkv(block: Any) -> tuple[LinearPart, ...]:
@@ -46,4 +30,14 @@ def _gate_and_value(start: int, width: int) -> tuple[LinearPart, ...]:
     return LinearPart("gate", slice(start, start + width)), LinearPart("value", slice(start + width, start + 2 * width))
 
 
-FLUX_LINEARS = flux_linears("txt+img")
+FLUX_FUSED = MappingProxyType(
+    {
+        "double_blocks": {
+            "img_attn.qkv": _qkv,
+            "txt_attn.qkv": _qkv,
+            "img_mlp.0": lambda block: _mlp_in(attrgetter("img_mlp.0", "img_mlp.2")(block)),
+            "txt_mlp.0": lambda block: _mlp_in(attrgetter("txt_mlp.0", "txt_mlp.2")(block)),
+        },
+        "single_blocks": {"linear1": _qkv_and_mlp},
+    }
+)

@@ -10,14 +10,13 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration.calibration import Factors, Forecast
 from ..calibration.low_rank import Magnitudes, factorise_sites, measuring
 from ..calibration.statistics import ForecastModel, Moments, stretches
 from ..calibration.use import error_of
-from ..engine.linear_sites import find_linears
-from ..families import ModelFamily
+from ..engine.linear_sites import LinearSite
 from ..kinds import Kind, Plan
 from ..model_call import ModelCall
 from ..opening import Opening
@@ -78,8 +77,6 @@ class Calibrator:
 
     def __init__(
         self,
-        family: ModelFamily,
-        network: nn.Module,
         sample: Sample,
         prompts: int,
         wishes: Wishes,
@@ -88,7 +85,7 @@ class Calibrator:
         self._sample, self._prompts = sample, prompts
         self._wishes, self._told = wishes, told
         self._halves = [Moments() for _ in range(min(2, prompts))]  # of the even prompts and of the odd ones
-        self._sites = find_linears(family, network) if wishes.method else []
+        self._sites: list[LinearSite] = []
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
         self._references: list[Tensor] = []
         self._times: tuple[float, ...] = ()
@@ -108,14 +105,15 @@ class Calibrator:
     def _record(self) -> None:
         """Uncached runs of all prompts."""
 
-        def listen(call: ModelCall) -> AbstractContextManager[None]:
-            return measuring(call.conds, self._sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
+        def listen(call: ModelCall, sites: list[LinearSite]) -> AbstractContextManager[None]:
+            self._sites = sites
+            return measuring(call.conds, sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
 
         for prompt in range(self._prompts):
             self._told("recording", prompt, self._prompts)
             if self._magnitudes is not None:
                 self._magnitudes.begin_run()
-            latent, tape = self._taped(prompt, self._full(), listen=listen)
+            latent, tape = self._taped(prompt, self._full(), listen=listen if self._wishes.method else None)
             self._references.append(latent)
             self._dtype = tape.dtype or self._dtype
             if self._wishes.forecast:
@@ -218,7 +216,7 @@ class Calibrator:
         strategy: Strategy,
         before: Tape | None = None,
         until: int = 0,
-        listen: Callable[[ModelCall], AbstractContextManager[None]] | None = None,
+        listen: Callable[[ModelCall, list[LinearSite]], AbstractContextManager[None]] | None = None,
     ) -> tuple[Tensor, Tape]:
         runs: list[TapedRun] = []
 

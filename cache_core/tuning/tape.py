@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..discovery.places import Known
 from ..engine import Slot
+from ..engine.linear_sites import LinearSite
 from ..kinds import Kind
 from ..model_call import ModelCall
 from ..opening import Opening
+from ..placing import Discovered
 from ..run import CacheRun
 from ..strategy import Strategy
 
@@ -25,9 +28,9 @@ class Sample(Protocol):
 
 
 class _Kept(NamedTuple):
-    """A cond's hidden state (rows, L, C) and, where the predictor uses it, its input (rows, L, d)."""
+    """A cond's hidden state, (rows, L, C) for each tensor that is kept, and, where the predictor uses it, its input (rows, L, d)."""
 
-    hidden: Tensor
+    hidden: list[Tensor]
     input: Tensor | None
 
 
@@ -52,7 +55,7 @@ class Tape:
     @property
     def dtype(self) -> torch.dtype | None:
         """What the blocks compute in; None before anything was computed."""
-        return next((kept.hidden.dtype for evaluation in self.entries for entry in evaluation for kept in entry.kept), None)
+        return next((kept.hidden[0].dtype for evaluation in self.entries for entry in evaluation for kept in entry.kept), None)
 
     def before(self, time: float) -> int:
         """How many evaluations come before the first one at `time` or later in the run."""
@@ -67,14 +70,15 @@ class Tape:
         for cond in zip(*rows):
             inputs = [kept.input.flatten(0, 1) for kept in cond if kept.input is not None]
             if len(inputs) == len(cond):
-                found.append((torch.stack(inputs), torch.stack([kept.hidden.flatten(0, 1) for kept in cond])))
+                found.append((torch.stack(inputs), torch.stack([kept.hidden[0].flatten(0, 1) for kept in cond])))
         return found
 
 
 class TapedRun(CacheRun):
     """A run that is recorded on `tape`; its first `until` evaluations are played back from `before` instead of computed.
 
-    The run on `before` must have had the same plan, predictor and noise that far. listen: a context around every computed call.
+    The run on `before` must have had the same plan, predictor and noise that far. listen: a context around every computed call, given
+    its linear layers.
     """
 
     def __init__(
@@ -83,14 +87,23 @@ class TapedRun(CacheRun):
         opening: Opening,
         before: Tape | None = None,
         until: int = 0,
-        listen: Callable[[ModelCall], AbstractContextManager[None]] | None = None,
+        listen: Callable[[ModelCall, list[LinearSite]], AbstractContextManager[None]] | None = None,
     ) -> None:
-        super().__init__(strategy, opening.timeline, opening.window, opening.family, opening.device, unrecorded=opening.unrecorded)
+        more = {"unrecorded": opening.unrecorded, "places": opening.places}
+        super().__init__(strategy, opening.timeline, opening.window, opening.family, opening.device, **more)
         self.tape = Tape()
         self._device = opening.device
         self._before, self._until, self._listen = before, until, listen
 
-    def _carry_out(self, kind: Kind, call: ModelCall, slots: list[Slot], compute: Callable[[], Tensor]) -> Tensor | None:
+    def _carry_out(
+        self,
+        kind: Kind,
+        call: ModelCall,
+        slots: list[Slot],
+        compute: Callable[[], Tensor],
+        known: Known,
+        found: Discovered | None = None,
+    ) -> Tensor | None:
         evaluation = self._evaluation.index
         while len(self.tape.entries) <= evaluation:
             self.tape.entries.append([])
@@ -98,12 +111,16 @@ class TapedRun(CacheRun):
         entry = self._recorded(evaluation, len(slots))
         if entry is not None:
             for slot, kept in zip(slots, entry.kept):
-                slot.remember_hidden(self._time, kept.hidden.to(self._device), None if kept.input is None else kept.input.to(self._device))
+                hidden, given = [tensor.to(self._device) for tensor in kept.hidden], kept.input
+                slot.remember_hidden(self._time, hidden, None if given is None else given.to(self._device))
             self.tape.entries[evaluation].append(entry)
             self._evaluation.add_call(kind, 0.0, 0.0)  # played back is not answered by another node
             return entry.output.to(self._device)
-        with self._listen(call) if self._listen is not None else nullcontext():
-            result = super()._carry_out(kind, call, slots, compute)
+        if self._listen is not None:  # what was watched already went unheard
+            with self._listen(call, self.linear_sites(call.model, known)):
+                result = super()._carry_out(kind, call, slots, compute, known)
+        else:
+            result = super()._carry_out(kind, call, slots, compute, known, found)
         if result is not None:
             is_computed = kind is not Kind.AGGRESSIVE and all(slot.anchors and slot.anchors[-1].time == self._time for slot in slots)
             self.tape.entries[evaluation].append(_Entry(len(slots), _copy(result), [_kept(slot) for slot in slots] if is_computed else []))
@@ -120,7 +137,7 @@ class TapedRun(CacheRun):
 
 def _kept(slot: Slot) -> _Kept:
     anchor = slot.anchors[-1]
-    return _Kept(_copy(anchor.hidden.data), None if anchor.input is None else _copy(anchor.input.data))
+    return _Kept([_copy(feature.data) for feature in anchor.hidden], None if anchor.input is None else _copy(anchor.input.data))
 
 
 def _copy(tensor: Tensor) -> Tensor:

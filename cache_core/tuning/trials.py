@@ -106,8 +106,8 @@ class Trials:
             strategy = strategies[prompt % len(strategies)]
 
             def make(opening: Opening, strategy: Strategy = strategy) -> CacheRun:
-                timeline, window, more = opening.timeline, opening.window, opening.unrecorded
-                return CacheRun(strategy, timeline, window, opening.family, opening.device, is_euler=opening.is_euler, unrecorded=more)
+                more = {"is_euler": opening.is_euler, "unrecorded": opening.unrecorded, "places": opening.places}
+                return CacheRun(strategy, opening.timeline, opening.window, opening.family, opening.device, **more)
 
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()

@@ -1,0 +1,46 @@
+"""Linear layers inside blocks, found by their calls: those that are given tokens can answer with a low-rank increment (ICC)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+from torch import nn
+
+from .watch import Spec
+
+LayerKey = tuple[str, int, str]  # path of the list, index of the block, dotted path inside the block
+
+
+class LayerCall(NamedTuple):
+    """tokens: of every batch row in each call of one evaluation. batch: axis of the batch, or of batch times groups of tokens."""
+
+    tokens: tuple[int, ...]
+    batch: int = 0
+
+
+def linear_layers(path: str, blocks: Sequence[nn.Module]) -> Iterator[tuple[LayerKey, nn.Module]]:
+    """What has `in_features` and `out_features`: quantised and wrapped layers need not be `nn.Linear`."""
+    for index, block in enumerate(blocks):
+        outer = ""
+        for name, module in getattr(block, "_orig_mod", block).named_modules():  # a compiled block wraps the real one
+            if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or (outer and name.startswith(f"{outer}.")):
+                continue  # the latter lies in a wrapper that is itself called as the layer
+            outer = name
+            yield (path, index, name), module
+
+
+def token_layers(given: Mapping[LayerKey, Sequence[Spec]], rows: int, axis: int | None) -> dict[LayerKey, LayerCall]:
+    """Of layers that were given such inputs, those that get several tokens of every batch row.
+
+    A modulation gets one vector a row, an expert whichever tokens are sent to it, side by side. axis: the batch of the hidden state.
+    """
+    found = {}
+    for key, specs in given.items():
+        batch = axis if axis and all(len(spec.shape) > axis + 1 and spec.shape[axis] == rows for spec in specs) else 0
+        if all(len(spec.shape) >= 3 and spec.shape[batch] % rows == 0 for spec in specs):
+            tokens = tuple(prod(spec.shape[:-1]) // rows for spec in specs)
+            if min(tokens) > 1:
+                found[key] = LayerCall(tokens, batch)
+    return found

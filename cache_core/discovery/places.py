@@ -1,0 +1,70 @@
+"""What was found out, remembered for the process: once per network and signature of its calls."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from .layers import LayerCall, LayerKey
+from .place import Place
+
+_MOST = 32  # signatures of one network, before the one found first is forgotten
+
+
+@dataclass
+class Known:
+    """Of one network and one signature. place: None where nothing may be cached, with the `reason`. conds: in a call.
+
+    macs: multiply-adds of a full evaluation, all rows together. costs: of other evaluations, by what they are like; filled in as they
+    are first carried out. linears: layers inside the place's stacks that are given tokens. sublayers: tokens and channels, of every
+    batch row, of what conservative evaluations keep. It holds no modules and no tensors.
+    """
+
+    place: Place | None
+    reason: str
+    conds: int
+    rows: int
+    macs: float
+    costs: dict[Hashable, float] = field(default_factory=dict)
+    linears: Mapping[LayerKey, LayerCall] = field(default_factory=dict)
+    sublayers: tuple[tuple[int, int], ...] = ()
+
+
+class CallShape(NamedTuple):
+    """What a run's calls were like. known: as found out for one of them. slots: of all conds together. input_channels: of the model's
+    input, where it was kept. linear_bytes: kept of every slot for calibrated evaluations.
+    """
+
+    known: Known
+    slots: int
+    input_channels: int = 0
+    linear_bytes: int = 0
+
+
+class Places:
+    """Kept by the host for as long as it runs; entries go with their networks."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Known]] = weakref.WeakKeyDictionary()
+
+    def of(self, network: nn.Module, signature: Hashable) -> Known | None:
+        return self._known.get(network, {}).get(signature)
+
+    def remember(self, network: nn.Module, signature: Hashable, known: Known) -> None:
+        own = self._known.setdefault(network, OrderedDict())
+        own[signature] = known
+        while len(own) > _MOST:
+            own.popitem(last=False)
+
+    def forget(self, network: nn.Module, signature: Hashable) -> None:
+        self._known.get(network, {}).pop(signature, None)
+
+    def latest(self, network: nn.Module) -> Known | None:
+        """What was found last; for a forecast of costs."""
+        own = self._known.get(network)
+        return next(reversed(own.values())) if own else None

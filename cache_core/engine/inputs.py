@@ -1,0 +1,77 @@
+"""What the model is given, beside the hidden state, for forecasts that are corrected by how the input really moved."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..discovery.place import Place
+from ..families.base import ModelFamily
+from ..refusals import UnknownInputError
+from ..store import Unrecorded
+from ..overrides import Override, around
+
+
+class ModelInput:
+    """Of one call: the input tokens (B, L, d), and the embedded ones (B, L, C) as they enter the family's first block.
+
+    Of a model of which it is not known where they enter, the input has no channels and the embedded input is none.
+    """
+
+    def __init__(self, family: ModelFamily, model: nn.Module, unrecorded: Unrecorded) -> None:
+        self._family, self._model, self._unrecorded = family, model, unrecorded
+        self._given: Tensor | None = None
+        self.embedded: Tensor | None = None
+
+    def overrides(self) -> list[Override]:
+        """To be put on for the length of the call."""
+        if not self._family.embed:
+            return []
+        stack, embed = self._family.stacks[0], attrgetter(self._family.embed)(self._model)
+
+        def note_input(args: tuple, _kwargs: dict[str, Any]) -> None:
+            with self._unrecorded():
+                self._given = self._family.tokens(embed, args[0]).clone()  # some linears clamp what they are given in place
+
+        def note_embedded(args: tuple, kwargs: dict[str, Any]) -> None:
+            with self._unrecorded():
+                self.embedded = stack.flat(stack.stream(self._family.hidden, args, kwargs)).clone()  # blocks write into it
+
+        return [(embed, around(before=note_input)), (stack.blocks(self._model)[0], around(before=note_embedded))]
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """The input of the tokens of a hidden state (B, L, C). Raises UnknownInputError where they are not the same."""
+        if not self._family.embed:
+            return hidden[..., :0]
+        if self._given is None:
+            raise UnknownInputError("the model's input is not where it was described")
+        if self._given.shape[:2] != hidden.shape[:2]:
+            raise UnknownInputError("tokens are added between the model's input and its blocks")
+        return self._given
+
+    def without(self, hidden: Tensor, place: Place) -> Tensor:
+        """A hidden state less the embedded input."""
+        embedded = self._of(hidden, place)
+        return hidden if embedded is None else hidden - embedded
+
+    def added(self, hidden: Tensor, place: Place) -> Tensor:
+        """A hidden state with the embedded input put back."""
+        embedded = self._of(hidden, place)
+        return hidden if embedded is None else hidden + embedded
+
+    @property
+    def channels(self) -> int:
+        """d, once the input was seen."""
+        return 0 if self._given is None else self._given.shape[-1]
+
+    def _of(self, hidden: Tensor, place: Place) -> Tensor | None:
+        if not self._family.embed:
+            return None
+        embedded, kept = self.embedded, place.kept[0]
+        if embedded is not None and kept.tokens is not None and embedded.shape[1] == kept.shape[1]:
+            embedded = embedded[:, kept.tokens]  # joint with other tokens from the first block on
+        if embedded is None or embedded.shape != hidden.shape:
+            raise UnknownInputError("tokens are added between the model's input and its blocks")
+        return embedded

@@ -1,0 +1,173 @@
+"""Where the hidden state is in every network of one run: found once in the process, proved once in the run."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .discovery.layers import linear_layers, token_layers
+from .discovery.place import Place
+from .discovery.places import Known, Places
+from .discovery.proof import Found, Prover, is_equal
+from .discovery.watch import Watched, lists_of, watching
+from .engine import EngineCall
+from .engine.inputs import ModelInput
+from .overrides import Override, around, forward_overrides
+from .families import ModelFamily
+from .kinds import Kind
+from .model_call import ModelCall
+from .store import Unrecorded
+
+_Key = tuple[nn.Module, Hashable]
+
+
+@dataclass
+class Discovered:
+    """A full evaluation in which a network was watched. known: None where nothing that lasts was found, as another node answered, or
+    what was computed is no use. macs: of it. hidden: what the place keeps. given: the input, where the run keeps it.
+    """
+
+    result: Tensor
+    macs: float
+    known: Known | None = None
+    hidden: Sequence[Tensor] = ()
+    given: ModelInput | None = None
+
+
+class Placing:
+    """Of one run. keeps_input: whether it keeps the model's input."""
+
+    def __init__(self, family: ModelFamily, places: Places, keeps_input: bool, unrecorded: Unrecorded) -> None:
+        self._family, self._places, self._keeps_input, self._unrecorded = family, places, keeps_input, unrecorded
+        self._proved: set[_Key] = set()
+        self._narrowed: dict[_Key, Place] = {}
+        self._failures: Counter[_Key] = Counter()
+        self._lock = threading.Lock()
+
+    def known(self, call: ModelCall) -> Known | None:
+        """What was found out about calls of this signature, None before it was."""
+        with self._lock:
+            known = self._places.of(*_key(call))
+            narrowed = self._narrowed.get(_key(call))
+        return known if known is None or narrowed is None else replace(known, place=narrowed, costs={Kind.FULL: known.macs})
+
+    def is_proved(self, call: ModelCall) -> bool:
+        return _key(call) in self._proved
+
+    def discover(self, call: ModelCall, compute: Callable[[], Tensor]) -> Discovered:
+        """Computes the call in full, watched, and finds its place. A place inside is looked for twice in a run before the whole output
+        is taken for it: some hosts compute something else the first time.
+        """
+        call.starting(Kind.FULL)
+        layers = self._layers(call.model)
+        given, sublayers = self._input(call.model), list[tuple[int, int]]()
+        overrides = [*(given.overrides() if given is not None else ()), *self._noting_sublayers(call.model, sublayers)]
+        with forward_overrides(overrides), watching(call.model, layers, self._unrecorded) as watched:
+            result = compute()
+        discovered = Discovered(result, watched.macs)
+        if watched.output is None:
+            return discovered
+        prover = Prover(call.model, _again(call, compute), result, len(call.conds))
+        found = prover.find(watched)
+        with self._lock:
+            self._failures[_key(call)] += found.place is None or found.place.is_whole
+            if not found.is_lasting or (found.place is not None and found.place.is_whole and self._failures[_key(call)] == 1):
+                return discovered
+            discovered.known = self._described(call, watched, found, prover.rows)
+            discovered.known.sublayers = tuple((tokens // prover.rows, channels) for tokens, channels in sublayers)
+            self._places.remember(*_key(call), discovered.known)
+            if given is None:  # else it must still be seen whether a skip leaves the embedded input as it is
+                self._proved.add(_key(call))
+        discovered.hidden = [tensor.clone() for tensor in found.hidden]
+        discovered.given = given
+        return discovered
+
+    def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall) -> bool:
+        """After a full evaluation that kept copies of its hidden state: whether the place still holds. If not, it is forgotten."""
+        prover = Prover(call.model, _again(call, compute), answer, len(call.conds))
+        if not torch.isfinite(answer).all():
+            return True  # it tells nothing; what was kept is given up anyway
+        given = self._input(call.model)
+        with forward_overrides(given.overrides() if given is not None else ()):
+            holds = prover.holds(engine.place, engine.hidden)
+        with self._lock:
+            if not holds:
+                self._places.forget(*_key(call))
+                self._narrowed.pop(_key(call), None)
+                return False
+            self._proved.add(_key(call))
+        self._narrow(call, engine.place, engine.given, given)
+        return True
+
+    def _narrow(self, call: ModelCall, place: Place, full: ModelInput | None, skipped: ModelInput | None) -> None:
+        """Where a skip leaves out what the embedded input is made by, and that input is used: it must run."""
+        if full is None or skipped is None or full.embedded is None or skipped.embedded is None:
+            return
+        if not is_equal(full.embedded, skipped.embedded, place.kept[0].dtype):
+            with self._lock:
+                self._narrowed[_key(call)] = place.since(self._family.stacks[0].path)
+
+    def _input(self, network: nn.Module) -> ModelInput | None:
+        return ModelInput(self._family, network, self._unrecorded) if self._keeps_input else None
+
+    # -- what is watched --------------------------------------------------------------------------------
+
+    def _layers(self, network: nn.Module) -> dict[Any, nn.Module]:
+        return {key: layer for path, blocks in lists_of(network).items() for key, layer in linear_layers(path, blocks)}
+
+    def _noting_sublayers(self, network: nn.Module, kept: list[tuple[int, int]]) -> list[Override]:
+        """Notes tokens of all rows, and channels, of what conservative evaluations would keep."""
+        if not self._family.is_conservative:
+            return []
+        overrides: list[Override] = []
+        for stack, _, block in self._family.placed(network):
+            for site in stack.sites_of(block):
+                width = None if site.width is None else site.width(block)
+
+                def note(tensor: Any, width: int | None = width) -> None:
+                    if isinstance(tensor, Tensor):
+                        kept.append((tensor[..., 0].numel(), tensor.shape[-1] if width is None else width))
+
+                def note_first(args: tuple, _kwargs: dict, note: Callable[[Any], None] = note) -> None:
+                    note(args[0] if args else None)
+
+                module = attrgetter(site.module)(block)
+                overrides.append((module, around(before=note_first) if site.source == "input" else around(after=note)))
+        return overrides
+
+    def _described(self, call: ModelCall, watched: Watched, found: Found, rows: int) -> Known:
+        place = found.place
+        known = Known(place, found.reason, len(call.conds), rows, watched.macs)
+        known.costs[Kind.FULL] = watched.macs
+        if place is None or place.is_whole:
+            return known
+        known.costs[Kind.AGGRESSIVE] = found.skip_macs
+        paths = {passed.path for passed in place.passed}
+        inside = {key: specs for key, specs in watched.inputs.items() if key[0] in paths}
+        known.linears = {} if place.is_joint else token_layers(inside, rows, place.kept[0].rows)
+        return known
+
+
+def _key(call: ModelCall) -> _Key:
+    return call.model, (call.signature, call.variant, len(call.conds))
+
+
+def _again(call: ModelCall, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Runs the call once more, as one that skips."""
+
+    def again() -> Tensor:
+        call.starting(Kind.AGGRESSIVE)
+        try:
+            return compute()
+        except BaseException:
+            call.abandoned()
+            raise
+
+    return again
