@@ -11,6 +11,7 @@ import torch
 
 from .discovery.places import CallShape
 from .kinds import Kind
+from .timeline import Timeline
 
 
 @dataclass
@@ -93,6 +94,24 @@ class RunReport:
         """Time that all evaluations would have taken at the median of the full ones, over the time taken."""
         full = [e.ms for e in self.evaluations if e.kind is Kind.FULL]
         return statistics.median(full) * len(self.evaluations) / self.total_ms if full and self.total_ms else 1.0
+
+
+def unsaid(report: RunReport, timeline: Timeline, is_explained: bool) -> list[str]:
+    """At the end of a finished run: what the list of evaluations does not say by itself. is_explained: whether the user was told why calls
+    were computed in full.
+    """
+    levels, texts = timeline.sigmas[:-1], []
+    seen = {levels[evaluation.step] for evaluation in report.evaluations if evaluation.calls}
+    unseen = sum(level not in seen for level in levels)  # by level, as some schedules have one twice
+    if unseen:
+        texts.append(
+            f"the model was not called at {unseen} of {timeline.steps} steps: another node answered, or the sampler left them out"
+        )
+    wanted = any(evaluation.planned is not Kind.FULL for evaluation in report.evaluations)
+    skipped = any(evaluation.skipped or evaluation.kind not in (Kind.FULL, None) for evaluation in report.evaluations)
+    if wanted and not skipped and not is_explained:
+        texts.append("nothing could be skipped in this run")
+    return texts
 
 
 class Stopwatch:

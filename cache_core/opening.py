@@ -18,8 +18,8 @@ class Opening(NamedTuple):
     """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
 
     is_euler: whether the sampler takes plain steps along the direction of one evaluation each. adds_noise: whether it adds noise that
-    a forecast from older latents would leave in the picture; None where that is not known. unrecorded: see `store.Unrecorded`. places: what was found out in
-    this process so far; None starts anew.
+    a forecast from older latents would leave in the picture; None where that is not known. unrecorded: see `store.Unrecorded`.
+    places: what was found out about networks in this process so far; None starts anew.
     """
 
     network: nn.Module

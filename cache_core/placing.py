@@ -19,10 +19,10 @@ from .discovery.proof import Found, Prover, is_equal
 from .discovery.watch import Watched, lists_of, watching
 from .engine import EngineCall
 from .engine.inputs import ModelInput
-from .overrides import Override, around, forward_overrides
 from .families import ModelFamily
 from .kinds import Kind
 from .model_call import ModelCall
+from .overrides import Override, around, forward_overrides
 from .store import Unrecorded
 
 _Key = tuple[nn.Module, Hashable]
@@ -47,16 +47,14 @@ class Placing:
     def __init__(self, family: ModelFamily, places: Places, keeps_input: bool, unrecorded: Unrecorded) -> None:
         self._family, self._places, self._keeps_input, self._unrecorded = family, places, keeps_input, unrecorded
         self._proved: set[_Key] = set()
-        self._narrowed: dict[_Key, Place] = {}
+        self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, for this run alone
         self._failures: Counter[_Key] = Counter()
         self._lock = threading.Lock()
 
     def known(self, call: ModelCall) -> Known | None:
         """What was found out about calls of this signature, None before it was."""
         with self._lock:
-            known = self._places.of(*_key(call))
-            narrowed = self._narrowed.get(_key(call))
-        return known if known is None or narrowed is None else replace(known, place=narrowed, costs={Kind.FULL: known.macs})
+            return self._narrowed.get(_key(call)) or self._places.of(*_key(call))
 
     def is_proved(self, call: ModelCall) -> bool:
         return _key(call) in self._proved
@@ -112,7 +110,10 @@ class Placing:
             return
         if not is_equal(full.embedded, skipped.embedded, place.kept[0].dtype):
             with self._lock:
-                self._narrowed[_key(call)] = place.since(self._family.stacks[0].path)
+                known = self._places.of(*_key(call))
+                assert known is not None, "only what is known is proved"
+                fewer = place.since(self._family.stacks[0].path)
+                self._narrowed[_key(call)] = replace(known, place=fewer, costs={Kind.FULL: known.macs})
 
     def _input(self, network: nn.Module) -> ModelInput | None:
         return ModelInput(self._family, network, self._unrecorded) if self._keeps_input else None

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accounts import Accounts
 from .corrector import Corrector
-from .costs import cost_key, slot_bytes
-from .discovery.flops import counted
-from .discovery.places import CallShape, Known, Places
+from .discovery.places import Known, Places
 from .discovery.proof import FAILURES
 from .engine import (
     CalibratedLinears,
@@ -32,10 +31,9 @@ from .engine.inputs import ModelInput
 from .engine.linear_sites import LinearSite, find_linears
 from .families import ModelFamily
 from .kinds import Kind
-from .meter import Evaluation, RunReport, Stopwatch
+from .meter import Evaluation, RunReport, Stopwatch, unsaid
 from .model_call import ModelCall
 from .networks import Networks, check
-from .overrides import uncompiled
 from .placing import Discovered, Placing
 from .refusals import UnknownInputError, UnsupportedCallError
 from .store import FeatureStore, StoreFullError, Unrecorded
@@ -77,13 +75,13 @@ class CacheRun:
         self._strategy, self._timeline = strategy, timeline
         self._choice = TokenChoice(strategy.token_share, strategy.seed)
         self._stopwatch = Stopwatch(device)
-        self._say, self._choose_device, self._told = say, choose_device, told
+        self._say, self._told = say, told
         self._corrector = Corrector(timeline, self.plan) if strategy.corrects and is_euler else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._networks = Networks(strategy, self.plan, family)
         self._placing = Placing(family, Places() if places is None else places, strategy.predictor.uses_input, unrecorded)
-        self._linears: dict[nn.Module, CalibratedLinears] = {}  # of every network that is called, from the first call that needs them
-        self._past: dict[Hashable, float] = {}  # multiply-adds of calls that go past the cache
+        self._linears: dict[Known, CalibratedLinears] = {}  # by what is known of the calls that they are for
+        self._accounts = Accounts(self.plan, self.report, self.store, choose_device)
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
         self._sigma, self._time = float("inf"), 1.0
@@ -165,7 +163,8 @@ class CacheRun:
         self.report.is_complete = is_complete
         if is_complete:
             self._look_back()
-            self._sum_up()
+            for text in unsaid(self.report, self._timeline, self._is_explained):
+                self.notify(text)
         self._slots.clear()
         if self._corrector is not None:
             self.report.corrected = self._corrector.corrected
@@ -199,21 +198,6 @@ class CacheRun:
         if self._lacks_input:
             self._lacks_input = False
             self._slots.without_inputs(self._strategy.predictor.history)
-
-    def _sum_up(self) -> None:
-        """At the end of a finished run: what the list of evaluations does not say by itself."""
-        evaluations = self.report.evaluations
-        levels = self._timeline.sigmas[:-1]
-        seen = {levels[evaluation.step] for evaluation in evaluations if evaluation.calls}
-        unseen = sum(level not in seen for level in levels)  # by level, as some schedules have one twice
-        if unseen:
-            self.notify(
-                f"the model was not called at {unseen} of {self._timeline.steps} steps: another node answered, or the sampler left them out"
-            )
-        wanted = any(evaluation.planned is not Kind.FULL for evaluation in evaluations)
-        skipped = any(evaluation.skipped or evaluation.kind not in (Kind.FULL, None) for evaluation in evaluations)
-        if wanted and not skipped and not self._is_explained:
-            self.notify("nothing could be skipped in this run")
 
     # -- one call ---------------------------------------------------------------------------------------
 
@@ -292,7 +276,7 @@ class CacheRun:
                 result = self._kept(engine, found)
             else:
                 call.starting(kind)
-                with self._counting(engine, known, strategy, kind), self._engine_for(kind, engine, strategy):
+                with self._accounts.counting(engine, strategy, kind), self._engine_for(kind, engine, strategy):
                     result = compute()
         except UnknownInputError as reason:
             call.abandoned()
@@ -313,9 +297,11 @@ class CacheRun:
             for slot in slots:  # what was kept so far does not belong together
                 slot.reset(slot.signature)
         elif kind is Kind.FULL and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine):
+            self.notify("a skip that puts the hidden state back no longer answers the same: looked for anew")
             for slot in slots:
                 slot.reset(slot.signature)
-        self._count(engine, known, strategy, kind)
+        with self._lock:
+            self._accounts.add(self._evaluation, engine, strategy, kind)
         return result
 
     def _kept(self, engine: EngineCall, found: Discovered) -> Tensor:
@@ -347,18 +333,10 @@ class CacheRun:
         call.starting(Kind.FULL)
         if not self._networks.is_known(call.model):
             return compute()
-        key = call.model, call.signature, call.variant, len(call.conds)
-        if found is not None:
-            result, self._past[key] = found.result, found.macs
-        elif key in self._past:
-            result = compute()
-        else:
-            with uncompiled(), counted() as macs:
-                result = compute()
-            self._past[key] = macs.so_far
-        if self._past[key]:
+        result, macs = (found.result, found.macs) if found is not None else self._accounts.past_the_cache(call, compute)
+        if macs:
             with self._lock:
-                self._evaluation.add_call(Kind.FULL, self._past[key], self._past[key])
+                self._evaluation.add_call(Kind.FULL, macs, macs)
         else:
             self.notify("another node answered for the model in some evaluations; the cache does not see those")
         return result
@@ -372,14 +350,12 @@ class CacheRun:
 
     def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot], strategy: Strategy, known: Known) -> EngineCall:
         """A call of this kind. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
-        assert known.place is not None, "calls of a model without a place go past the cache"
         step, is_full = self._evaluation.step, kind is Kind.FULL
-        engine = EngineCall(call.model, known.place, self.family, slots, self._time, self._choice)
+        engine = EngineCall(call.model, known, self.family, slots, self._time, self._choice)
         engine.on_enter = self._entered
         engine.unrecorded = self.store.unrecorded
         engine.keeps_sublayers = is_full and self.plan.has(Kind.CONSERVATIVE, step)
-        engine.keeps_hidden = is_full and not known.place.is_whole and not self._placing.is_proved(call)
-        engine.known = known
+        engine.keeps_hidden = is_full and not engine.place.is_whole and not self._placing.is_proved(call)
         if strategy.predictor.uses_input:
             engine.given = ModelInput(self.family, call.model, self.store.unrecorded)
         if kind is Kind.CALIBRATED or (is_full and self.plan.has(Kind.CALIBRATED, step)):
@@ -399,24 +375,21 @@ class CacheRun:
     def _bound_linears(self, model: nn.Module, known: Known) -> CalibratedLinears:
         """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
         with self._lock:
-            if model not in self._linears:
+            if known not in self._linears:
                 assert self._strategy.factors is not None, "plans with calibrated evaluations are refused without factors"
-                self._linears[model] = CalibratedLinears.bind(self.linear_sites(model, known), self._strategy.factors)
-            return self._linears[model]
-
-    # -- bookkeeping ------------------------------------------------------------------------------------
+                self._linears[known] = CalibratedLinears.bind(self.linear_sites(model, known), self._strategy.factors)
+            return self._linears[known]
 
     def _entered(self, engine: EngineCall) -> None:
-        """When a call reaches its first block: puts the factors in place, predicts the bytes of slots that are new, and
-        chooses a device for the first."""
+        """When a call reaches its first block: puts the factors in place, and foretells the bytes of slots that are new."""
         new = [slot for slot in engine.slots if not slot.predicted_bytes]
         if engine.linears is None and not new:  # without the lock, which torch.compile cannot trace
             return
         with self._lock:
             if engine.linears is not None:
-                self._linears[engine.model] = engine.linears = self._placed(engine.linears, engine)
+                self._linears[engine.known] = engine.linears = self._placed(engine.linears, engine)
             if new:
-                self._predict_bytes(engine, new)
+                self._accounts.predict(engine, new, self._slots, self._strategy, self._evaluation.step)
 
     def _placed(self, linears: CalibratedLinears, engine: EngineCall) -> CalibratedLinears:
         try:
@@ -424,43 +397,3 @@ class CacheRun:
                 return linears.placed(engine.device, engine.dtype)
         except torch.OutOfMemoryError as error:
             raise StoreFullError from error
-
-    def _predict_bytes(self, engine: EngineCall, new: list[Slot]) -> None:
-        known, strategy = engine.known, self._strategy
-        assert known is not None
-        linears = 0
-        if engine.linears is not None:
-            linears = known.rows // len(engine.slots) * engine.linears.bytes(engine.dtype, strategy.storage)
-        shape = CallShape(known, len(self._slots), engine.given.channels if engine.given is not None else 0, linears)
-        for slot in new:
-            slot.predicted_bytes = slot_bytes(strategy, self.plan, shape, self._evaluation.step)
-        self.report.predicted_bytes = max(self.report.predicted_bytes, self._slots.predicted_bytes)
-        self.report.shape = shape
-        if self._choose_device is not None and not self.store.bytes:
-            expected = max(2, len(engine.slots))  # the other cond may follow in a call of its own
-            device = self._choose_device(expected * new[0].predicted_bytes)
-            self.store.format = replace(self.store.format, device=device)
-
-    def _count(self, engine: EngineCall, known: Known, strategy: Strategy, kind: Kind) -> None:
-        with self._lock:
-            if engine.is_touched:
-                self._evaluation.add_call(kind, known.costs.get(_cost_key(engine, kind, strategy), 0.0), known.macs)
-
-    @contextmanager
-    def _counting(self, engine: EngineCall, known: Known, strategy: Strategy, kind: Kind) -> Iterator[None]:
-        """Around an evaluation: counts its multiply-adds where it is the first of its like."""
-        key = _cost_key(engine, kind, strategy)
-        if key in known.costs:
-            yield
-            return
-        with uncompiled(), counted() as macs:
-            yield
-        if engine.is_finished:
-            known.costs[key] = macs.so_far
-
-
-def _cost_key(engine: EngineCall, kind: Kind, strategy: Strategy) -> Hashable:
-    """See `costs.cost_key`; a full evaluation costs more where it keeps what calibrated ones need, and less where sublayers rest."""
-    if kind is Kind.FULL and engine.linears is not None:
-        return kind, cost_key(Kind.CALIBRATED, strategy)
-    return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)

@@ -9,7 +9,7 @@ from .calibration.calibration import Calibration, Choice, Forecast
 from .calibration.use import NotCoveredError, check_covered, choice_at, predictor_of, searched_plan
 from .checks import check_count, check_kind, check_number, check_one_of
 from .engine.linear_sites import Factors, check_factors, weight_share
-from .kinds import Kind, Plan
+from .kinds import Kind
 from .opening import Opening
 from .policies import AlwaysCompute, FixedInterval, FrontLoaded, Given, IccCycle, Policy
 from .predictors import AUTO, PREDICTORS, Predictor, Reuse

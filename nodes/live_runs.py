@@ -12,8 +12,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..cache_core import Opening, RunReport
-from ..cache_core.families import ModelFamily
 from ..cache_core.discovery.places import CallShape
+from ..cache_core.families import ModelFamily
 from ..cache_core.meter import Evaluation
 from .notices import running_server
 from .report_text import report_data

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.linear_sites import LinearSite
-from ..overrides import Forward, forward_overrides
 from ..families.linears import LinearPart
+from ..overrides import Forward, forward_overrides
 
 METHODS = ("svd", "ca_svd", "cd_svd")
 _AMPLITUDE = 256.0  # of the identity: far above the bias, so that half precision keeps the weight's digits; fp8's limit is 448

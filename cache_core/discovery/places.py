@@ -16,7 +16,7 @@ from .place import Place
 _MOST = 32  # signatures of one network, before the one found first is forgotten
 
 
-@dataclass
+@dataclass(eq=False)
 class Known:
     """Of one network and one signature. place: None where nothing may be cached, with the `reason`. conds: in a call.
 

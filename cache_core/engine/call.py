@@ -14,10 +14,10 @@ from ..discovery.place import Place
 from ..discovery.places import Known
 from ..discovery.trees import tensors
 from ..families.base import ModelFamily
+from ..overrides import Override, around
 from ..store import Unrecorded
 from .inputs import ModelInput
 from .linear_sites import CalibratedLinears
-from ..overrides import Override, around
 from .slot import Slot
 from .tokens import TokenChoice
 
@@ -26,7 +26,8 @@ from .tokens import TokenChoice
 class EngineCall:
     """A model call over the rows of one or more conds, in order; every cond has the same number of rows.
 
-    place: where the hidden state is. family: what is known of the model beside it. slots: of every cond, or one of all where the place
+    known: what was found out about such calls, the place of the hidden state first of all. family: what is known of the model beside it.
+    slots: of every cond, or one of all where the place
     is joint. time: the model's time coordinate of this evaluation. keeps_sublayers: whether a full evaluation keeps them.
     given: the model's input, where hidden states are kept without what it is embedded as and it is kept beside them; else None.
     linears: of a calibrated evaluation, or of a full one that keeps what those need; None for all others.
@@ -35,11 +36,11 @@ class EngineCall:
     `store.Unrecorded`). keeps_hidden: whether copies of the last hidden state stay here too, for a proof.
     is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
-    hidden: the copies. known: what else was found out about such calls. device: of what the first block is given.
+    hidden: the copies. device: of what the first block is given.
     """
 
     model: nn.Module
-    place: Place
+    known: Known
     family: ModelFamily
     slots: Sequence[Slot]
     time: float
@@ -54,10 +55,11 @@ class EngineCall:
     is_touched: bool = False
     is_finished: bool = False
     hidden: Sequence[Tensor] = ()
-    known: Known | None = None
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
+        assert self.known.place is not None, "calls of a model without a place go past the cache"
+        self.place: Place = self.known.place
         self.first_block = self.place.block(self.model, self.place.first)
         self.last_block = self.place.block(self.model, self.place.last)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..families.base import Stack
+from ..overrides import Forward, Override, around, forward_overrides
 from ..refusals import UnsupportedCallError
 from ..store import Feature, FeatureStore
 from .call import EngineCall
-from ..overrides import Forward, Override, around, forward_overrides
 
 
 class BlockFeatures:

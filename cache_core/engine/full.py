@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..families.base import Site, Stack
+from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .call import EngineCall
 from .linears import linear_taps
-from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
 

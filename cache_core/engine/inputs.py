@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..discovery.place import Place
 from ..families.base import ModelFamily
+from ..overrides import Override, around
 from ..refusals import UnknownInputError
 from ..store import Unrecorded
-from ..overrides import Override, around
 
 
 class ModelInput:

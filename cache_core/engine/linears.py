@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from ..refusals import UnsupportedCallError
 from ..store import Feature, FeatureStore
 from .call import EngineCall
 from .linear_sites import Factors, LinearSite
-from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .slot import SiteKey
 
 

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..overrides import forward_overrides
 from ..predictors import Predictor
 from ..store import FeatureStore
 from .call import EngineCall
 from .inputs import ModelInput
-from ..overrides import forward_overrides
 from .slot import Slot
 
 

@@ -89,8 +89,15 @@ class TapedRun(CacheRun):
         until: int = 0,
         listen: Callable[[ModelCall, list[LinearSite]], AbstractContextManager[None]] | None = None,
     ) -> None:
-        more = {"unrecorded": opening.unrecorded, "places": opening.places}
-        super().__init__(strategy, opening.timeline, opening.window, opening.family, opening.device, **more)
+        super().__init__(
+            strategy,
+            opening.timeline,
+            opening.window,
+            opening.family,
+            opening.device,
+            unrecorded=opening.unrecorded,
+            places=opening.places,
+        )
         self.tape = Tape()
         self._device = opening.device
         self._before, self._until, self._listen = before, until, listen

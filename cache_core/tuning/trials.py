@@ -106,8 +106,16 @@ class Trials:
             strategy = strategies[prompt % len(strategies)]
 
             def make(opening: Opening, strategy: Strategy = strategy) -> CacheRun:
-                more = {"is_euler": opening.is_euler, "unrecorded": opening.unrecorded, "places": opening.places}
-                return CacheRun(strategy, opening.timeline, opening.window, opening.family, opening.device, **more)
+                return CacheRun(
+                    strategy,
+                    opening.timeline,
+                    opening.window,
+                    opening.family,
+                    opening.device,
+                    is_euler=opening.is_euler,
+                    unrecorded=opening.unrecorded,
+                    places=opening.places,
+                )
 
             distances.append(psnr(self._sample(prompt, make), reference))
             self._told()

@@ -1,0 +1,79 @@
+"""What the calls of one run cost: multiply-adds, counted by torch when a call is the first of its like, and bytes, foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .costs import cost_key, slot_bytes
+from .discovery.flops import counted
+from .discovery.places import CallShape
+from .engine import EngineCall, Slot, SlotTable
+from .kinds import Kind, Plan
+from .meter import Evaluation, RunReport
+from .model_call import ModelCall
+from .overrides import uncompiled
+from .store import FeatureStore
+from .strategy import Strategy
+
+
+class Accounts:
+    """choose_device: given the bytes that will be kept, the device to keep them on (None: the model's)."""
+
+    def __init__(
+        self, plan: Plan, report: RunReport, store: FeatureStore, choose_device: Callable[[int], torch.device | None] | None
+    ) -> None:
+        self._plan, self._report, self._store, self._choose_device = plan, report, store, choose_device
+        self._past: dict[Hashable, float] = {}  # multiply-adds of calls that go past the cache
+
+    @contextmanager
+    def counting(self, engine: EngineCall, strategy: Strategy, kind: Kind) -> Iterator[None]:
+        """Around a call: counts its multiply-adds where it is the first of its like."""
+        key = _key(engine, strategy, kind)
+        if key in engine.known.costs:
+            yield
+            return
+        with uncompiled(), counted() as macs:
+            yield
+        if engine.is_finished:
+            engine.known.costs[key] = macs.so_far
+
+    def add(self, evaluation: Evaluation, engine: EngineCall, strategy: Strategy, kind: Kind) -> None:
+        """Enters a call that was carried out; nothing where another node answered for the model."""
+        if engine.is_touched:
+            evaluation.add_call(kind, engine.known.costs.get(_key(engine, strategy, kind), 0.0), engine.known.macs)
+
+    def past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        """The answer of a call that the cache has no part in, and its multiply-adds: 0 where another node answered for the model."""
+        key = call.model, call.signature, call.variant, len(call.conds)
+        if key in self._past:
+            return compute(), self._past[key]
+        with uncompiled(), counted() as macs:
+            result = compute()
+        self._past[key] = macs.so_far
+        return result, self._past[key]
+
+    def predict(self, engine: EngineCall, new: Sequence[Slot], slots: SlotTable, strategy: Strategy, step: int) -> None:
+        """Foretells the bytes of slots that are new, and chooses a device for the first."""
+        known, linears = engine.known, 0
+        if engine.linears is not None:
+            linears = known.rows // len(engine.slots) * engine.linears.bytes(engine.dtype, strategy.storage)
+        shape = CallShape(known, len(slots), engine.given.channels if engine.given is not None else 0, linears)
+        for slot in new:
+            slot.predicted_bytes = slot_bytes(strategy, self._plan, shape, step)
+        self._report.predicted_bytes = max(self._report.predicted_bytes, slots.predicted_bytes)
+        self._report.shape = shape
+        if self._choose_device is not None and not self._store.bytes:
+            expected = max(2, len(engine.slots))  # the other cond may follow in a call of its own
+            self._store.format = replace(self._store.format, device=self._choose_device(expected * new[0].predicted_bytes))
+
+
+def _key(engine: EngineCall, strategy: Strategy, kind: Kind) -> Hashable:
+    """See `costs.cost_key`; a full evaluation costs more where it keeps what calibrated ones need, and less where sublayers rest."""
+    if kind is Kind.FULL and engine.linears is not None:
+        return kind, cost_key(Kind.CALIBRATED, strategy)
+    return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)
