@@ -112,7 +112,7 @@ class FeatureStore:
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _encode(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.format.dtype is not _FP8:
+        if self.format.dtype is not _FP8 or not tensor.numel():
             return tensor.to(self.format.dtype or tensor.dtype), None
         scale = tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / _FP8_MAX
         return (tensor / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), scale

@@ -199,6 +199,8 @@ class Settings:
 
 def _tried(forecast: Forecast, opening: Opening, full: int) -> tuple[Choice | None, tuple[str, ...]]:
     """What did best when that was tried out, or None and why."""
+    if forecast.model.has_no_input is bool(opening.family.embed):
+        return None, ("the calibration is not used: it was made with the model's input described otherwise; calibrate anew",)
     try:
         check_covered(forecast, opening.timeline.times[:-1])
     except NotCoveredError as reason:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..kinds import Kind, Plan
@@ -109,8 +110,8 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
     ]
     return {
         "gram": model.gram,
-        "uu": model.uu,
-        "uz": model.uz,
+        "uu": F.pad(model.uu, (0, 1, 0, 1)) if model.has_no_input else model.uu,  # the file has no room for an input without channels
+        "uz": F.pad(model.uz, (0, 0, 0, 1)) if model.has_no_input else model.uz,
         "basis": model.basis,
         "sensitivity": sensitivity,
         "step_times": torch.tensor(forecast.step_times, dtype=torch.float64),
@@ -120,7 +121,10 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
 
 
 def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
-    model = ForecastModel(about.times, *(tensors[name] for name in ("gram", "uu", "uz", "basis", "sensitivity")))
+    uu, uz = tensors["uu"], tensors["uz"]
+    if uu.shape[-1] == 1 and not uu.any():  # one channel of zeros stands for none: see `_from_forecast`
+        uu, uz = uu[..., :0, :0], uz[..., :0, :]
+    model = ForecastModel(about.times, tensors["gram"], uu, uz, tensors["basis"], tensors["sensitivity"])
     choices = []
     for numbers, (share, psnr, uncalibrated, start) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
         if not all(number in range(len(_KINDS)) for number in numbers):

@@ -43,7 +43,7 @@ class Moments:
         self.gram += flat @ flat.T
         self.uu += (stacked.double() @ stacked.double().T).view(n, d, n, d).transpose(1, 2)
         for b in range(n):  # one at a time: all together would take as much memory again
-            self.uz[:, b] += (stacked @ z[b]).view(n, d, -1)
+            self.uz[:, b] += (stacked @ z[b]).view(n, d, z.shape[-1])
         self.tokens += tokens
 
     def absorb(self, other: Moments) -> None:
@@ -113,6 +113,11 @@ class ForecastModel:
     uz: Tensor
     basis: Tensor
     sensitivity: Tensor | None = None
+
+    @property
+    def has_no_input(self) -> bool:
+        """Whether it is of a model whose input is not known: forecasts are not corrected by it then."""
+        return self.uu.shape[-1] == 0
 
     def covers(self, time: float) -> bool:
         """Whether a time lies within the recorded ones, give or take the outermost gap."""
