@@ -213,7 +213,8 @@ class CacheRun:
         """The slots of a call's conds, one for all where they cannot be told apart; None, said to the user, where there are none."""
         with self._lock:
             if known.place is None:
-                self._bypass(f"nothing inside this model can be cached, as {known.reason}")
+                self.report.place = f"not cached: {known.reason}"
+                self._bypass(f"nothing of this model can be cached, as {known.reason}")
                 return None
             self._describe(known)
             conds = [tuple(call.conds)] if known.place.is_joint else call.conds

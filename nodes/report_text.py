@@ -16,6 +16,7 @@ def report_text(report: RunReport, verbose: bool = False) -> str:
     lines = [
         f"{report.setting} on {report.family}{'' if report.is_complete else ' (run not finished)'}",
         f"plan         {report.plan}",
+        *([f"place        {report.place}"] if report.place else []),
         f"evaluations  {len(evaluations)}: {counts}",
         *([f"corrected    {report.corrected} full evaluations made up for those skipped before them"] if report.corrected else []),
         f"compute      {report.compute_speedup:.2f}x less",
@@ -34,6 +35,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
         "setting": report.setting,
         "family": report.family,
         "plan": report.plan,
+        "place": report.place,
         "complete": report.is_complete,
         "evaluations": [
             {"step": e.step, "sigma": e.sigma, "planned": e.planned.label, "kind": e.label, "ms": e.ms, "macs": e.macs}

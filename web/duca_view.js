@@ -248,6 +248,7 @@ function runLines({ active, bytes, report }, head) {
       planned && `foreseen ${bytesText(report.predicted_bytes)}`,
       report.setting,
     ]),
+    ...line([report.place]),
     ...(report.notices ?? []).flatMap((notice) => line([notice], "duca-warning")),
   ];
 }
