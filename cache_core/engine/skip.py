@@ -27,12 +27,11 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
 
     def answer(given: Sequence[Tensor | None]) -> list[Tensor]:
         call.is_touched = True
-        with call.unrecorded():
-            hidden = [_filled(call, predictor, store, number, like) for number, like in enumerate(given)]
+        hidden = [_filled(call, predictor, store, number, like) for number, like in enumerate(given)]
         call.is_finished = True
         return hidden
 
-    return forward_overrides([*call.place.skip(call.model, answer), *call.entry()])
+    return forward_overrides([*call.place.skip(call.model, answer, call.unrecorded), *call.entry()])
 
 
 def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore, like: Tensor, number: int = 0) -> Tensor:
