@@ -53,7 +53,7 @@ def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore,
 
 def _filled(call: EngineCall, predictor: Predictor, store: FeatureStore, number: int, given: Tensor | None) -> Tensor:
     """What to answer with (B, L, C). given: the tensor whose place it takes."""
-    device = given.device if given is not None else next(call.model.parameters()).device
+    device = call.device if given is None else given.device
     like = torch.empty(0, dtype=call.place.kept[number].dtype, device=device)
     hidden = torch.cat([forecast(slot, predictor, call.time, store, like, number) for slot in call.slots])
     if call.given is not None and number == 0:
