@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base import Cached, ModelFamily, Stack
 from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, sites
+from .video_blocks import CROSS, MLP, SELF, in_grid, sites
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -31,7 +31,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x = x + gate_self * cached.whole(SELF)
     x = x + of_cross[2] * renewed(cached, CROSS, tokens, look)
     x = x + of_feed[2] * renewed(cached, MLP, tokens, lambda at: feed.block(_modulated(feed, of_feed, x[:, at])))
-    return (_STACK.grid(x, call["x"]),)
+    return (in_grid(x, call["x"], _STACK.batch),)
 
 
 def _vectors(part: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import Cached, ModelFamily, Stack
 from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, sites, spread
+from .video_blocks import CROSS, MLP, SELF, in_grid, sites, spread
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -33,7 +33,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x = x + gated(of_self, cached.whole(SELF))
     x = x + gated(of_cross, renewed(cached, CROSS, tokens, look))
     x = x + gated(of_mlp, renewed(cached, MLP, tokens, lambda at: block.mlp(_modulated(block.layer_norm_mlp, of_mlp, x, at))))
-    return (_STACK.grid(x, given),)
+    return (in_grid(x, given),)
 
 
 def _vectors(block: Any, name: str, call: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -19,9 +19,7 @@ from .linears import equal_parts
 from .patches import patches
 from .replaying import renewed, stream_sites
 
-_FUSED = (
-    equal_parts("attn.qkv_x", "qkv") | equal_parts("attn.qkv_y", "qkv") | equal_parts("mlp_x.w1", "vg") | equal_parts("mlp_y.w1", "vg")
-)
+_FUSED = equal_parts("attn.qkv_x", "qkv") | equal_parts("attn.qkv_y", "qkv") | equal_parts("mlp_x.w1", "vg") | equal_parts("mlp_y.w1", "vg")
 
 
 def _patches(embed: nn.Module, given: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Wan 2.1 and 2.2: blocks of self-attention, cross-attention to text and feed-forward over one stream of video tokens.
 
 Source: comfy/ldm/wan/model.py, model_animate.py (ComfyUI 0.3.75). All models have the same blocks (wan_blocks.py) and are told apart for
-their sidecars alone. What VACE, Animate and S2V add between blocks, from modules beside them, runs in a conservative evaluation as in a full
-one. Reference latents add tokens before (`ref_conv`) or behind the video, which a calibrated forecast does not know.
+their sidecars alone. What VACE, Animate and S2V add between blocks, from modules beside them, runs in a conservative evaluation as in a
+full one. Reference latents add tokens before (`ref_conv`) or behind the video, which a calibrated forecast does not know.
 Wan 2.2's two experts are two models in two samplers: two runs, the second starting in the middle of the schedule.
 """
 
