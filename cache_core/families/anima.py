@@ -7,15 +7,15 @@ Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py of ComfyUI 0.3
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
-
-from .as_read import blocks_take
+from .as_read import takes
 from .cosmos_predict2 import COSMOS_PREDICT2
 
 
-def _is_anima(model: nn.Module) -> bool:
-    return type(model).__name__ == "Anima" and blocks_take(model, "blocks", *COSMOS_PREDICT2.stacks[0].parameters)
+def _is_anima(model: Any) -> bool:
+    parameters = COSMOS_PREDICT2.stacks[0].parameters
+    return type(model).__name__ == "Anima" and hasattr(model, "blocks") and all(takes(block, *parameters) for block in model.blocks)
 
 
 ANIMA = replace(COSMOS_PREDICT2, name="anima", matches=_is_anima)

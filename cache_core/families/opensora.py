@@ -16,7 +16,6 @@ three first steps are exact, as is here what is full twice in a row. Blocks of o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..refusals import UnsupportedCallError
+from .as_read import takes
 from .base import Cached, ModelFamily, Site, Stack
 from .linears import equal_parts
 from .patches import patches
@@ -58,7 +58,7 @@ def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
         *_, table, temporal = _USED(block)
     except AttributeError:
         return True
-    return table.shape[:1] != (6,) or bool(temporal) != is_temporal or tuple(signature(type(block).forward).parameters)[1:] != _PARAMETERS
+    return table.shape[:1] != (6,) or bool(temporal) != is_temporal or not takes(block, *_PARAMETERS)
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
