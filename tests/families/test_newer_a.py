@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import comfy.model_management
 import pytest
@@ -19,6 +18,7 @@ from holding import (
     cached,
     cached_run,
     full_rank,
+    kept_tokens,
     linear_sites,
 )
 from making import Case, text
@@ -31,12 +31,6 @@ from zoo_video import CASES as VIDEO
 from zoo_video import ltxv
 
 BY_NAME = {case.name: case for case in (*CASES, *VIDEO)}
-
-
-def kept_tokens(report: Any) -> list[int]:
-    """How many of every tensor that is kept."""
-    kept = report.shape.known.place.kept
-    return [entry.rows_and_tokens // report.shape.known.rows for entry in kept]
 
 
 # -- what a later host may change ---------------------------------------------------------------------
@@ -225,7 +219,8 @@ def test_qwen_image_as_newer_hosts_call_it(with_reference):
     model = case.make()
     newer_qwen_image(network(model))
     assert_right(case, model)
-    assert kept_tokens(cached_run(case, model)) == [48], "of the image alone"
+    [tokens] = kept_tokens(cached_run(case, model))
+    assert 48 <= tokens < 60 if with_reference else tokens == 48, "12 of a reference are not all needed"
     patched = cached(model, "FcFcFcFc")
     result = sample(case, patched)
     assert kinds(patched) == ("FFFFFFFF" if with_reference else "FcFcFcFc")
@@ -249,10 +244,10 @@ def with_pictures(**pictures: list[torch.Tensor]) -> tuple[Case, object]:
 
 
 def test_pictures_behind_the_image_are_cached_with_it():
-    """Behind 32 tokens of text. Of what lies after the image nothing is asked at the end."""
+    """48 tokens, and 12 and 4 of pictures. 32 of text before them are not needed."""
     case, model = with_pictures(ref_frames=[normal(6, 1, 16, 6, 8), normal(7, 1, 16, 4, 4)])
     assert_right(case, model)
-    assert kept_tokens(cached_run(case, model)) == [48]
+    assert kept_tokens(cached_run(case, model)) == [64]
 
 
 def test_pictures_modulated_apart_from_the_image_have_no_conservative_evaluation():

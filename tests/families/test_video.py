@@ -47,9 +47,7 @@ def _camera():
 def _animate():
     """As in zoo_video, but so wide that what looks at faces, which comes in one size, does not outweigh the blocks."""
     with patch.object(comfy.ldm.wan.model_animate, "Generator", lambda **_sizes: torch.nn.Identity()):
-        return wan_model(
-            comfy.supported_models.WAN22_Animate, "animate", in_dim=36, num_layers=5, dim=192, num_heads=8, ffn_dim=384
-        )
+        return wan_model(comfy.supported_models.WAN22_Animate, "animate", in_dim=36, num_layers=5, dim=192, num_heads=8, ffn_dim=384)
 
 
 def _expert_i2v():
