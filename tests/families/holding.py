@@ -1,4 +1,4 @@
-"""What holds of any model, for tests of single ones: what skips are to give, factors that lose nothing, forecasts that look at the input."""
+"""What holds of any model, for tests of single ones: what skips give, factors that lose nothing, forecasts that look at the input."""
 
 from __future__ import annotations
 

@@ -109,16 +109,16 @@ def test_a_given_picture_is_seen():
 # -- all ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ernie", "helios"])
+@pytest.mark.parametrize("name", ["ernie", "helios", "hidream_o1"])
 def test_a_batch_of_two_is_each_of_them(name):
     """MiniMax H3 takes one row at a time."""
     case = BY_NAME[name]
     model, noise = case.make(), normal(5, 2, *case.latent)
 
     def sampled(noise: torch.Tensor) -> torch.Tensor:
-        latent = torch.zeros_like(noise)
-        patched = cached(model, PLAN)
-        result = comfy.sample.sample(patched, noise, 8, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, disable_pbar=True)
+        latent, patched = torch.zeros_like(noise), cached(model, PLAN)
+        for _ in range(2):  # the host's own cache of the text may be filled in the first
+            result = comfy.sample.sample(patched, noise, 8, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, disable_pbar=True)
         assert kinds(patched) == PLAN
         return result
 
