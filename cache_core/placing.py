@@ -17,15 +17,17 @@ from .discovery.place import Place
 from .discovery.places import Known, Places
 from .discovery.proof import Found, Prover, is_equal
 from .discovery.watch import Watched, lists_of, watching
-from .engine import EngineCall
+from .engine import EngineCall, conservative
 from .engine.inputs import ModelInput
 from .families import ModelFamily
 from .kinds import Kind
 from .model_call import ModelCall
-from .overrides import Override, around, forward_overrides
-from .store import Unrecorded
+from .overrides import Override, around, forward_overrides, uncompiled
+from .refusals import UnsupportedCallError
+from .store import FeatureStore, Unrecorded
 
 _Key = tuple[nn.Module, Hashable]
+_REPLAY_SLACK = 10.0  # a replay has the same arithmetic for fewer tokens at a time, in every block
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Placing:
         self._family, self._places, self._keeps_input, self._unrecorded = family, places, keeps_input, unrecorded
         self._proved: set[_Key] = set()
         self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, for this run alone
+        self._replayed: dict[_Key, bool] = {}
         self._failures: Counter[_Key] = Counter()
         self._lock = threading.Lock()
 
@@ -103,6 +106,28 @@ class Placing:
             self._proved.add(_key(call))
         self._narrow(call, engine.place, engine.given, given)
         return True
+
+    def prove_replays(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, full: EngineCall, store: FeatureStore) -> bool:
+        """After a full evaluation that kept sublayers: whether a conservative one of the same, where nothing has changed, answers the same.
+
+        Tried once in a run; what is kept stays as it is.
+        """
+        if _key(call) not in self._replayed and torch.isfinite(answer).all():
+            trial = replace(full, linears=None, given=None, rests=frozenset(), on_enter=lambda _call: None, is_trial=True)
+            try:
+                call.starting(Kind.CONSERVATIVE)
+                with uncompiled(), conservative(trial, store):
+                    same = is_equal(answer, compute(), full.dtype, _REPLAY_SLACK)
+            except UnsupportedCallError:  # said when a conservative evaluation is asked for
+                call.abandoned()
+                same = True
+            with self._lock:
+                self._replayed[_key(call)] = same
+        return self.may_replay(call)
+
+    def may_replay(self, call: ModelCall) -> bool:
+        """False where conservative evaluations were seen not to answer as full ones do."""
+        return self._replayed.get(_key(call), True)
 
     def _narrow(self, call: ModelCall, place: Place, full: ModelInput | None, skipped: ModelInput | None) -> None:
         """Where a skip leaves out what the embedded input is made by, and that input is used: it must run."""

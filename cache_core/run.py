@@ -143,6 +143,8 @@ class CacheRun:
             if known is None or slots is None:
                 return self._past_the_cache(call, compute, found)
             kind = self._possible_kind(slots)
+            if kind is Kind.CONSERVATIVE and not self._placing.may_replay(call):
+                kind = Kind.FULL
             result = self._carry_out(kind, call, slots, compute, known, found)
             if result is None:
                 result = self._carry_out(Kind.FULL, call, slots, compute, known)
@@ -301,6 +303,9 @@ class CacheRun:
             self.notify("a skip that puts the hidden state back no longer answers the same: looked for anew")
             for slot in slots:
                 slot.reset(slot.signature)
+        elif kind is Kind.FULL and engine.keeps_sublayers and not self._placing.prove_replays(call, compute, result, engine, self.store):
+            self._is_explained = True
+            self.notify("this model's blocks are not as described: conservative evaluations are computed in full")
         with self._lock:
             self._accounts.add(self._evaluation, engine, strategy, kind)
         return result

@@ -34,6 +34,7 @@ class EngineCall:
     rests: sublayers that a full evaluation leaves out, by name, as they are computed in only some of them.
     on_enter: told this call when the first block is reached. unrecorded: around the allocation of what outlives a block (see
     `store.Unrecorded`). keeps_hidden: whether copies of the last hidden state stay here too, for a proof.
+    is_trial: whether a conservative evaluation is to leave what is kept as it is.
     is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
     hidden: the copies. device: of what the first block is given.
@@ -52,6 +53,7 @@ class EngineCall:
     rests: frozenset[str] = frozenset()
     unrecorded: Unrecorded = nullcontext
     keeps_hidden: bool = False
+    is_trial: bool = False
     is_touched: bool = False
     is_finished: bool = False
     hidden: Sequence[Tensor] = ()
@@ -84,6 +86,10 @@ class EngineCall:
             with self.unrecorded():
                 self.hidden = [tensor.clone() for tensor in hidden]
         self.keep(hidden)
+
+    def is_answered(self, _result: Any) -> None:
+        """To be told that the last block was left, where nothing is to be kept."""
+        self.is_finished = True
 
     def keep(self, hidden: Sequence[Tensor]) -> None:
         """Keeps a hidden state, (B, L, C) for each tensor that the place keeps."""

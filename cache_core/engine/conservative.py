@@ -36,6 +36,8 @@ class BlockFeatures:
 
     def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor:
         """Writes `fresh` (B, k, C) over the chosen tokens, for good, and returns all tokens."""
+        if self._call.is_trial:
+            return self.whole(site).index_copy(1, tokens, fresh)
         for feature, rows in zip(self._features(site), self._call.rows(fresh)):
             self._store.write_tokens(feature, tokens, rows)
         return self.whole(site)
@@ -56,7 +58,7 @@ def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManage
     placed = call.family.placed(call.model)
     overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in placed]
     overrides += call.entry()
-    overrides.append((call.last_block, around(after=call.remember_hidden)))
+    overrides.append((call.last_block, around(after=call.is_answered if call.is_trial else call.remember_hidden)))
     return forward_overrides(overrides)
 
 
