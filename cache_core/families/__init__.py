@@ -37,7 +37,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
 
 
 def find_family(model: nn.Module) -> ModelFamily:
-    """The family of a diffusion model; one that says no more than a name for a model that no file describes. Looks through torch.compile."""
+    """The family of a diffusion model; of one that no file describes, one that is no more than a name. Looks through torch.compile."""
     model = getattr(model, "_orig_mod", model)
     return next((family for family in FAMILIES if family.matches(model)), undescribed(model))
 
