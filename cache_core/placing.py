@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -51,7 +50,7 @@ class Placing:
         self._proved: set[_Key] = set()
         self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, for this run alone
         self._replayed: dict[_Key, bool] = {}
-        self._failures: Counter[_Key] = Counter()
+        self._failed: dict[_Key, int] = {}  # evaluation in which no place inside was found first
         self._lock = threading.Lock()
 
     def known(self, call: ModelCall) -> Known | None:
@@ -62,9 +61,9 @@ class Placing:
     def is_proved(self, call: ModelCall) -> bool:
         return _key(call) in self._proved
 
-    def discover(self, call: ModelCall, compute: Callable[[], Tensor]) -> Discovered:
-        """Computes the call in full, watched, and finds its place. A place inside is looked for twice in a run before the whole output
-        is taken for it: some hosts compute something else the first time.
+    def discover(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
+        """Computes the call in full, watched, and finds its place. A place inside is looked for in two evaluations of a run before the
+        whole output is taken for it: some hosts compute something else the first time.
         """
         call.starting(Kind.FULL)
         layers = self._layers(call.model)
@@ -78,8 +77,8 @@ class Placing:
         prover = Prover(call.model, _again(call, compute), result, len(call.conds), self._unrecorded)
         found = prover.find(watched)
         with self._lock:
-            self._failures[_key(call)] += found.place is None or found.place.is_whole
-            if not found.is_lasting or (found.place is not None and found.place.is_whole and self._failures[_key(call)] == 1):
+            is_inside = found.place is not None and not found.place.is_whole
+            if not found.is_lasting or (not is_inside and self._failed.setdefault(_key(call), evaluation) == evaluation):
                 return discovered
             discovered.known = self._described(call, watched, found, prover.rows)
             discovered.known.sublayers = tuple((tokens // prover.rows, channels) for tokens, channels in sublayers)

@@ -137,7 +137,7 @@ class CacheRun:
         if not self._may_cache(call):
             return self._past_the_cache(call, compute)
         try:
-            found = None if self._placing.known(call) is not None else self._placing.discover(call, compute)
+            found = None if self._placing.known(call) is not None else self._placing.discover(call, compute, self._evaluation.index)
             known = self._placing.known(call)
             slots = None if known is None else self._slots_for(call, known)
             if known is None or slots is None:
@@ -333,6 +333,8 @@ class CacheRun:
             for slot in slots:
                 slot.reset(slot.signature)
                 slot.history = self._strategy.predictor.history
+                slot.predicted_bytes = 0
+            self.report.predicted_bytes = self._slots.predicted_bytes
 
     def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor], found: Discovered | None = None) -> Tensor:
         """found: where that was computed already."""
