@@ -67,7 +67,10 @@ class EngineCall:
 
     def entry(self) -> list[Override]:
         """What every kind of evaluation listens to: the arrival at the first block, and the model's input where it is used."""
-        return [(self.first_block, around(before=self._enter)), *(self.given.overrides() if self.given is not None else ())]
+        if self.given is None or not self.family.embed:
+            return [(self.first_block, around(before=self._enter))]
+        entered = self.family.stacks[0].blocks(self.model)[0]  # other lists may run before the input is seen
+        return [*self.given.overrides(), (entered, around(before=self._enter))]
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self.is_touched = True
