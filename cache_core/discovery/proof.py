@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,8 @@ from .watch import Watched
 _MOST_LEFT = 0.8  # of a full evaluation's multiply-adds that a skip may cost: with more, little is gained for what is lost
 _WORTH = 0.2  # of them, before what a later stack would save is worth keeping more
 _MOST_AXES = 6  # places of the batch that are tried
+_PEAK = 16  # times the root of the mean square that rounding may be off at most
+_EXACT = 1e-5  # what counts as equal in any dtype
 Hidden = dict[Path, Tensor]  # what the answering block gave, by path
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, NotImplementedError, UnsupportedCallError)
 
@@ -41,20 +44,33 @@ class Found(NamedTuple):
 
 def is_equal(one: Any, other: Any, dtype: torch.dtype) -> bool:
     """Whether two answers differ by no more than rounding in `dtype`, measured against their spread. Waits for the device."""
+    return _distance(one, other) <= _rounding(one, dtype)
+
+
+def _rounding(answer: Any, dtype: torch.dtype) -> float:
+    kinds = [kind for kind in (dtype, *(tensor.dtype for _, tensor in tensors(answer))) if kind.is_floating_point]
+    return max(_EXACT, *(2.5 * torch.finfo(kind).eps for kind in kinds))
+
+
+def _distance(one: Any, other: Any) -> float:
+    """Of two answers, against the spread: 0 only for equal ones, infinite for what cannot be compared or is not finite.
+
+    The root of the mean square, or a part of the largest difference where that is more: one wrong token of thousands is wrong.
+    """
     ours, theirs = list(tensors(one)), list(tensors(other))
-    if [path for path, _ in ours] != [path for path, _ in theirs]:
-        return False
-    return all(_is_close(a, b, dtype) for (_, a), (_, b) in zip(ours, theirs))
+    if [(path, tensor.shape) for path, tensor in ours] != [(path, tensor.shape) for path, tensor in theirs]:
+        return math.inf
+    return max((_apart(a, b) for (_, a), (_, b) in zip(ours, theirs)), default=math.inf)
 
 
-def _is_close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    if a.shape != b.shape:
-        return False
+def _apart(a: Tensor, b: Tensor) -> float:
     if torch.equal(a, b):
-        return True
-    eps = max(torch.finfo(kind).eps for kind in (a.dtype, dtype) if kind.is_floating_point)
-    spread = float(a.float().std()) if a.numel() > 1 else float(a.float().abs().max())
-    return float((a.float() - b.float()).square().mean().sqrt()) <= max(1e-5, 2.5 * eps) * spread  # False for what is not finite
+        return 0.0
+    a, b = a.float(), b.float()
+    spread = float(a.std()) if a.numel() > 1 else float(a.abs().max())
+    differences = (a - b).abs()
+    far = max(float(differences.square().mean().sqrt()), float(differences.max()) / _PEAK)
+    return far / spread if math.isfinite(far) and spread else math.inf
 
 
 class Prover:
@@ -62,6 +78,7 @@ class Prover:
 
     def __init__(self, network: nn.Module, compute: Callable[[], Any], answer: Any, conds: int) -> None:
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
+        self._allowed = math.inf  # how far answers may be apart, beside what rounding allows
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
@@ -75,9 +92,9 @@ class Prover:
 
     def find(self, watched: Watched) -> Found:
         """The best place that is proved; else the network's whole output, or none where that would be wrong."""
-        states = [f"{entry.path}.{entry.changed}" for entry in watched.lists if entry.changed]
-        if states:
-            return Found(None, reason=f"its blocks remember what they saw ({states[0]})")
+        if watched.changed or watched.appeared:  # what only appeared may be a table that is made once: that is seen next time
+            reason = f"it remembers what it saw ({watched.changed or watched.appeared})"
+            return Found(None, reason=reason, is_lasting=bool(watched.changed))
         if not all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(self._answer)):
             return Found(None, reason="its answer is not finite", is_lasting=False)
         stacks = [stack for entry in watched.lists if (stack := stack_of(entry)) is not None]
@@ -104,9 +121,14 @@ class Prover:
             return None
         passed = tuple(stack.passed for stack in stacks if stack is not answering) + (answering.passed,)
         place, hidden = Place(passed, stacks[0].first, answering.kept), answering.hidden
-        if not self._holds_with(place, hidden):
+        self._allowed = math.inf
+        first = self._tried(place, _parts(place, hidden))
+        if not self._is_same(first, _parts(place, hidden)):
             return None
+        self._allowed = max(_EXACT, 4 * _distance(self._answer, first))  # what is left out must not hide in the rounding of a short dtype
         place = self._with_rows(self._with_fewer(place, hidden), hidden)
+        if not self._is_seen(place, hidden):
+            return Found(None, reason="its answer is the same whatever its blocks give", is_lasting=False)
         place = self._with_tokens(place, hidden, lengths)
         parts = _parts(place, hidden)
         with counted() as cost:
@@ -122,21 +144,49 @@ class Prover:
         return place
 
     def _with_rows(self, place: Place, hidden: Hidden) -> Place:
-        """Where each cond's part of the kept tensors lies: proved by changing the first one's and looking whose answer changes."""
+        """Where each cond's part of the kept tensors lies: proved by changing it and looking whose answer changes."""
         for axes in islice(product(*(_rows_axes(kept.shape, self.rows, self._conds) for kept in place.kept)), _MOST_AXES):
             there = replace(place, kept=tuple(replace(kept, rows=axis) for kept, axis in zip(place.kept, axes)))
-            if self._conds == 1:
-                return there
-            parts = [list(part.chunk(self._conds)) for part in _parts(there, hidden)]
-            if self._is_one_alone(self._tried(there, [torch.cat((part[0].roll(1, -1), *part[1:])) for part in parts]), parts[0][0].dtype):
+            if self._conds == 1 or (
+                all(self._is_one_alone(there, hidden, cond) for cond in range(self._conds)) and self._is_cut_between(there, hidden)
+            ):
                 return there
         return replace(place, kept=tuple(replace(kept, rows=None) for kept in place.kept), is_joint=self._conds > 1)
 
-    def _is_one_alone(self, answer: Any, dtype: torch.dtype) -> bool:
-        """Whether the part of exactly one cond differs from the answer proper; some networks swap theirs."""
-        ours, theirs = ([tensor.chunk(self._conds) for _, tensor in tensors(each)] for each in (self._answer, answer))
-        changed = {i for a, b in zip(ours, theirs) for i, pair in enumerate(zip(a, b)) if not _is_close(*pair, dtype)}
-        return answer is not None and len(changed) == 1
+    def _is_one_alone(self, place: Place, hidden: Hidden, cond: int) -> bool:
+        """Whether another hidden state of this cond changes its answer, and no other one's."""
+        parts = [list(part.chunk(self._conds)) for part in _parts(place, hidden)]
+        altered = [torch.cat((*part[:cond], _other(part[cond]), *part[cond + 1 :])) for part in parts]
+        answer = self._tried(place, altered)
+        if answer is None:
+            return False
+        pairs = [zip(a.chunk(self._conds), b.chunk(self._conds)) for (_, a), (_, b) in zip(tensors(self._answer), tensors(answer))]
+        return {i for each in pairs for i, pair in enumerate(each) if not self._is_near(*pair, altered)} == {cond}
+
+    def _is_cut_between(self, place: Place, hidden: Hidden) -> bool:
+        """Whether the parts of conds begin and end where they seem to, where an axis holds more than the batch. In a stream that conds of
+        other lengths are packed in, the half of it may be one cond's image with some of another's text, which no answer shows.
+        """
+        if all(kept.rows is not None and kept.shape[kept.rows] == self.rows for kept in place.kept):
+            return True
+        parts = [part.unflatten(0, (self._conds, -1)) for part in _parts(place, hidden)]
+        for row in (0, -1):
+            altered = [part.clone() for part in parts]
+            for part in altered:
+                part[:, row] = _other(part[:, row])
+            answer = self._tried(place, [part.flatten(0, 1) for part in altered])
+            pairs = [zip(a.chunk(self._conds), b.chunk(self._conds)) for (_, a), (_, b) in zip(tensors(self._answer), tensors(answer))]
+            if answer is None or any(all(self._is_near(*pair, parts) for pair in cond) for cond in zip(*pairs)):
+                return False
+        return True
+
+    def _is_seen(self, place: Place, hidden: Hidden) -> bool:
+        """Whether the answer depends on what is kept: else that it stays the same proves nothing. A final layer may begin at zero."""
+        if self._conds > 1 and not place.is_joint:
+            return True  # seen when the rows were told apart
+        parts = _parts(place, hidden)
+        answer = self._tried(place, [_other(part) for part in parts])
+        return answer is not None and not self._is_near(self._answer, answer, parts)
 
     def _with_tokens(self, place: Place, hidden: Hidden, lengths: list[int]) -> Place:
         """Of joint text and image tokens, those that the answer needs."""
@@ -168,7 +218,10 @@ class Prover:
             return None
 
     def _is_same(self, answer: Any, hidden: Sequence[Tensor]) -> bool:
-        return answer is not None and is_equal(self._answer, answer, hidden[0].dtype if hidden else torch.float32)
+        return answer is not None and self._is_near(self._answer, answer, hidden)
+
+    def _is_near(self, one: Any, other: Any, hidden: Sequence[Tensor]) -> bool:
+        return _distance(one, other) <= min(self._allowed, _rounding(one, hidden[0].dtype if hidden else torch.float32))
 
     def _whole(self, watched: Watched, reason: str) -> Found:
         found = list(tensors(watched.output))
@@ -199,6 +252,11 @@ def _answering(stacks: Sequence[Stack], macs: float) -> Stack:
     return best
 
 
+def _other(part: Tensor) -> Tensor:
+    """Something else in the place of a hidden state."""
+    return part.roll(1, -1) if part.shape[-1] > 1 else -part
+
+
 def _parts(place: Place, hidden: Hidden) -> list[Tensor]:
     return [kept.of(hidden[kept.out]) for kept in place.kept]
 
@@ -221,11 +279,13 @@ def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]
     holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at.
     """
     cuts = [length for length in lengths if length < total]
-    for start, stop in [*((cut, total) for cut in cuts), *((0, total - cut) for cut in cuts)]:
-        if holds(start, stop):
-            return start, stop
-    start = _furthest(total, lambda cut: holds(cut, total))
-    return (start, total) if start else (0, total - _furthest(total, lambda cut: holds(0, total - cut)))
+    if total > 1 and holds(1, total):
+        start = next((cut for cut in cuts if holds(cut, total)), 0)
+        return start or 1 + _furthest(total - 1, lambda cut: holds(1 + cut, total)), total
+    if total > 1 and holds(0, total - 1):
+        end = next((cut for cut in cuts if holds(0, total - cut)), 0)
+        return 0, total - (end or 1 + _furthest(total - 1, lambda cut: holds(0, total - 1 - cut)))
+    return 0, total
 
 
 def _furthest(total: int, holds: Callable[[int], bool]) -> int:
