@@ -17,6 +17,7 @@ from ..refusals import UnsupportedCallError
 from .flops import counted
 from .place import Kept, Passed, Place, Site
 from .stacks import Stack, stack_of
+from .state import untouched
 from .trees import Path, mapped, tensors
 from .watch import Watched
 
@@ -49,7 +50,7 @@ def is_equal(one: Any, other: Any, dtype: torch.dtype) -> bool:
 
 def _rounding(answer: Any, dtype: torch.dtype) -> float:
     kinds = [kind for kind in (dtype, *(tensor.dtype for _, tensor in tensors(answer))) if kind.is_floating_point]
-    return max(_EXACT, *(2.5 * torch.finfo(kind).eps for kind in kinds))
+    return max(_EXACT, *(torch.finfo(kind).eps for kind in kinds))
 
 
 def _distance(one: Any, other: Any) -> float:
@@ -105,7 +106,7 @@ class Prover:
             found = self._found(chosen, watched.macs, lengths)
             if found is not None:
                 return found
-        with _own_random_numbers():
+        with _own_random_numbers(), untouched(self._network):
             again = self._compute()
         if not is_equal(self._answer, again, torch.float32):
             return Found(None, reason="it does not answer the same twice")
@@ -210,7 +211,7 @@ class Prover:
     def _tried(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The answer, None where the network does not run so."""
         try:
-            with _own_random_numbers(), uncompiled():
+            with _own_random_numbers(), untouched(self._network), uncompiled():
                 return self.skipped(place, hidden)
         except torch.OutOfMemoryError:
             raise

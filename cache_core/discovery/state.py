@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def facts_of(network: nn.Module) -> Facts:
     """
     facts: Facts = {}
     for name, module in network.named_modules():
-        if "weight" in module._parameters or hasattr(module, "in_features"):
+        if _has_weight(module):
             continue
         for key, value in (*module.__dict__.items(), *module._buffers.items()):
             if key not in _OF_TORCH:
@@ -62,6 +63,37 @@ def _differ(one: Any, other: Any, is_strict: bool) -> bool:
     return is_strict or one.tensor.shape != other.tensor.shape
 
 
+@contextmanager
+def untouched(network: nn.Module) -> Iterator[None]:
+    """Around calls that only try something: numbers and tensors that modules have hold of are put back."""
+    before = [(own, dict(own)) for own in _attributes(network)]
+    try:
+        yield
+    finally:
+        for own, values in before:
+            for key in [key for key, value in own.items() if _is_plain(value) and value is not values.get(key, _MISSING)]:
+                if key in values:
+                    own[key] = values[key]
+                elif key not in _OF_TORCH:
+                    del own[key]
+
+
+def _attributes(network: nn.Module) -> Iterator[dict[str, Any]]:
+    for module in network.modules():
+        if not _has_weight(module):
+            yield module.__dict__
+            yield module._buffers
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return "weight" in module._parameters or hasattr(module, "in_features")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (Tensor, bool, int, float))
+
+
+_MISSING = object()
 _OF_TORCH = frozenset(nn.Module().__dict__) | {"forward"}
 
 

@@ -524,8 +524,8 @@ SERVED = {
     "two latents": Case(Two, "blocks.3", call=with_two),
     "a list for nothing": Case(LastFeedsNothing, "blocks.5"),
     "frames around the batch": Case(FoldedOuter, "blocks.3", is_joint=True),
-    "packed": Case(Packed, "blocks.3", call=numbered, is_joint=True),
-    "packed, txt last": Case(PackedTxtLast, "blocks.3", call=numbered, is_joint=True),
+    "packed": Case(Packed, "blocks.3", call=numbered, is_joint=True, signature=lambda conds: conds),
+    "packed, txt last": Case(PackedTxtLast, "blocks.3", call=numbered, is_joint=True, signature=lambda conds: conds),
     "packed equally": Case(PackedEqually, "blocks.3"),
 }
 JOINT = {"frames around the batch", "packed", "packed, txt last", "swapped inside"}  # as what is kept cannot be told apart by conds
@@ -542,3 +542,18 @@ def test_is_found_and_right(name, order):
     assert set(passed) == set(case.passed)
     assert skips(found) == ([1, 2, 4] if order != "both" else [2] if name in JOINT else [2, 4])
     assert found.run.report.peak_bytes > 0 and len(found.notices) <= 1
+
+
+def of_own_length(network, step, conds, plan):
+    [cond] = conds
+    return network(latent(step), torch.tensor([1 - step / len(plan)]), text_of(cond, 4 + 3 * cond))
+
+
+def test_texts_of_other_lengths():
+    """Where the host's signature tells them apart, both are served; where it does not, one is computed in full."""
+    told = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length, signature=lambda conds: conds)
+    assert checked(told, "apart").ran == [{0, 1}, set(), set(), {0, 1}, set(), {0, 1}]
+    untold = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length)
+    found = checked(untold, "apart")
+    assert found.ran == [{0, 1}, {1}, {1}, {0, 1}, {1}, {0, 1}]
+    assert any("other numbers of tokens" in notice for notice in found.notices)

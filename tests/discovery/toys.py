@@ -7,7 +7,7 @@ names gives back what that block gave in the last full one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -102,7 +102,7 @@ class Case:
 
     reason: a part of the sentence that says why not. call: how it is called. calls: conds of the model calls of every step, the same in
     all steps that are not listed. passed: lists that a skip must leave out.
-    is_joint: whether the reference too must be called with all conds at once.
+    is_joint: whether the reference too must be called with all conds at once. signature: of a call, as its host tells it.
     """
 
     make: Callable[[], nn.Module]
@@ -111,6 +111,7 @@ class Case:
     reason: str = ""
     call: Callable[[nn.Module, int, Sequence[int], str], Any] = plainly
     is_joint: bool = False
+    signature: Callable[[Sequence[int]], Hashable] = lambda _conds: (1, TOKENS)
     tolerance: float = 1e-5
 
 
@@ -168,7 +169,7 @@ def driven(case: Case, network: nn.Module, order: str = "together", plan: str = 
                     return case.call(network, step, conds, plan)
 
                 if is_cached:
-                    answers |= parts_of(run.model_call(ModelCall(network, conds, (1, TOKENS)), compute), conds)
+                    answers |= parts_of(run.model_call(ModelCall(network, conds, case.signature(conds)), compute), conds)
                 else:
                     answers |= parts_of(compute(), conds)
                 result.ran[-1] |= ran
