@@ -123,7 +123,8 @@ class Prover:
         passed = tuple(stack.passed for stack in stacks if stack is not answering) + (answering.passed,)
         place, hidden = Place(passed, stacks[0].first, answering.kept), answering.hidden
         self._allowed = math.inf
-        first = self._tried(place, _parts(place, hidden))
+        with counted() as cost:
+            first = self._tried(place, _parts(place, hidden))
         if not self._is_same(first, _parts(place, hidden)):
             return None
         self._allowed = max(_EXACT, 4 * _distance(self._answer, first))  # what is left out must not hide in the rounding of a short dtype
@@ -131,10 +132,7 @@ class Prover:
         if not self._is_seen(place, hidden):
             return Found(None, reason="its answer is the same whatever its blocks give", is_lasting=False)
         place = self._with_tokens(place, hidden, lengths)
-        parts = _parts(place, hidden)
-        with counted() as cost:
-            self._tried(place, parts)
-        return Found(place, parts, skip_macs=cost.so_far)
+        return Found(place, _parts(place, hidden), skip_macs=cost.so_far)
 
     def _with_fewer(self, place: Place, hidden: Hidden) -> Place:
         """Streams that the answer does not need are handed on and not kept: a double block's text, position tables."""
@@ -190,13 +188,18 @@ class Prover:
         return answer is not None and not self._is_near(self._answer, answer, parts)
 
     def _with_tokens(self, place: Place, hidden: Hidden, lengths: list[int]) -> Place:
-        """Of joint text and image tokens, those that the answer needs."""
-        for kept in place.kept:
+        """Of joint text and image tokens, those that the answer sees. That the others, as given, answer the same is not enough: blocks may
+        leave some tokens alone in one evaluation and not in the next."""
+        whole = place
+        for number, kept in enumerate(whole.kept):
             if len(kept.shape) != 3 or kept.rows != 0 or kept.like is None:
                 continue
 
-            def holds(start: int, stop: int, own: Kept = kept) -> bool:
-                return self._holds_with(_with_cut(place, own, start, stop), hidden)
+            def holds(start: int, stop: int, number: int = number) -> bool:
+                parts = [part.clone() for part in _parts(whole, hidden)]
+                for unseen in (parts[number][:, :start], parts[number][:, stop:]):
+                    unseen.copy_(_other(unseen))
+                return self._is_same(self._tried(whole, parts), parts)
 
             start, stop = needed(kept.shape[1], lengths, holds)
             if (start, stop) != (0, kept.shape[1]):
@@ -275,7 +278,7 @@ def _rows_axes(shape: torch.Size, rows: int, conds: int) -> Iterator[int]:
 
 
 def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]) -> tuple[int, int]:
-    """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be handed on as given.
+    """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be anything.
 
     holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at.
     """

@@ -41,7 +41,7 @@ def facts_of(network: nn.Module) -> Facts:
 
 def facts_given(args: tuple, kwargs: Mapping[str, Any]) -> Facts:
     """The tensors that a call is given inside containers. Those that it is given plainly some networks write into, skipped or not."""
-    return {".".join(map(str, path[1:])): fact_of(tensor) for path, tensor in tensors((args, kwargs)) if len(path) > 2}
+    return {f"given {'.'.join(map(str, path[1:]))}": fact_of(tensor) for path, tensor in tensors((args, kwargs)) if len(path) > 2}
 
 
 def changed(before: Facts, after: Facts, strict: Collection[str] = ("",)) -> tuple[str, str]:
