@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_refused import NOTHING, STATEFUL, WHOLE
 from test_served import SERVED
-from toys import PLAN, Block, Case, Toy, checked, distance, driven, referred, skips
 from torch import nn
+from toys import PLAN, Block, Case, Toy, checked, distance, driven, referred, skips
 
 
 class At(Toy):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import CHANNELS, ORDERS, PLAN, TOKENS, WIDTH, Block, Case, Toy, checked, driven, latent, plainly, seeded, skips, text_of
+from toys import CHANNELS, ORDERS, WIDTH, Block, Case, Toy, checked, latent, skips, text_of
 
 
 class Keywords(Toy):

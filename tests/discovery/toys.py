@@ -229,6 +229,7 @@ def copied(value: Any) -> Any:
 
 def distance(ours: list[dict[int, Any]], theirs: list[dict[int, Any]]) -> list[float]:
     """Of every step, the largest difference against the spread."""
+
     def flat(answer: Any) -> Tensor:
         return answer.float().flatten() if isinstance(answer, Tensor) else torch.cat([part.float().flatten() for part in answer])
 
@@ -242,8 +243,7 @@ def checked(case: Case, order: str = "together", plan: str = PLAN) -> Driven:
     pristine = copy.deepcopy(network)
     found = driven(case, network, order, plan)
     place = found.run.report.place
-    expected = referred(case, pristine, order, found.ran, plan)
-    far = distance(found.answers, expected)
+    far = distance(found.answers, referred(case, pristine, order, found.ran, plan))
     assert max(far) <= case.tolerance, f"{far} {place} {found.notices}"
     if case.answers is None:
         assert all(full == {0, 1} for full in found.ran), "nothing may be skipped"
