@@ -120,7 +120,7 @@ class Prover:
         stacks = sorted((stack for stack in chosen if stack.ends <= answering.ends), key=lambda stack: stack.starts)
         if macs - sum(stack.macs for stack in stacks) > _MOST_LEFT * macs:
             return None
-        passed = tuple(stack.passed for stack in stacks if stack is not answering) + (answering.passed,)
+        passed = (*(stack.passed for stack in stacks if stack is not answering), answering.passed)
         place, hidden = Place(passed, stacks[0].first, answering.kept), answering.hidden
         self._allowed = math.inf
         with counted() as cost:
@@ -156,11 +156,16 @@ class Prover:
         """Whether another hidden state of this cond changes its answer, and no other one's."""
         parts = [list(part.chunk(self._conds)) for part in _parts(place, hidden)]
         altered = [torch.cat((*part[:cond], _other(part[cond]), *part[cond + 1 :])) for part in parts]
+        return self._changed(place, altered) == {cond}
+
+    def _changed(self, place: Place, altered: Sequence[Tensor]) -> set[int]:
+        """The conds that are answered otherwise with this hidden state."""
         answer = self._tried(place, altered)
-        if answer is None:
-            return False
-        pairs = [zip(a.chunk(self._conds), b.chunk(self._conds)) for (_, a), (_, b) in zip(tensors(self._answer), tensors(answer))]
-        return {i for each in pairs for i, pair in enumerate(each) if not self._is_near(*pair, altered)} == {cond}
+        changed = set[int]()
+        for (_, one), (_, other) in zip(tensors(self._answer), tensors(answer)):
+            parts = zip(one.chunk(self._conds), other.chunk(self._conds))
+            changed |= {cond for cond, (ours, theirs) in enumerate(parts) if not self._is_near(ours, theirs, altered)}
+        return changed
 
     def _is_cut_between(self, place: Place, hidden: Hidden) -> bool:
         """Whether the parts of conds begin and end where they seem to, where an axis holds more than the batch. In a stream that conds of
@@ -173,9 +178,7 @@ class Prover:
             altered = [part.clone() for part in parts]
             for part in altered:
                 part[:, row] = _other(part[:, row])
-            answer = self._tried(place, [part.flatten(0, 1) for part in altered])
-            pairs = [zip(a.chunk(self._conds), b.chunk(self._conds)) for (_, a), (_, b) in zip(tensors(self._answer), tensors(answer))]
-            if answer is None or any(all(self._is_near(*pair, parts) for pair in cond) for cond in zip(*pairs)):
+            if len(self._changed(place, [part.flatten(0, 1) for part in altered])) < self._conds:
                 return False
         return True
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from comfyui_duca.cache_core.discovery.persistence import persists
 from test_later_calls import At
-from test_served import Joint
 from torch import nn
 from toys import CHANNELS, PLAN, WIDTH, Case, Toy, distance, driven, referred, seeded, text_of
+from toys_in_loops import Joint
 
 MANY = 48
 

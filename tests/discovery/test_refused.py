@@ -8,10 +8,11 @@ from collections import deque
 
 import pytest
 import torch
-import torch.nn.functional as F
-from test_served import InPlaceUnreturned, Lower
 from torch import nn
+from torch.nn import functional
 from toys import ORDERS, TOKENS, WIDTH, Block, Case, Toy, checked, latent, skips, text_of
+from toys_in_loops import InPlaceUnreturned
+from toys_in_shapes import Lower
 
 
 class EarlyRead(Toy):
@@ -34,7 +35,7 @@ class EarlyReadALittle(Lower):
         for block in self.blocks:
             h = block(h, c)
             early = h if early is None else early
-        return (F.layer_norm(h, h.shape[-1:]) + 0.06 * F.layer_norm(early, h.shape[-1:])).float()
+        return (functional.layer_norm(h, h.shape[-1:]) + 0.06 * functional.layer_norm(early, h.shape[-1:])).float()
 
     def head(self, h, c, t):
         return self.unembed(h)
@@ -277,7 +278,7 @@ class Feedback(Toy):
 
 class DroppingHead(Toy):
     def head(self, h, c, t):
-        return F.dropout(super().head(h, c, t), 0.2, training=True)
+        return functional.dropout(super().head(h, c, t), 0.2, training=True)
 
 
 class NoisyHead(Toy):

@@ -14,12 +14,12 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Plan, Timeline, find_family
 from comfyui_duca.cache_core.policies import Given
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from torch import Tensor, nn
+from torch.nn import functional
 
 WIDTH, CHANNELS, TOKENS = 16, 4, 12
 PLAN = "FaaFaF"
@@ -37,9 +37,9 @@ class Block(nn.Module):
     def change(self, h: Tensor, c: Tensor) -> Tensor:
         """What it adds to h (B, L, C). c (B, C)."""
         scale = self.scale(c)[:, None]
-        q, k, v = self.qkv(F.layer_norm(h, h.shape[-1:]) * (1 + scale)).chunk(3, -1)
-        h = self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
-        return h + self.down(F.gelu(self.up(F.layer_norm(h, h.shape[-1:])))) * (1 + scale)
+        q, k, v = self.qkv(functional.layer_norm(h, h.shape[-1:]) * (1 + scale)).chunk(3, -1)
+        h = self.out(functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+        return h + self.down(functional.gelu(self.up(functional.layer_norm(h, h.shape[-1:])))) * (1 + scale)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         return h + self.change(h, c)
@@ -66,7 +66,7 @@ class Toy(nn.Module):
         return self.head(self.middle(self.embed(x), c, context, t), c, t)
 
     def condition(self, t: Tensor, context: Tensor) -> Tensor:
-        return F.silu(self.time(torch.stack((t, (7 * t).sin()), 1)) + context.mean(1))
+        return functional.silu(self.time(torch.stack((t, (7 * t).sin()), 1)) + context.mean(1))
 
     def middle(self, h: Tensor, c: Tensor, context: Tensor, t: Tensor) -> Tensor:
         for block in self.blocks:
@@ -74,7 +74,7 @@ class Toy(nn.Module):
         return h
 
     def head(self, h: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        return self.unembed(F.layer_norm(h, h.shape[-1:]) + self.shift(c)[:, None])
+        return self.unembed(functional.layer_norm(h, h.shape[-1:]) + self.shift(c)[:, None])
 
 
 def seeded(*seed: int) -> torch.Generator:
