@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,12 +18,15 @@ from ..store import Unrecorded
 from .flops import counted
 from .place import Kept, Passed, Place, Site
 from .stacks import Stack, stack_of
+from .state import untouched
 from .trees import Path, mapped, tensors
 from .watch import Watched
 
 _MOST_LEFT = 0.8  # of a full evaluation's multiply-adds that a skip may cost: with more, little is gained for what is lost
 _WORTH = 0.2  # of them, before what a later stack would save is worth keeping more
 _MOST_AXES = 6  # places of the batch that are tried
+_PEAK = 16  # times the root of the mean square that rounding may be off at most
+_EXACT = 1e-5  # what counts as equal in any dtype
 Hidden = dict[Path, Tensor]  # what the answering block gave, by path
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, NotImplementedError, UnsupportedCallError)
 
@@ -45,20 +49,33 @@ def is_equal(one: Any, other: Any, dtype: torch.dtype, slack: float = 1.0) -> bo
 
     slack: times as much as between two evaluations of the same operations in the same shapes.
     """
+    return _distance(one, other) <= slack * _rounding(one, dtype)
+
+
+def _rounding(answer: Any, dtype: torch.dtype) -> float:
+    kinds = [kind for kind in (dtype, *(tensor.dtype for _, tensor in tensors(answer))) if kind.is_floating_point]
+    return max(_EXACT, *(torch.finfo(kind).eps for kind in kinds))
+
+
+def _distance(one: Any, other: Any) -> float:
+    """Of two answers, against the spread: 0 only for equal ones, infinite for what cannot be compared or is not finite.
+
+    The root of the mean square, or a part of the largest difference where that is more: one wrong token of thousands is wrong.
+    """
     ours, theirs = list(tensors(one)), list(tensors(other))
-    if [path for path, _ in ours] != [path for path, _ in theirs]:
-        return False
-    return all(_is_close(a, b, dtype, slack) for (_, a), (_, b) in zip(ours, theirs))
+    if [(path, tensor.shape) for path, tensor in ours] != [(path, tensor.shape) for path, tensor in theirs]:
+        return math.inf
+    return max((_apart(a, b) for (_, a), (_, b) in zip(ours, theirs)), default=math.inf)
 
 
-def _is_close(a: Tensor, b: Tensor, dtype: torch.dtype, slack: float = 1.0) -> bool:
-    if a.shape != b.shape:
-        return False
+def _apart(a: Tensor, b: Tensor) -> float:
     if torch.equal(a, b):
-        return True
-    eps = max(torch.finfo(kind).eps for kind in (a.dtype, dtype) if kind.is_floating_point)
-    spread = float(a.float().std()) if a.numel() > 1 else float(a.float().abs().max())
-    return float((a.float() - b.float()).square().mean().sqrt()) <= slack * max(1e-5, 2.5 * eps) * spread  # False for what is not finite
+        return 0.0
+    a, b = a.float(), b.float()
+    spread = float(a.std()) if a.numel() > 1 else float(a.abs().max())
+    differences = (a - b).abs()
+    far = max(float(differences.square().mean().sqrt()), float(differences.max()) / _PEAK)
+    return far / spread if math.isfinite(far) and spread else math.inf
 
 
 class Prover:
@@ -72,6 +89,7 @@ class Prover:
     ) -> None:
         self._unrecorded = unrecorded
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
+        self._allowed = math.inf  # how far answers may be apart, beside what rounding allows
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
@@ -85,9 +103,9 @@ class Prover:
 
     def find(self, watched: Watched) -> Found:
         """The best place that is proved; else the network's whole output, or none where that would be wrong."""
-        states = [f"{entry.path}.{entry.changed}" for entry in watched.lists if entry.changed]
-        if states:
-            return Found(None, reason=f"its blocks remember what they saw ({states[0]})")
+        if watched.changed or watched.appeared:  # what only appeared may be a table that is made once: that is seen next time
+            reason = f"it remembers what it saw ({watched.changed or watched.appeared})"
+            return Found(None, reason=reason, is_lasting=bool(watched.changed))
         if not all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(self._answer)):
             return Found(None, reason="its answer is not finite", is_lasting=False)
         stacks = [stack for entry in watched.lists if (stack := stack_of(entry)) is not None]
@@ -98,7 +116,7 @@ class Prover:
             found = self._found(chosen, watched.macs, lengths)
             if found is not None:
                 return found
-        with _own_random_numbers():
+        with _own_random_numbers(), untouched(self._network):
             again = self._compute()
         if not is_equal(self._answer, again, torch.float32):
             return Found(None, reason="it does not answer the same twice")
@@ -112,16 +130,19 @@ class Prover:
         stacks = sorted((stack for stack in chosen if stack.ends <= answering.ends), key=lambda stack: stack.starts)
         if macs - sum(stack.macs for stack in stacks) > _MOST_LEFT * macs:
             return None
-        passed = tuple(stack.passed for stack in stacks if stack is not answering) + (answering.passed,)
+        passed = (*(stack.passed for stack in stacks if stack is not answering), answering.passed)
         place, hidden = Place(passed, stacks[0].first, answering.kept), answering.hidden
-        if not self._holds_with(place, hidden):
-            return None
-        place = self._with_rows(self._with_fewer(place, hidden), hidden)
-        place = self._with_tokens(place, hidden, lengths)
-        parts = _parts(place, hidden)
+        self._allowed = math.inf
         with counted() as cost:
-            self._tried(place, parts)
-        return Found(place, parts, skip_macs=cost.so_far)
+            first = self._tried(place, _parts(place, hidden))
+        if not self._is_same(first, _parts(place, hidden)):
+            return None
+        self._allowed = max(_EXACT, 4 * _distance(self._answer, first))  # what is left out must not hide in the rounding of a short dtype
+        place = self._with_rows(self._with_fewer(place, hidden), hidden)
+        if not self._is_seen(place, hidden):
+            return Found(None, reason="its answer is the same whatever its blocks give", is_lasting=False)
+        place = self._with_tokens(place, hidden, lengths)
+        return Found(place, _parts(place, hidden), skip_macs=cost.so_far)
 
     def _with_fewer(self, place: Place, hidden: Hidden) -> Place:
         """Streams that the answer does not need are handed on and not kept: a double block's text, position tables."""
@@ -132,30 +153,66 @@ class Prover:
         return place
 
     def _with_rows(self, place: Place, hidden: Hidden) -> Place:
-        """Where each cond's part of the kept tensors lies: proved by changing the first one's and looking whose answer changes."""
+        """Where each cond's part of the kept tensors lies: proved by changing it and looking whose answer changes."""
         for axes in islice(product(*(_rows_axes(kept.shape, self.rows, self._conds) for kept in place.kept)), _MOST_AXES):
             there = replace(place, kept=tuple(replace(kept, rows=axis) for kept, axis in zip(place.kept, axes)))
-            if self._conds == 1:
-                return there
-            parts = [list(part.chunk(self._conds)) for part in _parts(there, hidden)]
-            if self._is_one_alone(self._tried(there, [torch.cat((part[0].roll(1, -1), *part[1:])) for part in parts]), parts[0][0].dtype):
+            if self._conds == 1 or (
+                all(self._is_one_alone(there, hidden, cond) for cond in range(self._conds)) and self._is_cut_between(there, hidden)
+            ):
                 return there
         return replace(place, kept=tuple(replace(kept, rows=None) for kept in place.kept), is_joint=self._conds > 1)
 
-    def _is_one_alone(self, answer: Any, dtype: torch.dtype) -> bool:
-        """Whether the part of exactly one cond differs from the answer proper; some networks swap theirs."""
-        ours, theirs = ([tensor.chunk(self._conds) for _, tensor in tensors(each)] for each in (self._answer, answer))
-        changed = {i for a, b in zip(ours, theirs) for i, pair in enumerate(zip(a, b)) if not _is_close(*pair, dtype)}
-        return answer is not None and len(changed) == 1
+    def _is_one_alone(self, place: Place, hidden: Hidden, cond: int) -> bool:
+        """Whether another hidden state of this cond changes its answer, and no other one's."""
+        parts = [list(part.chunk(self._conds)) for part in _parts(place, hidden)]
+        altered = [torch.cat((*part[:cond], _other(part[cond]), *part[cond + 1 :])) for part in parts]
+        return self._changed(place, altered) == {cond}
+
+    def _changed(self, place: Place, altered: Sequence[Tensor]) -> set[int]:
+        """The conds that are answered otherwise with this hidden state."""
+        answer = self._tried(place, altered)
+        changed = set[int]()
+        for (_, one), (_, other) in zip(tensors(self._answer), tensors(answer)):
+            parts = zip(one.chunk(self._conds), other.chunk(self._conds))
+            changed |= {cond for cond, (ours, theirs) in enumerate(parts) if not self._is_near(ours, theirs, altered)}
+        return changed
+
+    def _is_cut_between(self, place: Place, hidden: Hidden) -> bool:
+        """Whether the parts of conds begin and end where they seem to, where an axis holds more than the batch. In a stream that conds of
+        other lengths are packed in, the half of it may be one cond's image with some of another's text, which no answer shows.
+        """
+        if all(kept.rows is not None and kept.shape[kept.rows] == self.rows for kept in place.kept):
+            return True
+        parts = [part.unflatten(0, (self._conds, -1)) for part in _parts(place, hidden)]
+        for row in (0, -1):
+            altered = [part.clone() for part in parts]
+            for part in altered:
+                part[:, row] = _other(part[:, row])
+            if len(self._changed(place, [part.flatten(0, 1) for part in altered])) < self._conds:
+                return False
+        return True
+
+    def _is_seen(self, place: Place, hidden: Hidden) -> bool:
+        """Whether the answer depends on what is kept: else that it stays the same proves nothing. A final layer may begin at zero."""
+        if self._conds > 1 and not place.is_joint:
+            return True  # seen when the rows were told apart
+        parts = _parts(place, hidden)
+        answer = self._tried(place, [_other(part) for part in parts])
+        return answer is not None and not self._is_near(self._answer, answer, parts)
 
     def _with_tokens(self, place: Place, hidden: Hidden, lengths: list[int]) -> Place:
-        """Of joint text and image tokens, those that the answer needs."""
-        for kept in place.kept:
+        """Of joint text and image tokens, those that the answer sees. That the others, as given, answer the same is not enough: blocks may
+        leave some tokens alone in one evaluation and not in the next."""
+        whole = place
+        for number, kept in enumerate(whole.kept):
             if len(kept.shape) != 3 or kept.rows != 0 or kept.like is None:
                 continue
 
-            def holds(start: int, stop: int, own: Kept = kept) -> bool:
-                return self._holds_with(_with_cut(place, own, start, stop), hidden)
+            def holds(start: int, stop: int, number: int = number) -> bool:
+                parts = [part.clone() for part in _parts(whole, hidden)]
+                for unseen in (parts[number][:, :start], parts[number][:, stop:]):
+                    unseen.copy_(_other(unseen))
+                return self._is_same(self._tried(whole, parts), parts)
 
             start, stop = needed(kept.shape[1], lengths, holds)
             if (start, stop) != (0, kept.shape[1]):
@@ -170,7 +227,7 @@ class Prover:
     def _tried(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The answer, None where the network does not run so."""
         try:
-            with _own_random_numbers(), uncompiled():
+            with _own_random_numbers(), untouched(self._network), uncompiled():
                 return self.skipped(place, hidden)
         except torch.OutOfMemoryError:
             raise
@@ -178,7 +235,10 @@ class Prover:
             return None
 
     def _is_same(self, answer: Any, hidden: Sequence[Tensor]) -> bool:
-        return answer is not None and is_equal(self._answer, answer, hidden[0].dtype if hidden else torch.float32)
+        return answer is not None and self._is_near(self._answer, answer, hidden)
+
+    def _is_near(self, one: Any, other: Any, hidden: Sequence[Tensor]) -> bool:
+        return _distance(one, other) <= min(self._allowed, _rounding(one, hidden[0].dtype if hidden else torch.float32))
 
     def _whole(self, watched: Watched, reason: str) -> Found:
         found = list(tensors(watched.output))
@@ -209,6 +269,11 @@ def _answering(stacks: Sequence[Stack], macs: float) -> Stack:
     return best
 
 
+def _other(part: Tensor) -> Tensor:
+    """Something else in the place of a hidden state."""
+    return part.roll(1, -1) if part.shape[-1] > 1 else -part
+
+
 def _parts(place: Place, hidden: Hidden) -> list[Tensor]:
     return [kept.of(hidden[kept.out]) for kept in place.kept]
 
@@ -226,16 +291,18 @@ def _rows_axes(shape: torch.Size, rows: int, conds: int) -> Iterator[int]:
 
 
 def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]) -> tuple[int, int]:
-    """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be handed on as given.
+    """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be anything.
 
     holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at.
     """
     cuts = [length for length in lengths if length < total]
-    for start, stop in [*((cut, total) for cut in cuts), *((0, total - cut) for cut in cuts)]:
-        if holds(start, stop):
-            return start, stop
-    start = _furthest(total, lambda cut: holds(cut, total))
-    return (start, total) if start else (0, total - _furthest(total, lambda cut: holds(0, total - cut)))
+    if total > 1 and holds(1, total):
+        start = next((cut for cut in cuts if holds(cut, total)), 0)
+        return start or 1 + _furthest(total - 1, lambda cut: holds(1 + cut, total)), total
+    if total > 1 and holds(0, total - 1):
+        end = next((cut for cut in cuts if holds(0, total - cut)), 0)
+        return 0, total - (end or 1 + _furthest(total - 1, lambda cut: holds(0, total - 1 - cut)))
+    return 0, total
 
 
 def _furthest(total: int, holds: Callable[[int], bool]) -> int:

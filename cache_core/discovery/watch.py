@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..overrides import Forward, Override, forward_overrides, uncompiled
 from ..store import Unrecorded
 from .flops import Macs, counted
+from .state import Facts, changed, fact_of, facts_given, facts_of
 from .trees import Path, mapped, tensors
 
 _LEAST = 0.03  # of a model's multiply-adds, before a list of blocks is worth a copy of what it gives
@@ -43,7 +44,7 @@ class BlockCall:
 @dataclass
 class ListCalls:
     """The calls of a list's blocks. links: for every call but the first, the path in (args, kwargs) of each tensor that the call before
-    gave, as the same object. kept: copies of what the last block gave. changed: what the call left changed in a block, by name.
+    gave, as the same object. kept: copies of what the last block gave.
     """
 
     path: str
@@ -51,7 +52,6 @@ class ListCalls:
     calls: list[BlockCall] = field(default_factory=list)
     links: list[dict[Path, Path | None]] = field(default_factory=list)
     kept: dict[Path, Tensor] = field(default_factory=dict)
-    changed: str = ""
     _before: Any = None  # what the block before gave, until the next one is called
 
     @property
@@ -69,6 +69,8 @@ class Watched:
     """What one full evaluation showed. output: a copy of what the network returned, None where it was not called or ran nothing.
 
     lengths: numbers of tokens that blocks of any list were given. inputs: what every watched layer was given, call by call, by its key.
+    changed: what the call left changed in the network, or in what that was given, by name; "" for nothing. appeared: what it left there
+    anew: a table made at the first call, or a cache of keys and values. plain: ids of tensors that the network was given by themselves.
     """
 
     lists: list[ListCalls]
@@ -76,6 +78,15 @@ class Watched:
     macs: float = 0.0
     output: Any = None
     inputs: dict[Any, list[Spec]] = field(default_factory=dict)
+    changed: str = ""
+    appeared: str = ""
+
+    plain: set[int] = field(default_factory=set)
+
+    def compare(self, before: Facts, after: Facts, strict: Collection[str] = ("",)) -> None:
+        """Notes what changed in a call. strict: see `changed`."""
+        other, new = changed(before, after, strict)
+        self.changed, self.appeared = self.changed or other, self.appeared or new
 
 
 def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
@@ -100,11 +111,11 @@ def watching(network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Un
     """Around one full evaluation. layers: whose inputs are to be noted, by any key. The result is complete when the context ends."""
     lists = [ListCalls(path, blocks) for path, blocks in lists_of(network).items()]
     watched = Watched(lists)
-    before = {entry.path: _state(entry.blocks) for entry in lists}
+    before = facts_of(network)
     with counted() as macs, uncompiled():
         overrides: list[Override] = []
         for entry in lists:
-            overrides += [(block, _noting(entry, index, macs, unrecorded)) for index, block in enumerate(entry.blocks)]
+            overrides += [(block, _noting(watched, entry, index, macs, unrecorded)) for index, block in enumerate(entry.blocks)]
         overrides += [(layer, _noting_input(watched.inputs, key)) for key, layer in layers.items()]
         overrides.append((network, _noting_output(watched, unrecorded)))
         with forward_overrides(overrides):
@@ -114,13 +125,13 @@ def watching(network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Un
         watched.output = None
     for entry in lists:
         entry._before = None
-        entry.changed = next((name for name, value in _state(entry.blocks).items() if before[entry.path].get(name) != value), "")
+    watched.compare(before, facts_of(network), [f"{entry.path}." for entry in lists])
     given = (spec for entry in lists for call in entry.calls for spec in call.given.values())
     watched.lengths = {spec.shape[1] for spec in given if len(spec.shape) == 3 and spec.shape[1] > 1}
     watched.lists = [entry for entry in lists if entry.calls and entry.macs >= _LEAST * watched.macs]
 
 
-def _noting(entry: ListCalls, index: int, macs: Macs, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
+def _noting(watched: Watched, entry: ListCalls, index: int, macs: Macs, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
     def make(forward: Forward) -> Forward:
         def noted(*args: Any, **kwargs: Any) -> Any:
             given = [(path, tensor) for path, tensor in tensors((args, kwargs))]
@@ -129,7 +140,10 @@ def _noting(entry: ListCalls, index: int, macs: Macs, unrecorded: Unrecorded) ->
                 entry._before = None
             call = BlockCall(index, {path: _kind(tensor) for path, tensor in given}, starts=macs.so_far)
             entry.calls.append(call)
+            plain = {f"{entry.path} writes at {path[1]}": tensor for path, tensor in given if id(tensor) in watched.plain}
+            before = {name: fact_of(tensor) for name, tensor in plain.items()}
             result = forward(*args, **kwargs)
+            watched.compare(before, {name: fact_of(tensor) for name, tensor in plain.items()})
             call.ends = macs.so_far
             call.gave = mapped(result, lambda _path, leaf: _kind(leaf) if isinstance(leaf, Tensor) else leaf)
             call.same = {out: path for out, tensor in tensors(result) if (path := _path_of(tensor, given)) is not None}
@@ -149,7 +163,10 @@ def _noting(entry: ListCalls, index: int, macs: Macs, unrecorded: Unrecorded) ->
 def _noting_output(watched: Watched, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
     def make(forward: Forward) -> Forward:
         def noted(*args: Any, **kwargs: Any) -> Any:
+            before = facts_given(args, kwargs)
+            watched.plain = {id(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
             result = forward(*args, **kwargs)
+            watched.compare(before, facts_given(args, kwargs))
             with unrecorded():
                 watched.output = mapped(result, lambda _path, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             return result
@@ -177,28 +194,3 @@ def _kind(tensor: Tensor) -> Spec:
 
 def _path_of(tensor: Tensor, given: list[tuple[Path, Tensor]]) -> Path | None:
     return next((path for path, other in given if other is tensor), None)
-
-
-def _state(blocks: list[nn.Module]) -> dict[str, Any]:
-    """Numbers and tensors that modules of the blocks hold beside weights, comparable: counters, and caches of keys and values.
-
-    Layers with a weight of their own are left out: hosts keep books there.
-    """
-    state: dict[str, Any] = {}
-    for index, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            if "weight" in module._parameters or hasattr(module, "in_features"):
-                continue
-            for key, value in (*module.__dict__.items(), *module._buffers.items()):
-                if isinstance(value, Tensor):
-                    state[f"{index}.{name}.{key}"] = id(value), value.data_ptr(), _version(value)
-                elif isinstance(value, (int, float)):
-                    state[f"{index}.{name}.{key}"] = value
-                elif isinstance(value, list) and not key.startswith("_"):
-                    state[f"{index}.{name}.{key}"] = len(value)
-    return state
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was written to; tensors made in inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
