@@ -26,7 +26,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an old python3 is what people st
 sys.path.insert(0, str(ROOT))
 from devtools.host_setup import Host, SetupError, ensure_host  # noqa: E402
 
-BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "families"]
+BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "discovery", "families"]
 
 
 def main(arguments: list[str]) -> int:

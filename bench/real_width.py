@@ -1,7 +1,7 @@
 """What each kind of evaluation costs in one block of real width: counted multiply-adds and measured time, as shares of the block itself.
 
 One block of each kind of FLUX.1, Qwen-Image, Wan 2.1 14B and Z-Image, of the host's own classes with random weights, in float32 on the CPU,
-with fewer tokens than a picture has; what the shares are counted to be with all of them stands beside it. Only the blocks are timed.
+with fewer tokens than a picture has. Multiply-adds are counted by torch in evaluations of their own. Only the blocks are timed.
 Shares change little with other load on the machine, which slows everything; the least of the rounds is taken. Writes its table to
 docs/families.md. `--quick` tries it out on few tokens and writes nothing.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from common import ROOT, machine, publish, start, table
@@ -24,8 +25,9 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Plan, Timeline, find_family
-from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, dense_macs, find_linears, icc_macs
-from comfyui_duca.cache_core.families import ModelFamily
+from comfyui_duca.cache_core.discovery.flops import Macs, counted
+from comfyui_duca.cache_core.discovery.places import Known, Places
+from comfyui_duca.cache_core.engine.linear_sites import Factors, find_linears
 from comfyui_duca.cache_core.policies import Given
 from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.strategy import Strategy
@@ -48,12 +50,11 @@ Z_IMAGE = {
 
 
 class Real(NamedTuple):
-    """make: the network, of one block each. call: one evaluation of it. usual: the tokens of a picture or a video in full."""
+    """make: the network, of one block each. call: one evaluation of it."""
 
     title: str
     make: Callable[..., nn.Module]
     call: Callable[[Any], torch.Tensor]
-    usual: Mapping[str, int]
 
 
 def picture(*more: int) -> torch.Tensor:
@@ -71,25 +72,21 @@ MODELS = (
         "FLUX.1",
         lambda **more: Flux(**FLUX, **more),
         lambda net: net(picture(), T, words(TEXT, 4096), torch.zeros(1, 768), torch.tensor([3.5])),
-        {"img": 4096, "txt": 512},
     ),
     Real(
         "Qwen-Image",
         lambda **more: QwenImageTransformer2DModel(num_layers=1, **more),
         lambda net: net(picture(1), T, words(TEXT, 3584)),
-        {"img": 6889, "txt": 256},  # 1328 x 1328
     ),
     Real(
         "Wan 2.1 14B",
         lambda **more: WanModel(**WAN, **more),
         lambda net: net(torch.randn(1, 16, 4, SIDE // 2, SIDE // 2), 1000 * T, words(512, 4096)),
-        {"img": 32760, "txt": 512},  # 832 x 480, 81 frames
     ),
     Real(
         "Z-Image",
         lambda **more: NextDiT(**Z_IMAGE, **more),
         lambda net: net(picture(), T, words(TEXT, 2560), TEXT),
-        {"img": 4096, "txt": 128, "padding": 0},
     ),
 )
 
@@ -104,111 +101,103 @@ def made(real: Real) -> nn.Module:
 
 
 class Clock:
-    """Seconds that every block took since `clear`, by its stack."""
+    """What every block took since it was asked, by its list: seconds, or multiply-adds while those are counted."""
 
-    def __init__(self, family: ModelFamily, network: nn.Module) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        for stack, _, block in family.placed(network):
-            block.register_forward_pre_hook(lambda _module, _args, path=stack.path: self._add(path, -time.perf_counter()))
-            block.register_forward_hook(lambda _module, _args, _result, path=stack.path: self._add(path, time.perf_counter()))
+    def __init__(self, paths: Sequence[str], network: nn.Module) -> None:
+        self.taken: dict[str, float] = defaultdict(float)
+        self.macs: Macs | None = None
+        for path in paths:
+            for block in getattr(network, path):
+                block.register_forward_pre_hook(lambda _module, _args, path=path: self._add(path, -1))
+                block.register_forward_hook(lambda _module, _args, _result, path=path: self._add(path, 1))
 
-    def _add(self, path: str, seconds: float) -> None:
-        self.seconds[path] += seconds
+    def _add(self, path: str, sign: int) -> None:
+        self.taken[path] += sign * (time.perf_counter() if self.macs is None else self.macs.so_far)
 
-    def of(self, work: Callable[[], Any]) -> dict[str, float]:
-        self.seconds.clear()
-        work()
-        return dict(self.seconds)
-
-
-def measured(real: Real, family: ModelFamily, network: nn.Module) -> tuple[dict[str, dict[str, float]], Mapping[str, int]]:
-    """The least seconds of every kind ("" for the block without a cache) in each stack, and the tokens."""
-    cycle = "F" + "c" * family.is_conservative + "i" * bool(family.linears) + "a"
-    rounds = 1 if QUICK else ROUNDS
-    plan, linears = Plan.parse(cycle * rounds), factors(family, network) if family.linears else None
-    steps = len(plan)
-    timeline = Timeline([1 - i / steps for i in range(steps + 1)])
-    strategy = Strategy(Given(plan), AUTO, SHARE, linears=linears)
-    run, clock = CacheRun(strategy, timeline, range(steps), family, torch.device("cpu")), Clock(family, network)
-
-    def compute() -> torch.Tensor:
-        return real.call(network)
-
-    def evaluate(step: int) -> None:
-        with run.evaluation(1 - step / steps):
-            run.cond_batch()
-            run.model_call(ModelCall(network, ("cond",), 0), compute)
-
-    best: dict[str, dict[str, float]] = {}
-    for step, kind in enumerate(str(plan)):
-        if kind == "F":
-            keep_least(best, "", clock.of(compute))
-        keep_least(best, kind, clock.of(lambda step=step: evaluate(step)))
-    report = run.close(is_complete=True)
-    assert "".join(e.kind.value for e in report.evaluations) == str(plan) and not report.notices, report.notices
-    return best, report.shape.lengths
+    def of(self, work: Callable[[], Any], is_counted: bool = False) -> dict[str, float]:
+        self.taken.clear()
+        with counted() if is_counted else nullcontext() as self.macs:
+            work()
+        return dict(self.taken)
 
 
-def keep_least(best: dict[str, dict[str, float]], kind: str, seconds: Mapping[str, float]) -> None:
-    before = best.setdefault(kind, dict(seconds))
-    for path, value in seconds.items():
+class Evaluations:
+    """Runs of one network, with what is known of it."""
+
+    def __init__(self, real: Real, network: nn.Module) -> None:
+        self.real, self.network, self.family, self.places = real, network, find_family(network), Places()
+        self.run_of("Fa", lambda _kind, work: work())
+        self.known: Known = self.places.latest(network)
+        self.paths = [passed.path for passed in self.known.place.passed if "refiner" not in passed.path]
+        self.cycle = "F" + "c" * self.family.is_conservative + "i" + "a"
+
+    def run_of(self, plan: str, told: Callable[[str, Callable[[], Any]], Any]) -> None:
+        """One run; told: given every evaluation's kind and what carries it out."""
+        steps, factors = len(plan), self.factors() if "i" in plan else None
+        strategy = Strategy(Given(Plan.parse(plan)), AUTO, SHARE, factors=factors)
+        timeline = Timeline([1 - i / steps for i in range(steps + 1)])
+        run = CacheRun(strategy, timeline, range(steps), self.family, torch.device("cpu"), places=self.places)
+
+        def evaluate(step: int) -> None:
+            with run.evaluation(1 - step / steps):
+                run.cond_batch()
+                run.model_call(ModelCall(self.network, ("cond",), 0), self.compute)
+
+        for step, kind in enumerate(plan):
+            told(kind, lambda step=step: evaluate(step))
+        report = run.close(is_complete=True)
+        assert "".join(e.kind.value for e in report.evaluations) == plan and not report.notices, report.notices
+
+    def compute(self) -> torch.Tensor:
+        return self.real.call(self.network)
+
+    def factors(self) -> Factors:
+        sites = find_linears(self.family, self.known.linears, self.network)
+        sizes = [(site.key(part), site.outputs(part), site.in_features) for site in sites for part in site.parts]
+        made = {f"{key}.A": 0.02 * torch.randn(outputs, RANK) for key, outputs, _ in sizes}
+        return made | {f"{key}.B": 0.02 * torch.randn(RANK, inputs) for key, _, inputs in sizes}
+
+    def least(self, is_counted: bool) -> dict[str, dict[str, float]]:
+        """The least of every kind ("" for the blocks without a cache) in each list: seconds, or multiply-adds."""
+        clock, best = Clock(self.paths, self.network), dict[str, dict[str, float]]()
+        rounds = 1 if QUICK or is_counted else ROUNDS
+
+        def told(kind: str, work: Callable[[], Any]) -> None:
+            keep_least(best, kind, clock.of(work, is_counted))
+
+        self.run_of(self.cycle, lambda _kind, work: work())  # proves the place, and counts what it must
+        for _ in range(rounds):
+            keep_least(best, "", clock.of(self.compute, is_counted))
+        self.run_of("F" + self.cycle * rounds, told)
+        return best
+
+
+def keep_least(best: dict[str, dict[str, float]], kind: str, taken: Mapping[str, float]) -> None:
+    before = best.setdefault(kind, dict(taken))
+    for path, value in taken.items():
         before[path] = min(before[path], value)
-
-
-def factors(family: ModelFamily, network: nn.Module) -> CalibratedLinears:
-    sizes = [(site.key(part), site.outputs(part), site.in_features) for site in find_linears(family, network) for part in site.parts]
-    made = {f"{key}.A": 0.02 * torch.randn(outputs, RANK) for key, outputs, _ in sizes}
-    made |= {f"{key}.B": 0.02 * torch.randn(RANK, inputs) for key, _, inputs in sizes}
-    return CalibratedLinears.bind(family, network, made)
-
-
-def counted(family: ModelFamily, network: nn.Module, path: str, lengths: Mapping[str, int]) -> dict[str, float]:
-    """Multiply-adds of the blocks of one stack in every kind of evaluation, as a share of those in full."""
-    others = {stack.path: getattr(network, stack.path) for stack in family.stacks if stack.path != path}
-    for other in others:
-        setattr(network, other, nn.ModuleList())
-    try:
-        full = family.macs(network, lengths, Kind.FULL, SHARE)
-        shares = {"a": 0.0}
-        if family.is_conservative:
-            shares["c"] = family.macs(network, lengths, Kind.CONSERVATIVE, SHARE) / full
-        if family.linears:
-            sites = find_linears(family, network)
-            shares["i"] = 1 + (icc_macs(sites, lengths, RANK) - dense_macs(sites, lengths)) / full
-        return shares
-    finally:
-        for other, blocks in others.items():
-            setattr(network, other, blocks)
 
 
 @torch.inference_mode()
 def rows(real: Real) -> list[list[str]]:
-    network = made(real)
-    family = find_family(network)
-    assert family is not None
-    seconds, lengths = measured(real, family, network)
-    print(real.title, said(lengths), {kind: dict(value) for kind, value in seconds.items()}, flush=True)
+    evaluations = Evaluations(real, made(real))
+    macs, seconds = evaluations.least(is_counted=True), evaluations.least(is_counted=False)
+    print(real.title, {kind: dict(value) for kind, value in seconds.items()}, flush=True)
     found = []
-    for stack in family.stacks:
-        here, usual = (counted(family, network, stack.path, tokens) for tokens in (lengths, real.usual))
+    for path in evaluations.paths:
         for kind in (Kind.CONSERVATIVE, Kind.CALIBRATED, Kind.AGGRESSIVE):
-            if kind.value in here:
-                share = seconds[kind.value][stack.path] / seconds[""][stack.path]
-                cells = [f"{here[kind.value]:.3f}", f"{share:.3f}", f"{usual[kind.value]:.3f}"]
-                found.append([f"{real.title}, {stack.path}", NAMES[kind], *cells, said(lengths), said(real.usual)])
+            if kind.value in seconds:
+                shares = [taken[kind.value][path] / taken[""][path] for taken in (macs, seconds)]
+                found.append([f"{real.title}, {path}", NAMES[kind], *(f"{share:.3f}" for share in shares)])
     return found
 
 
-def said(lengths: Mapping[str, int]) -> str:
-    return " + ".join(f"{n} {name}" for name, n in sorted(lengths.items()) if n)
-
-
 def main() -> None:
-    header = ["block", "evaluation", "counted", "measured", "counted in full size", "tokens", "in full size"]
+    header = ["block", "evaluation", "counted", "measured"]
     text = table(header, [row for real in MODELS for row in rows(real)])
     about = (
         f"Shares of one full block without a cache, float32; conservative with a token share of {SHARE:g}, low-rank at rank {RANK}, "
-        f"aggressive with auto's forecast; the least of {ROUNDS} rounds; {machine()}."
+        f"aggressive with auto's forecast; {(SIDE // 2) ** 2} image tokens; the least of {ROUNDS} rounds; {machine()}."
     )
     if QUICK:
         print(text)

@@ -72,7 +72,7 @@ class Placing:
         discovered = Discovered(result, watched.macs)
         if watched.output is None:
             return discovered
-        prover = Prover(call.model, _again(call, compute), result, len(call.conds))
+        prover = Prover(call.model, _again(call, compute), result, len(call.conds), self._unrecorded)
         found = prover.find(watched)
         with self._lock:
             self._failures[_key(call)] += found.place is None or found.place.is_whole
@@ -89,7 +89,7 @@ class Placing:
 
     def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall) -> bool:
         """After a full evaluation that kept copies of its hidden state: whether the place still holds. If not, it is forgotten."""
-        prover = Prover(call.model, _again(call, compute), answer, len(call.conds))
+        prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded)
         if not torch.isfinite(answer).all():
             return True  # it tells nothing; what was kept is given up anyway
         given = self._input(call.model)

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from ..overrides import Forward, Override
 from ..refusals import UnsupportedCallError
+from ..store import Unrecorded
 from .trees import Path, at, filled, replaced
+
+
+Answer = Callable[[list[Tensor | None]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -133,16 +137,19 @@ class Place:
         except LookupError as error:
             raise UnsupportedCallError(f"{self.last.path} returns something else") from error
 
-    def skip(self, network: nn.Module, answer: Callable[[list[Tensor | None]], Sequence[Tensor]]) -> list[Override]:
-        """A skipped evaluation. answer: given what the answering block is given in the place of every kept tensor, what to put there."""
+    def skip(self, network: nn.Module, answer: Answer, unrecorded: Unrecorded) -> list[Override]:
+        """A skipped evaluation. answer: given what the answering block is given in the place of every kept tensor, what to put there.
+
+        unrecorded: around what is allocated in the answering block (see `store.Unrecorded`).
+        """
         overrides: list[Override] = []
         for passed in self.passed:
             for index, (block, template) in enumerate(zip(passed.blocks(network), passed.templates, strict=True)):
                 is_last = Site(passed.path, index) == self.last
-                overrides.append((block, self._answering(template, answer) if is_last else _passing(template)))
+                overrides.append((block, self._answering(template, answer, unrecorded) if is_last else _passing(template)))
         return overrides
 
-    def _answering(self, template: Any, answer: Callable[[list[Tensor | None]], Sequence[Tensor]]) -> Callable[[Forward], Forward]:
+    def _answering(self, template: Any, answer: Answer, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
         def answered(*args: Any, **kwargs: Any) -> Any:
             self._check_control(args, kwargs)
             try:
@@ -150,8 +157,9 @@ class Place:
                 result = filled(template, args, kwargs)
             except LookupError as error:
                 raise UnsupportedCallError(f"{self.last.path} is called with other arguments") from error
-            for kept, part, own in zip(self.kept, answer(given), given, strict=True):
-                result = replaced(result, kept.out, kept.whole(part, own))
+            with unrecorded():
+                for kept, part, own in zip(self.kept, answer(given), given, strict=True):
+                    result = replaced(result, kept.out, kept.whole(part, own))
             return result
 
         return lambda _forward: answered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import combinations, islice, product
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..overrides import forward_overrides, uncompiled
 from ..refusals import UnsupportedCallError
+from ..store import Unrecorded
 from .flops import counted
 from .place import Kept, Passed, Place, Site
 from .stacks import Stack, stack_of
@@ -58,15 +59,21 @@ def _is_close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 class Prover:
-    """Of one network, in one full evaluation. compute: runs it again on the same inputs. answer: what it returned. conds: in the call."""
+    """Of one network, in one full evaluation. compute: runs it again on the same inputs. answer: what it returned. conds: in the call.
 
-    def __init__(self, network: nn.Module, compute: Callable[[], Any], answer: Any, conds: int) -> None:
+    unrecorded: see `store.Unrecorded`.
+    """
+
+    def __init__(
+        self, network: nn.Module, compute: Callable[[], Any], answer: Any, conds: int, unrecorded: Unrecorded = nullcontext
+    ) -> None:
+        self._unrecorded = unrecorded
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The network's answer with `hidden`, one tensor for each that the place keeps, put in."""
-        with forward_overrides(place.skip(self._network, lambda _given: [tensor.clone() for tensor in hidden])):
+        with forward_overrides(place.skip(self._network, lambda _given: [tensor.clone() for tensor in hidden], self._unrecorded)):
             return self._compute()
 
     def holds(self, place: Place, hidden: Sequence[Tensor]) -> bool:

@@ -27,12 +27,11 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
 
     def answer(given: Sequence[Tensor | None]) -> list[Tensor]:
         call.is_touched = True
-        with call.unrecorded():
-            hidden = [_filled(call, predictor, store, number, like) for number, like in enumerate(given)]
+        hidden = [_filled(call, predictor, store, number, like) for number, like in enumerate(given)]
         call.is_finished = True
         return hidden
 
-    return forward_overrides([*call.place.skip(call.model, answer), *call.entry()])
+    return forward_overrides([*call.place.skip(call.model, answer, call.unrecorded), *call.entry()])
 
 
 def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore, like: Tensor, number: int = 0) -> Tensor:
@@ -54,7 +53,7 @@ def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore,
 
 def _filled(call: EngineCall, predictor: Predictor, store: FeatureStore, number: int, given: Tensor | None) -> Tensor:
     """What to answer with (B, L, C). given: the tensor whose place it takes."""
-    device = given.device if given is not None else next(call.model.parameters()).device
+    device = call.device if given is None else given.device
     like = torch.empty(0, dtype=call.place.kept[number].dtype, device=device)
     hidden = torch.cat([forecast(slot, predictor, call.time, store, like, number) for slot in call.slots])
     if call.given is not None and number == 0:
