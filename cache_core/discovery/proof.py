@@ -233,14 +233,16 @@ def _rows_axes(shape: torch.Size, rows: int, conds: int) -> Iterator[int]:
 def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]) -> tuple[int, int]:
     """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be handed on as given.
 
-    holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at.
+    holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at. Both ends may be cut:
+    text before the image, references or padding behind it.
     """
     cuts = [length for length in lengths if length < total]
     for start, stop in [*((cut, total) for cut in cuts), *((0, total - cut) for cut in cuts)]:
         if holds(start, stop):
-            return start, stop
-    start = _furthest(total, lambda cut: holds(cut, total))
-    return (start, total) if start else (0, total - _furthest(total, lambda cut: holds(0, total - cut)))
+            break
+    else:
+        start, stop = _furthest(total, lambda cut: holds(cut, total)), total
+    return start, stop - _furthest(stop - start, lambda cut: holds(start, stop - cut))
 
 
 def _furthest(total: int, holds: Callable[[int], bool]) -> int:
