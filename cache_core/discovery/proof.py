@@ -237,11 +237,9 @@ def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]
     text before the image, references or padding behind it.
     """
     cuts = [length for length in lengths if length < total]
-    for start, stop in [*((cut, total) for cut in cuts), *((0, total - cut) for cut in cuts)]:
-        if holds(start, stop):
-            break
-    else:
-        start, stop = _furthest(total, lambda cut: holds(cut, total)), total
+    tried = [*((cut, total) for cut in cuts), *((0, total - cut) for cut in cuts)]
+    start, stop = next((part for part in tried if holds(*part)), (0, total))
+    start += _furthest(stop - start, lambda cut: holds(start + cut, stop))
     return start, stop - _furthest(stop - start, lambda cut: holds(start, stop - cut))
 
 
