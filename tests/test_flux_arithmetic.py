@@ -6,6 +6,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, StoreFormat, Timeline, find_family
 from comfyui_duca.cache_core.engine import TokenChoice
+from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import DucaCycle
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
@@ -27,13 +28,7 @@ def inputs(seed: int, size=(48, 64)):
 def make_run(between: str, share: float, steps=4, storage=StoreFormat(), seed=7) -> CacheRun:
     strategy = Strategy(DucaCycle(steps + 1, between, warmup=1), Reuse(), share, seed, storage)
     timeline = Timeline([1 - i / steps for i in range(steps + 1)])
-    return CacheRun(strategy, timeline, range(steps), find_family_flux(), torch.device("cpu"))
-
-
-def find_family_flux():
-    from comfyui_duca.cache_core.families.flux import FLUX
-
-    return FLUX
+    return CacheRun(strategy, timeline, range(steps), FLUX, torch.device("cpu"))
 
 
 @torch.inference_mode()
@@ -160,7 +155,7 @@ def test_half_precision_follows_single(network, dtype):
 def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, reference):
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
-    hidden = torch.cat([slot.anchors[-1].hidden.data for slot in slots_of(run)])
+    hidden = torch.cat([slot.anchors[-1].hidden[0].data for slot in slots_of(run)])
     result = evaluate(run, network, 0.75, inputs(4)[0], context, y)
     with torch.inference_mode():
         vec = reference.embed_vector("vector_in", y.double())
@@ -207,5 +202,4 @@ def test_unknown_modulation_is_computed_in_full(network, monkeypatch):
 
 
 def test_family_is_found_by_structure(network):
-    assert find_family(network).name == "flux"
-    assert find_family(torch.nn.Linear(2, 2)) is None
+    assert find_family(network) is FLUX and not find_family(torch.nn.Linear(2, 2)).stacks

@@ -4,14 +4,63 @@ from __future__ import annotations
 
 from torch import nn
 
+from .anima import ANIMA
+from .aura import AURA
 from .base import ModelFamily, Site, Stack
-from .flux import FLUX
+from .cosmos import COSMOS
+from .cosmos_predict2 import COSMOS_PREDICT2
+from .dit import DIT
+from .flux import CHROMA, CHROMA_RADIANCE, FLUX, FLUX2, HUNYUAN3D, HUNYUAN_VIDEO
+from .hidream import HIDREAM
+from .hydit import HYDIT
+from .ltxv import LTXV
+from .lumina import LUMINA
+from .mochi import MOCHI
+from .named import NAMES
+from .omnigen import OMNIGEN
+from .opensora import OPENSORA
+from .opensora2 import OPENSORA2
+from .pixart import PIXART
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
+from .stable_audio import STABLE_AUDIO
+from .wan import WAN, WAN_ANIMATE, WAN_HUMO, WAN_I2V, WAN_S2V, WAN_VACE
 
-FAMILIES: tuple[ModelFamily, ...] = (FLUX,)
+FAMILIES: tuple[ModelFamily, ...] = (
+    ANIMA,
+    AURA,
+    CHROMA,
+    CHROMA_RADIANCE,
+    COSMOS,
+    COSMOS_PREDICT2,
+    DIT,
+    FLUX,
+    FLUX2,
+    HIDREAM,
+    HUNYUAN3D,
+    HUNYUAN_VIDEO,
+    HYDIT,
+    LTXV,
+    LUMINA,
+    MOCHI,
+    OMNIGEN,
+    OPENSORA,
+    OPENSORA2,
+    PIXART,
+    QWEN_IMAGE,
+    SD3,
+    STABLE_AUDIO,
+    WAN,
+    WAN_ANIMATE,
+    WAN_HUMO,
+    WAN_I2V,
+    WAN_S2V,
+    WAN_VACE,
+)
 
 
 def find_family(model: nn.Module) -> ModelFamily:
-    """The family of a diffusion model; one that says no more than a name for a model that no file describes. Looks through torch.compile."""
+    """The family of a diffusion model; of one that no file describes, one that is no more than a name. Looks through torch.compile."""
     model = getattr(model, "_orig_mod", model)
     return next((family for family in FAMILIES if family.matches(model)), undescribed(model))
 
@@ -19,7 +68,7 @@ def find_family(model: nn.Module) -> ModelFamily:
 def undescribed(model: nn.Module) -> ModelFamily:
     """Of all models of this class, known by its name."""
     own = type(model)
-    return ModelFamily(own.__name__.lower(), lambda other: type(other) is own)
+    return ModelFamily(NAMES.get(own.__name__, own.__name__.lower()), lambda other: type(other) is own)
 
 
 __all__ = ["FAMILIES", "ModelFamily", "Site", "Stack", "find_family", "undescribed"]

@@ -1,28 +1,21 @@
 """Anima: Cosmos-Predict2's network, told by a language model's text that an adapter has made into T5's.
 
-Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class. The
-adapter (`llm_adapter`, blocks of its own) runs where the host prepares the conditioning, once a sampling; where it runs inside the model
-instead (a host that is training) it is not counted. At 16 bit (float16) the host keeps the stream between blocks in float32, and so is what
-is kept of it.
+Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class. At 16 bit
+(float16) the host keeps the stream between blocks in float32, and so is what is kept of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
-
-from .as_read import blocks_take, has
+from .as_read import takes
 from .cosmos_predict2 import COSMOS_PREDICT2
 
 
-def _is_anima(model: nn.Module) -> bool:
-    return (
-        type(model).__name__ == "Anima"
-        and "MiniTrainDIT" in (base.__name__ for base in type(model).__mro__)
-        and blocks_take(model, "blocks", *COSMOS_PREDICT2.stacks[0].parameters)
-        and has(model, "llm_adapter.blocks", "model_channels", "x_embedder.dim", "final_layer.linear", "t_embedder")
-    )
+def _is_anima(model: Any) -> bool:
+    parameters = COSMOS_PREDICT2.stacks[0].parameters
+    return type(model).__name__ == "Anima" and hasattr(model, "blocks") and all(takes(block, *parameters) for block in model.blocks)
 
 
 ANIMA = replace(COSMOS_PREDICT2, name="anima", matches=_is_anima)

@@ -1,6 +1,6 @@
-"""Whether a model looks exactly as it did in public source, for families of which a host may have another form.
+"""Whether a module looks as it did in public source, where a host may have another form.
 
-Names alone would let a later host's other signature through, and a stream read from the wrong argument is worse than no cache.
+Names alone would let a later host's other signature through, and a stream that a replay reads from the wrong argument is worse than none.
 """
 
 from __future__ import annotations
@@ -23,18 +23,3 @@ def has(module: object, *paths: str) -> bool:
         return all(attrgetter(path)(module) is not None for path in paths)
     except AttributeError:
         return False
-
-
-def blocks_take(model: nn.Module, path: str, *parameters: str) -> bool:
-    """Whether there are blocks at `path`, and all of them take exactly these parameters."""
-    if not has(model, path):
-        return False
-    blocks = attrgetter(path)(model)
-    return isinstance(blocks, nn.ModuleList) and len(blocks) > 0 and all(takes(block, *parameters) for block in blocks)
-
-
-def layers_are(model: nn.Module, path: str, *layers: str) -> bool:
-    """Whether the linear layers of every block at `path` are exactly these, by their dotted paths inside the block."""
-    blocks = [getattr(block, "_orig_mod", block) for block in attrgetter(path)(model)]
-    found = [{name for name, m in block.named_modules() if hasattr(m, "in_features") and hasattr(m, "out_features")} for block in blocks]
-    return all(names == set(layers) for names in found)

@@ -8,20 +8,13 @@ what sublayers say in the precision of the modulation. The first layer gets the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
 from .base import Cached, ModelFamily, Stack
-from .counting import around_macs, blocks_macs
-from .linears import StackLinears
 from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, sites, spread
-
-_LINEARS = (
-    StackLinears(path="blocks", streams={"cross_attn.k_proj": "txt", "cross_attn.v_proj": "txt", "": "img"}, skip=("adaln_modulation_",)),
-)
+from .video_blocks import CROSS, MLP, SELF, in_grid, sites, spread
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -40,7 +33,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x = x + gated(of_self, cached.whole(SELF))
     x = x + gated(of_cross, renewed(cached, CROSS, tokens, look))
     x = x + gated(of_mlp, renewed(cached, MLP, tokens, lambda at: block.mlp(_modulated(block.layer_norm_mlp, of_mlp, x, at))))
-    return (_STACK.grid(x, given),)
+    return (in_grid(x, given),)
 
 
 def _vectors(block: Any, name: str, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -61,7 +54,6 @@ _STACK = Stack(
         "transformer_options",
     ),
     streams={"x_B_T_H_W_D": "img"},
-    contexts={"crossattn_emb": "txt"},
     sites=sites("self_attn", "cross_attn", "mlp"),
     replay=_replay,
 )  # fmt: skip
@@ -70,18 +62,6 @@ COSMOS_PREDICT2 = ModelFamily(
     name="cosmos_predict2",
     matches=lambda model: type(model).__name__ == "MiniTrainDIT" and hasattr(model, "blocks"),
     stacks=(_STACK,),
-    hidden="img",
-    channels=attrgetter("model_channels"),
     embed="x_embedder.proj.1",
-    input_channels=attrgetter("x_embedder.dim"),
     tokens=lambda _layer, given: given.flatten(1, -2),
-    macs=blocks_macs(
-        _LINEARS,
-        (("blocks", "img", "img"), ("blocks", "img", "txt")),
-        attrgetter("model_channels"),
-        chosen=("cross_attn", "mlp"),
-        always=("adaln_modulation_",),
-    ),
-    outside_macs=around_macs({"x_embedder": "img", "t_embedder": "", "final_layer.adaln_modulation": "", "final_layer.linear": "img"}),
-    linears=_LINEARS,
 )

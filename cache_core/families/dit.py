@@ -8,17 +8,14 @@ Places are added before the blocks, so that chosen tokens need no positions of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Stack
-from .counting import around_macs, blocks_macs, patch_channels, patches
-from .linears import StackLinears, equal_parts
+from .linears import equal_parts
+from .patches import patches
 from .replaying import gated, stream_sites
-
-_width = attrgetter("x_embedder.proj.out_channels")
 
 
 def _is_dit(model: nn.Module) -> bool:
@@ -35,7 +32,6 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     return (gated(cached, "img", call["x"], modulation, block.norm2, block.mlp),)
 
 
-_LINEARS = (StackLinears(path="blocks", streams={"": "img"}, skip=("adaLN_modulation.",), parts=equal_parts("attn.qkv", "qkv")),)
 DIT = ModelFamily(
     name="dit",
     matches=_is_dit,
@@ -48,12 +44,7 @@ DIT = ModelFamily(
             replay=_replay,
         ),
     ),
-    hidden="img",
-    channels=_width,
     embed="x_embedder.proj",
-    input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
     tokens=patches,
-    macs=blocks_macs(_LINEARS, (("blocks", "img", "img"),), _width, chosen=("mlp.",), always=("adaLN_modulation.",)),
-    outside_macs=around_macs({"x_embedder": "img", "t_embedder": "", "final_layer.linear": "img", "final_layer.adaLN_modulation": ""}),
-    linears=_LINEARS,
+    fused={"blocks": equal_parts("attn.qkv", "qkv")},
 )

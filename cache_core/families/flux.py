@@ -1,14 +1,41 @@
-"""FLUX.1: double blocks with separate image and text streams, then fused single blocks over both.
+"""The families of FLUX's blocks: FLUX.1, FLUX.2, Chroma, Chroma Radiance, HunyuanVideo and its kin, Hunyuan3D 2.0.
 
-Source: comfy/ldm/flux/model.py (ComfyUI 0.3.75). The order of joint tokens is text, image; reference latents (Kontext) follow the
-image inside the image stream. The host adds ControlNet residuals after each block.
+Sources: comfy/ldm/{flux,chroma,chroma_radiance,hunyuan_video,hunyuan3d}/model.py (ComfyUI 0.3.75 and 0.33.0). Of HunyuanVideo's class are
+HunyuanVideo 1.5 and HunyuanImage 2.1 with its refiner too; a reference latent is put before the image behind the embedding, so calibrated
+forecasts, which need the input of all tokens, cannot be had with one. In which order hosts join text and image does not matter here.
 """
 
 from __future__ import annotations
 
 from .flux_blocks import flux_like, has_flux_blocks
+from .patches import patches
 
 FLUX = flux_like(
     name="flux",
-    matches=lambda model: has_flux_blocks(model, "Flux", own_modulation=True),  # FLUX.2 has not
+    matches=lambda model: has_flux_blocks(model, "Flux", own_modulation=True),
+)
+FLUX2 = flux_like(
+    name="flux2",
+    matches=lambda model: has_flux_blocks(model, "Flux", own_modulation=False),
+)
+CHROMA = flux_like(
+    name="chroma",
+    matches=lambda model: has_flux_blocks(model, "Chroma", own_modulation=False),
+)
+CHROMA_RADIANCE = flux_like(
+    name="chroma_radiance",
+    matches=lambda model: has_flux_blocks(model, "ChromaRadiance", own_modulation=False) and hasattr(model, "img_in_patch"),
+    embed="img_in_patch",  # `img_in` is a method here
+    tokens=patches,
+)
+HUNYUAN_VIDEO = flux_like(
+    name="hunyuan_video",
+    matches=lambda model: has_flux_blocks(model, "HunyuanVideo", own_modulation=True) and hasattr(model, "txt_in"),
+    embed="img_in.proj",  # the convolution: what is around it fills the picture up to whole patches
+    tokens=patches,
+)
+HUNYUAN3D = flux_like(
+    name="hunyuan3d",
+    matches=lambda model: has_flux_blocks(model, "Hunyuan3Dv2", own_modulation=True) and hasattr(model, "latent_in"),
+    embed="latent_in",
 )

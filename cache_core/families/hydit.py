@@ -1,22 +1,20 @@
 """HunyuanDiT: one stream of image tokens, text by cross-attention, long skips from the first half of the blocks to the second.
 
-Source: comfy/ldm/hydit/models.py (ComfyUI 0.3.75). Traps: the host carries the skips past the blocks and adds ControlNet residuals to them;
-all end in blocks, so the state behind the last block holds their effect. The middle block and the first half have no skip layer. No gates:
-attention, cross-attention and MLP are added as they are. Cross-attention turns its queries by their places in the picture.
+Source: comfy/ldm/hydit/models.py (ComfyUI 0.3.75). The middle block and the first half have no skip layer. No gates: attention,
+cross-attention and MLP are added as they are. Cross-attention turns its queries by their places in the picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import Cached, Lengths, ModelFamily, Site, Stack, linear_weights
-from .counting import around_macs, blocks_macs, patch_channels, patches
-from .linears import StackLinears, equal_parts
+from .base import Cached, ModelFamily, Site, Stack
+from .linears import equal_parts
+from .patches import patches
 from .replaying import renewed
 
 
@@ -25,26 +23,6 @@ def _is_hydit(model: nn.Module) -> bool:
     if type(model).__name__ != "HunYuanDiT" or not len(getattr(model, "blocks", ())):
         return False
     return all(hasattr(model.blocks[0], name) for name in ("attn1", "attn2", "mlp", "default_modulation"))  # type: ignore[index]
-
-
-_LINEARS = (
-    StackLinears(
-        path="blocks",
-        streams={"attn2.kv_proj": "txt", "": "img"},
-        skip=("default_modulation.",),
-        parts=equal_parts("attn1.Wqkv", "qkv") | equal_parts("attn2.kv_proj", "kv"),
-    ),
-)
-_AROUND = around_macs(
-    {"x_embedder": "img", "t_embedder": "", "extra_embedder": "", "pooler.q_proj": "", "pooler.c_proj": "", "final_layer.linear": "img",
-     "final_layer.adaLN_modulation": ""}
-)  # fmt: skip
-
-
-def _outside_macs(model: Any, lengths: Lengths) -> float:
-    """The text is CLIP's tokens, then T5's; only T5's are projected and pooled."""
-    t5 = lengths["txt"] - model.text_len
-    return _AROUND(model, lengths) + t5 * linear_weights(model.mlp_t5, model.pooler.k_proj, model.pooler.v_proj)
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -70,23 +48,11 @@ HYDIT = ModelFamily(
             path="blocks",
             parameters=("x", "c", "text_states", "freq_cis_img", "skip"),
             streams={"x": "img"},
-            contexts={"text_states": "txt"},
             sites=(Site("attn1", "attn1.out_proj", "img"), Site("attn2", "attn2.out_proj", "img"), Site("mlp", "mlp", "img")),
             replay=_replay,
         ),
     ),
-    hidden="img",
-    channels=attrgetter("hidden_size"),
     embed="x_embedder.proj",
-    input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
     tokens=patches,
-    macs=blocks_macs(
-        _LINEARS,
-        (("blocks", "img", "img"), ("blocks", "img", "txt")),
-        attrgetter("hidden_size"),
-        chosen=("attn2.", "mlp."),
-        always=("skip_linear",),
-    ),
-    outside_macs=_outside_macs,
-    linears=_LINEARS,
+    fused={"blocks": equal_parts("attn1.Wqkv", "qkv") | equal_parts("attn2.kv_proj", "kv")},
 )

@@ -10,24 +10,16 @@ source, tried on a stand-in). LTX-2 (LTXAVModel, video and audio together) is an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Cached, Lengths, ModelFamily, Stack, UnsupportedCallError
-from .counting import around_macs, blocks_macs
-from .linears import StackLinears
+from ..refusals import UnsupportedCallError
+from .base import Cached, ModelFamily, Stack
 from .replaying import renewed
 from .video_blocks import CROSS, MLP, SELF, sites, spread
-
-_LINEARS = (StackLinears(path="transformer_blocks", streams={"attn2.to_k": "txt", "attn2.to_v": "txt", "": "img"}),)
-_ATTENTION = (("transformer_blocks", "img", "img"), ("transformer_blocks", "img", "txt"))
-
-_AROUND = around_macs({"patchify_proj": "img", "adaln_single": "modulations", "prompt_adaln_single": "", "proj_out": "img"})
-_CAPTIONS = around_macs({"caption_projection": "txt"})
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -50,12 +42,6 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)
 
 
-def _outside_macs(model: nn.Module, lengths: Lengths) -> float:
-    """Newer checkpoints' text may have been projected before sampling."""
-    is_projected = getattr(model, "caption_proj_before_connector", False)
-    return _AROUND(model, lengths) + (0.0 if is_projected else _CAPTIONS(model, lengths))
-
-
 LTXV = ModelFamily(
     name="ltxv",
     matches=lambda model: type(model).__name__ in ("LTXVModel", "LTXVImageModel") and hasattr(model, "transformer_blocks"),
@@ -64,17 +50,9 @@ LTXV = ModelFamily(
             path="transformer_blocks",
             parameters=("x", "context", "attention_mask", "timestep", "pe", "transformer_options"),
             streams={"x": "img"},
-            contexts={"context": "txt"},
-            counts=lambda call, _lengths: {"modulations": call["timestep"].shape[1]},
             sites=sites("attn1", "attn2", "ff"),
             replay=_replay,
         ),
     ),
-    hidden="img",
-    channels=attrgetter("inner_dim"),
     embed="patchify_proj",
-    input_channels=attrgetter("patchify_proj.in_features"),
-    macs=blocks_macs(_LINEARS, _ATTENTION, attrgetter("inner_dim"), chosen=("attn2", "ff")),
-    outside_macs=_outside_macs,
-    linears=_LINEARS,
 )

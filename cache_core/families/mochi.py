@@ -1,7 +1,6 @@
 """Mochi: blocks with separate video and text streams of different width, joint attention over video, text.
 
-Source: comfy/ldm/genmo/joint_model/asymm_models_joint.py (ComfyUI 0.3.75). Of the text only the first `crop_y` tokens take part in
-attention. The last block does not update the text.
+Source: comfy/ldm/genmo/joint_model/asymm_models_joint.py (ComfyUI 0.3.75). The last block does not update the text.
 In both streams x += tanh(gate)·norm(attn), x += tanh(gate)·norm(mlp), with norms that have no module.
 """
 
@@ -15,26 +14,12 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from .base import Cached, Lengths, ModelFamily, Stack
-from .counting import around_macs, blocks_macs, patches
-from .linears import StackLinears, equal_parts
+from .base import Cached, ModelFamily, Stack
+from .linears import equal_parts
+from .patches import patches
 from .replaying import renewed, stream_sites
 
-_LINEARS = (
-    StackLinears(
-        path="blocks",
-        streams={"attn.qkv_y": "txt", "attn.proj_y": "txt", "mlp_y.": "txt", "": "img"},
-        skip=("mod_x", "mod_y"),
-        parts=equal_parts("attn.qkv_x", "qkv")
-        | equal_parts("attn.qkv_y", "qkv")
-        | equal_parts("mlp_x.w1", "vg")
-        | equal_parts("mlp_y.w1", "vg"),
-    ),
-)
-
-
-def _seen_text(call: Mapping[str, Any], lengths: Lengths) -> Lengths:
-    return {"seen": min(int(call.get("crop_y", lengths["txt"])), lengths["txt"])}
+_FUSED = equal_parts("attn.qkv_x", "qkv") | equal_parts("attn.qkv_y", "qkv") | equal_parts("mlp_x.w1", "vg") | equal_parts("mlp_y.w1", "vg")
 
 
 def _patches(embed: nn.Module, given: Tensor) -> Tensor:
@@ -74,30 +59,11 @@ MOCHI = ModelFamily(
             path="blocks",
             parameters=("x", "c", "y", "transformer_options"),
             streams={"x": "img", "y": "txt"},
-            counts=_seen_text,
             sites=(*stream_sites("img", "attn.proj_x", "mlp_x"), *_TEXT_SITES),
             replay=_replay,
         ),
     ),
-    hidden="img",
-    channels=attrgetter("hidden_size_x"),
     embed="x_embedder",
-    input_channels=lambda model: int(model.in_channels) * int(model.patch_size) ** 2,  # type: ignore[arg-type]
     tokens=_patches,
-    macs=blocks_macs(
-        _LINEARS, (("blocks", "img+seen", "img+seen"),), attrgetter("hidden_size_x"), chosen=("mlp_x", "mlp_y"), always=("mod_x", "mod_y")
-    ),
-    outside_macs=around_macs(
-        {
-            "x_embedder": "img",
-            "t_embedder": "",
-            "t5_y_embedder.to_kv": "txt",
-            "t5_y_embedder.to_q": "",
-            "t5_y_embedder.to_out": "",
-            "t5_yproj": "txt",
-            "final_layer.mod": "",
-            "final_layer.linear": "img",
-        }
-    ),
-    linears=_LINEARS,
+    fused={"blocks": _FUSED},
 )

@@ -16,17 +16,17 @@ three first steps are exact, as is here what is full twice in a row. Blocks of o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kinds import Kind
-from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights
-from .counting import around_macs, patch_channels, patches
-from .linears import StackLinears, equal_parts
+from ..refusals import UnsupportedCallError
+from .as_read import takes
+from .base import Cached, ModelFamily, Site, Stack
+from .linears import equal_parts
+from .patches import patches
 
 _PARAMETERS = ("x", "y", "t", "mask", "x_mask", "t0", "T", "S")
 _LISTS = ("spatial_blocks", "temporal_blocks")
@@ -58,7 +58,7 @@ def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
         *_, table, temporal = _USED(block)
     except AttributeError:
         return True
-    return table.shape[:1] != (6,) or bool(temporal) != is_temporal or tuple(signature(type(block).forward).parameters)[1:] != _PARAMETERS
+    return table.shape[:1] != (6,) or bool(temporal) != is_temporal or not takes(block, *_PARAMETERS)
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -101,62 +101,21 @@ def _of(vectors: Tensor, tokens: Tensor) -> Tensor:
     return vectors if vectors.shape[1] == 1 else vectors[:, tokens]
 
 
-def _counts(call: Mapping[str, Any], _lengths: Lengths) -> Lengths:
-    """Rows may have texts of different lengths: their mean."""
-    return {"txt": call["y"].shape[0] * call["y"].shape[1] // call["x"].shape[0], "frames": call["T"], "places": call["S"]}
-
-
-def _cross_macs(block: Any, lengths: Lengths) -> float:
-    cross, width = block.cross_attn, block.cross_attn.proj.out_features
-    products = 2 * width * lengths["img"] * lengths["txt"]
-    return lengths["img"] * linear_weights(cross.q_linear, cross.proj) + lengths["txt"] * linear_weights(cross.kv_linear) + products
-
-
-def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
-    """Multiply-adds of all blocks for one batch row."""
-    img, total = lengths["img"], 0.0
-    if kind is Kind.AGGRESSIVE:
-        return total
-    for path, seen in zip(_LISTS, (lengths["places"], lengths["frames"])):
-        for block in attrgetter(path)(model):
-            if kind is Kind.CONSERVATIVE:
-                total += share * img * linear_weights(block.mlp)
-            else:
-                per_token = linear_weights(block.attn, block.mlp) + 2 * block.attn.proj.out_features * seen
-                total += img * per_token + _cross_macs(block, lengths)
-    return total
-
-
 def _stack(path: str) -> Stack:
     return Stack(
         path=path,
         parameters=_PARAMETERS,
         streams={"x": "img"},
-        contexts={"y": "txt"},
-        counts=_counts,
-        sites=(Site("attn", "attn", "img"), Site("cross_attn", "cross_attn", "img", every=2, macs=_cross_macs), Site("mlp", "mlp", "img")),
+        sites=(Site("attn", "attn", "img"), Site("cross_attn", "cross_attn", "img", every=2), Site("mlp", "mlp", "img")),
         replay=_replay,
     )
-
-
-def _linears(path: str) -> StackLinears:
-    parts = equal_parts("attn.qkv", "qkv")
-    return StackLinears(path=path, streams={"": "img"}, skip=("cross_attn.kv_linear",), grouped=("attn.",), parts=parts)
 
 
 OPENSORA = ModelFamily(
     name="opensora",
     matches=_is_stdit3,
     stacks=tuple(_stack(path) for path in _LISTS),
-    hidden="img",
-    channels=lambda model: attrgetter("x_embedder.proj")(model).out_channels,
     embed="x_embedder.proj",
-    input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
     tokens=patches,
-    macs=_macs,
-    outside_macs=around_macs(
-        {"x_embedder": "img", "y_embedder": "txt", "t_embedder": "", "fps_embedder": "", "t_block": "", "final_layer.linear": "img"}
-    ),
-    linears=tuple(_linears(path) for path in _LISTS),
-    takes_turns=True,
+    fused=dict.fromkeys(_LISTS, equal_parts("attn.qkv", "qkv")),
 )

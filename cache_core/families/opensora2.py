@@ -11,17 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .base import Cached, modulate
-from .counting import around_macs, blocks_macs
-from .flux import FLUX_AROUND
 from .flux_blocks import flux_like, has_flux_blocks
-from .flux_linears import flux_linears
 from .linears import LinearPart
 
 _JOINT = "txt+img"
@@ -46,9 +42,7 @@ def _v_and_mlp(block: Any) -> tuple[LinearPart, ...]:
     return LinearPart("v", slice(0, block.hidden_size)), LinearPart("mlp", slice(block.hidden_size, None))
 
 
-_DOUBLE, _SINGLE = flux_linears(_JOINT)
-_LINEARS = (_DOUBLE, replace(_SINGLE, parts={**(_SINGLE.parts or {}), "v_mlp": _v_and_mlp}))
-_FLUX = flux_like(name="opensora2", matches=_is_mmdit, outside_macs=around_macs({**FLUX_AROUND, "cond_in": "img"}), joint=_JOINT)
+_FLUX = flux_like(name="opensora2", matches=_is_mmdit, joint=_JOINT)
 
 
 def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, ...]:
@@ -70,12 +64,5 @@ def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
 OPENSORA2 = replace(
     _FLUX,
     stacks=(_FLUX.stacks[0], replace(_FLUX.stacks[1], replay=_replay_single)),
-    macs=blocks_macs(
-        _LINEARS,
-        (("double_blocks", _JOINT, _JOINT), ("single_blocks", _JOINT, _JOINT)),
-        attrgetter("hidden_size"),
-        chosen=("img_mlp.", "txt_mlp.", "linear1", "linear2", "v_mlp"),
-        always=("img_mod.", "txt_mod.", "modulation."),
-    ),
-    linears=_LINEARS,
+    fused={**_FLUX.fused, "single_blocks": {**_FLUX.fused["single_blocks"], "v_mlp": _v_and_mlp}},
 )

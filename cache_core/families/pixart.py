@@ -2,25 +2,20 @@
 
 Sources: comfy/ldm/pixart/pixartms.py (ComfyUI 0.3.75), and `PixArt` (of fixed size, called without HW) and `PixArtMS` of the public
 ExtraModels pack, which have the same modules in plain torch layers. x += gate·attn, x += cross_attn (no gate), x += gate·mlp; shifts,
-scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. Traps: the text of all rows
-comes flattened to (1, B·L, C), so its layer is left to the host in calibrated evaluations (it answers the same in every step anyway); the
-model drops transformer_options, so nothing but overrides reaches a block.
+scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. The text of all rows comes
+flattened to (1, B·L, C).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..kinds import Kind
-from .base import Cached, Lengths, ModelFamily, Site, Stack, linear_weights
-from .counting import around_macs, patch_channels, patches
-from .linears import StackLinears, equal_parts
-
-_width = attrgetter("x_embedder.proj.out_channels")  # not every one of these classes has a hidden_size
+from .base import Cached, ModelFamily, Site, Stack
+from .linears import equal_parts
+from .patches import patches
 
 
 def _is_pixart(model: nn.Module) -> bool:
@@ -44,22 +39,6 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     return (x + gate_mlp * cached.refreshed("mlp", tokens, fresh),)
 
 
-def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
-    """Multiply-adds of all blocks for one batch row."""
-    if kind is Kind.AGGRESSIVE or (kind is Kind.CONSERVATIVE and share == 0):
-        return 0.0
-    img, txt = lengths["img"], lengths["txt"]
-    total = 0.0
-    for block in model.blocks:
-        cross, products = block.cross_attn, 2 * _width(model)
-        per_token = linear_weights(cross.q_linear, cross.proj, block.mlp) + products * txt
-        total += share * img * per_token if kind is Kind.CONSERVATIVE else img * per_token
-        total += txt * linear_weights(cross.kv_linear)
-        if kind is Kind.FULL:
-            total += img * linear_weights(block.attn) + products * img * img
-    return total
-
-
 PIXART = ModelFamily(
     name="pixart",
     matches=_is_pixart,
@@ -68,28 +47,11 @@ PIXART = ModelFamily(
             path="blocks",
             parameters=("x", "y", "t", "mask", "HW"),
             streams={"x": "img"},
-            contexts={"y": "txt"},
-            counts=lambda call, _lengths: {"txt": call["y"].shape[0] * call["y"].shape[1] // call["x"].shape[0]},
             sites=(Site("attn", "attn", "img"), Site("cross_attn", "cross_attn", "img"), Site("mlp", "mlp", "img")),
             replay=_replay,
         ),
     ),
-    hidden="img",
-    channels=_width,
     embed="x_embedder.proj",
-    input_channels=lambda model: patch_channels(attrgetter("x_embedder.proj")(model)),
     tokens=patches,
-    macs=_macs,
-    outside_macs=around_macs(
-        {
-            "x_embedder": "img",
-            "y_embedder": "txt",
-            "t_embedder": "",
-            "t_block": "",
-            "csize_embedder": "",
-            "ar_embedder": "",
-            "final_layer": "img",
-        }
-    ),
-    linears=(StackLinears(path="blocks", streams={"": "img"}, skip=("cross_attn.kv_linear",), parts=equal_parts("attn.qkv", "qkv")),),
+    fused={"blocks": equal_parts("attn.qkv", "qkv")},
 )

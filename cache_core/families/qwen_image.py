@@ -1,29 +1,19 @@
-"""Qwen-Image and Qwen-Image-Edit: blocks with separate image and text streams, joint attention over text, image.
+"""Qwen-Image and Qwen-Image-Edit: blocks with separate image and text streams.
 
-Source: comfy/ldm/qwen_image/model.py (ComfyUI 0.3.75). A block returns text before image. Reference latents (Edit) follow the image inside
-the image stream; the host cuts them off behind the head. Hosts after 0.3.75 can modulate them as if they were clean (timestep_zero_index).
+Source: comfy/ldm/qwen_image/model.py (ComfyUI 0.3.75). A block returns text before image. Hosts after 0.3.75 can modulate the reference
+latents, which follow the image, as if they were clean (timestep_zero_index).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
-from .base import Cached, ModelFamily, Stack, UnsupportedCallError
-from .counting import around_macs, blocks_macs
-from .linears import StackLinears
+from ..refusals import UnsupportedCallError
+from .base import Cached, ModelFamily, Stack
 from .replaying import gated, stream_sites
-
-_LINEARS = (
-    StackLinears(
-        path="transformer_blocks",
-        streams={"img_": "img", "txt_": "txt", "attn.add_": "txt", "attn.to_add_out": "txt", "attn.": "img"},
-        skip=("img_mod.", "txt_mod."),
-    ),
-)
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
@@ -47,17 +37,5 @@ QWEN_IMAGE = ModelFamily(
             replay=_replay,
         ),
     ),
-    hidden="img",
-    channels=attrgetter("inner_dim"),
     embed="img_in",
-    input_channels=attrgetter("in_channels"),
-    macs=blocks_macs(
-        _LINEARS,
-        (("transformer_blocks", "txt+img", "txt+img"),),
-        attrgetter("inner_dim"),
-        chosen=("img_mlp.", "txt_mlp."),
-        always=("img_mod.", "txt_mod."),
-    ),
-    outside_macs=around_macs({"img_in": "img", "txt_in": "txt", "time_text_embed": "", "norm_out": "", "proj_out": "img"}),
-    linears=_LINEARS,
 )

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..kinds import Kind
-from .base import Cached, Lengths, ModelFamily, Site, Stack, UnsupportedCallError, linear_weights
-from .counting import around_macs, blocks_macs
-from .linears import LinearPart, StackLinears, equal_parts
+from ..refusals import UnsupportedCallError
+from .base import Cached, ModelFamily, Site, Stack
+from .linears import LinearPart, equal_parts
 from .replaying import renewed
 
 _PATH, _FRAMES = "transformer.layers", "time+audio"
@@ -41,37 +39,7 @@ def _projections(layer: str, block: Any) -> tuple[LinearPart, ...]:
     return equal_parts(layer, (_AGAIN if _is_differential(block) else _ONCE)[layer])[layer](block)
 
 
-_LINEARS = (
-    StackLinears(
-        path=_PATH,
-        streams={"cross_attn.to_kv": "txt", "to_local_embed.": "audio", "": _FRAMES},
-        skip=("to_scale_shift_gate",),
-        parts={layer: partial(_projections, layer) for layer in _ONCE} | equal_parts("ff.ff.0.proj", "vg"),
-    ),
-)
-_ATTENTION = ((_PATH, _FRAMES, _FRAMES), (_PATH, _FRAMES, "txt"))
-_AROUND = around_macs(
-    {
-        "transformer.project_in": "audio",
-        "transformer.project_out": _FRAMES,
-        "transformer.global_cond_embedder": "",
-        "to_timestep_embed": "",
-        "to_global_embed": "",
-        "to_cond_embed": "txt",
-    }
-)
-
-
-def _macs(model: Any, lengths: Lengths, kind: Kind, share: float) -> float:
-    attention = _ATTENTION * (2 if _is_differential(model.transformer.layers[0]) else 1)
-    return blocks_macs(_LINEARS, attention, attrgetter("transformer.dim"), chosen=("cross_attn.", "ff."))(model, lengths, kind, share)
-
-
-def _outside_macs(model: Any, lengths: Lengths) -> float:
-    """With the convolutions over single frames, before and behind. Memory is cut off before the last layer, time behind it."""
-    layers = (model.preprocess_conv, model.postprocess_conv)
-    memory = getattr(model.transformer, "num_memory_tokens", 0) * linear_weights(model.transformer.project_out)
-    return _AROUND(model, lengths) - memory + lengths["audio"] * sum(layer.in_channels * layer.out_channels for layer in layers)
+_FUSED = {layer: partial(_projections, layer) for layer in _ONCE} | equal_parts("ff.ff.0.proj", "vg")
 
 
 def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
@@ -118,7 +86,6 @@ STABLE_AUDIO = ModelFamily(
             path=_PATH,
             parameters=("x", "context", "global_cond", "mask", "context_mask", "rotary_pos_emb", "transformer_options"),
             streams={"x": _FRAMES},
-            contexts={"context": "txt"},
             sites=(
                 Site("self_attn", "self_attn", _FRAMES),
                 Site("cross_attn", "cross_attn", _FRAMES),
@@ -129,11 +96,6 @@ STABLE_AUDIO = ModelFamily(
         ),
     ),
     hidden="audio",
-    channels=attrgetter("transformer.dim"),
     embed="transformer.project_in",
-    input_channels=attrgetter("transformer.project_in.in_features"),
-    macs=_macs,
-    outside_macs=_outside_macs,
-    linears=_LINEARS,
-    measures={"transformer.project_in": "audio"},
+    fused={_PATH: _FUSED},
 )

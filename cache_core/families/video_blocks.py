@@ -25,3 +25,8 @@ def spread(vectors: Tensor, length: int, tokens: Tensor | None = None) -> Tensor
     if groups == 1 or (run == 1 and tokens is None):
         return vectors
     return vectors.repeat_interleave(run, dim=1)[:, :length] if tokens is None else vectors[:, tokens // run]
+
+
+def in_grid(x: Tensor, like: Tensor, batch: int = 0) -> Tensor:
+    """Tokens (B, L, C) in the grid in which `like`, of the same size, has them. batch: its axis there."""
+    return x.reshape(like.movedim(batch, 0).shape).movedim(0, batch)

@@ -1,4 +1,4 @@
-"""Wan's block of self-attention, cross-attention, in HuMo audio attention, and feed-forward: its layers and its conservative evaluation.
+"""Wan's block of self-attention, cross-attention, in HuMo audio attention, and feed-forward: its conservative evaluation.
 
 Source: comfy/ldm/wan/model.py (ComfyUI 0.3.75). x += gate·self_attn, x += cross_attn, x += audio attention, x += gate·ffn. HuMo's audio
 attention pairs the tokens of every frame with that frame's sound by their number, so there is none for chosen tokens: it stays as it was
@@ -8,37 +8,17 @@ kept, like self-attention. The vectors `e` are (B, 6, C), or (B, T, 6, C) where 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import Cached, Site, modulate
-from .linears import StackLinears
 from .replaying import renewed
 from .video_blocks import CROSS, MLP, SELF, sites, spread
 
 _AUDIO = "audio attention"
-_STREAMS = MappingProxyType(
-    {
-        "cross_attn.k_img": "clip",
-        "cross_attn.v_img": "clip",
-        "cross_attn.k": "txt",
-        "cross_attn.v": "txt",
-        "audio_cross_attn_wrapper.audio_cross_attn.k": "audio",
-        "audio_cross_attn_wrapper.audio_cross_attn.v": "audio",
-        "audio_cross_attn_wrapper": "hearing",
-        "": "img",
-    }
-)
 SITES = (*sites("self_attn", "cross_attn", "ffn"), Site(_AUDIO, "audio_cross_attn_wrapper.audio_cross_attn", "hearing"))
-RENEWED = ("cross_attn", "ffn")  # what `replay` computes for the chosen tokens
-
-
-def wan_linears(path: str) -> StackLinears:
-    """The linear layers of a list of such blocks."""
-    return StackLinears(path=path, streams=_STREAMS)
 
 
 def replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:

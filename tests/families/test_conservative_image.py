@@ -11,19 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_duca.cache_core import Plan, Settings
+from comfyui_duca.cache_core import Settings
 from comfyui_duca.cache_core.engine import TokenChoice
 from comfyui_duca.cache_core.families.replaying import sandwiched
-from comfyui_duca.cache_core.policies import Given
-from comfyui_duca.cache_core.predictors import Reuse
-from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import Case, text
 from reference_blocks import REFERENCES, arguments
 from test_every_family import STEPS, kinds, network, report_of, sample
 from test_image import controlled
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from watched import assert_cost_is_what_torch_counts, cached, sampling
 from zoo import CASES
 from zoo_image import hidream, normal, omnigen, with_more
 
@@ -72,10 +68,6 @@ def model(variant):
 @pytest.fixture(scope="module")
 def plain(case, model) -> torch.Tensor:
     return sample(case, model)
-
-
-def cached(model, plan: str, share: float):
-    return host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), Reuse(), token_share=share)))
 
 
 class Dense:
@@ -145,7 +137,7 @@ def test_the_references_are_the_hosts_blocks(case, model, plain):
 @pytest.mark.parametrize("share", SHARES)
 def test_conservative_evaluations_are_those_of_the_references(case, model, plain, share):
     """No token, some, all of them. At share 0 nothing but gates and shifts is new, at share 1 all but self-attention."""
-    patched = cached(model, PLAN, share)
+    patched = cached(model, PLAN, share=share)
     result = sample(case, patched)
     assert kinds(patched) == PLAN and not report_of(patched).notices
     assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes
@@ -156,17 +148,14 @@ def test_conservative_evaluations_are_those_of_the_references(case, model, plain
 
 
 def test_chosen_tokens_make_a_difference(case, model):
-    results = [sample(case, cached(model, PLAN, share)) for share in SHARES]
+    results = [sample(case, cached(model, PLAN, share=share)) for share in SHARES]
     assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(results))
 
 
-@pytest.mark.parametrize("share", [0.0, 2 / 3, 1.0])  # of so few tokens others are too much of a rounding
+@pytest.mark.parametrize("share", SHARES)
 def test_the_cost_of_a_conservative_evaluation_is_what_torch_counts(case, model, share):
-    patched, flops = cached(model, "Fcc", share), []
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused attention
-        sample(case, patched, steps=3, callback=lambda *_: flops.append(counter.get_total_flops()))
-    counted = report_of(patched).evaluations[-1]
-    assert counted.kind.value == "c" and 2 * counted.macs == pytest.approx(flops[-1] - flops[-2], rel=0.03)
+    run = partial(sampling(case), steps=3)
+    assert_cost_is_what_torch_counts(run, cached(model, "Fcc", share=share), "c")
 
 
 def test_the_paper_mode_samples(case, model, plain):
@@ -178,7 +167,7 @@ def test_the_paper_mode_samples(case, model, plain):
 
 def computed_in_full(case: Case, model, plain: torch.Tensor) -> str:
     """Its conservative evaluations are full ones; returns what the user is told."""
-    patched = cached(model, PLAN.replace("a", "c"), 0.37)
+    patched = cached(model, PLAN.replace("a", "c"), share=0.37)
     assert torch.equal(sample(case, patched), plain)
     assert kinds(patched) == "F" * STEPS
     return " ".join(report_of(patched).notices)

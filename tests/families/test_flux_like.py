@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from operator import attrgetter
 from types import SimpleNamespace
@@ -12,21 +13,24 @@ import comfy.controlnet
 import comfy.sample
 import comfy.supported_models
 import pytest
-import test_every_family as every
 import torch
 import torch.nn.functional as F  # noqa: N812
 from comfy.ldm.flux.layers import SingleStreamBlock
-from comfyui_duca.cache_core import Plan, Settings, find_family
+from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.engine import TokenChoice
-from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, find_linears
-from comfyui_duca.cache_core.policies import Given
-from comfyui_duca.cache_core.predictors import Reuse
-from comfyui_duca.cache_core.strategy import Strategy
-from comfyui_duca.nodes import host
+from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from making import text
-from test_every_family import STEPS, cached, kinds, network, report_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from test_every_family import STEPS, kinds, network, report_of
+from watched import (
+    Innovating,
+    assert_calibrated_is_exact,
+    assert_skips_repeat,
+    assert_the_input_is_kept,
+    cached,
+    input_channels,
+    kept_of,
+    known_of,
+)
 from zoo_flux_like import chroma, chroma_radiance, flux2, hunyuan3d, hunyuan_video, loaded
 
 SHARE = 0.3
@@ -51,18 +55,19 @@ class Control(comfy.controlnet.ControlBase):
 
 
 class Variant(NamedTuple):
-    """make: the model. latent: shape of one. cond: conditioning from a seed.
+    """make: the model. latent: shape of one. tokens: of it. cond: conditioning from a seed.
 
-    cfg: 1.0 where the host cannot have both conds in one call. has_input: whether a calibrated forecast can be had.
-    is_counted: whether all of what is around the blocks is.
+    beside: tokens of references in the image's stream, which may be kept with it. cfg: 1.0 where the host cannot have both conds in one
+    call. has_input: whether a calibrated forecast can be had.
     """
 
     make: Callable[[], Any]
     latent: tuple[int, ...]
+    tokens: int
     cond: Callable[[int], list]
+    beside: int = 0
     cfg: float = 2.0
     has_input: bool = True
-    is_counted: bool = True
 
 
 def hunyuan_15() -> Any:
@@ -92,21 +97,21 @@ MASK, CLIP = torch.tensor([[1, 1, 1, 1, 1, 0, 0]]), SimpleNamespace(last_hidden_
 REFERENCE, FRAME = {"ref_latent": noise(1, 16, 1, 8, 6)}, {"guiding_frame_index": 0}
 BESIDE = {"conditioning_byt5small": noise(1, 3, 1472), "clip_vision_output": CLIP}
 VARIANTS = {
-    "flux2": Variant(flux2, F2, given()),
-    "flux2 references": Variant(flux2, F2, given(reference_latents=[noise(1, 128, 2, 3), noise(1, 128, 3, 4)])),
-    "flux2 control": Variant(flux2, F2, controlled(20, 32)),
-    "chroma": Variant(chroma, PICTURE, given()),
-    "chroma control": Variant(chroma, PICTURE, controlled(48, 48)),
-    "radiance": Variant(chroma_radiance, (3, 24, 32), given()),
-    "video": Variant(hunyuan_video, VIDEO, given(40)),
-    "video control": Variant(hunyuan_video, VIDEO, controlled(36, 128)),
-    "video mask": Variant(hunyuan_video, VIDEO, given(attention_mask=MASK), cfg=1.0),
-    "video guiding frame": Variant(hunyuan_video, VIDEO, given(**FRAME), cfg=1.0, is_counted=False),
-    "video reference": Variant(hunyuan_video, VIDEO, given(**REFERENCE), cfg=1.0, has_input=False, is_counted=False),
-    "video both": Variant(hunyuan_video, VIDEO, given(**FRAME, **REFERENCE), cfg=1.0, has_input=False, is_counted=False),
-    "video 1.5": Variant(hunyuan_15, (32, 2, 4, 6), given(**BESIDE), is_counted=False),
-    "image 2.1": Variant(hunyuan_image, (64, 6, 8), given()),
-    "3d": Variant(hunyuan3d, (64, 24), given()),
+    "flux2": Variant(flux2, F2, 24, given()),
+    "flux2 references": Variant(flux2, F2, 24, given(reference_latents=[noise(1, 128, 2, 3), noise(1, 128, 3, 4)]), beside=18),
+    "flux2 control": Variant(flux2, F2, 24, controlled(20, 32)),
+    "chroma": Variant(chroma, PICTURE, 48, given()),
+    "chroma control": Variant(chroma, PICTURE, 48, controlled(48, 48)),
+    "radiance": Variant(chroma_radiance, (3, 24, 32), 48, given()),
+    "video": Variant(hunyuan_video, VIDEO, 36, given(40)),
+    "video control": Variant(hunyuan_video, VIDEO, 36, controlled(36, 128)),
+    "video mask": Variant(hunyuan_video, VIDEO, 36, given(attention_mask=MASK), cfg=1.0),
+    "video guiding frame": Variant(hunyuan_video, VIDEO, 36, given(**FRAME), cfg=1.0),
+    "video reference": Variant(hunyuan_video, VIDEO, 36, given(**REFERENCE), beside=12, cfg=1.0, has_input=False),
+    "video both": Variant(hunyuan_video, VIDEO, 36, given(**FRAME, **REFERENCE), beside=12, cfg=1.0, has_input=False),
+    "video 1.5": Variant(hunyuan_15, (32, 2, 4, 6), 48, given(**BESIDE)),
+    "image 2.1": Variant(hunyuan_image, (64, 6, 8), 48, given()),
+    "3d": Variant(hunyuan3d, (64, 24), 24, given()),
 }
 
 
@@ -131,29 +136,10 @@ def sample(variant: Variant, model, **more: Any) -> torch.Tensor:
     return comfy.sample.sample(model, start, STEPS, variant.cfg, "euler", "simple", *conds, latent, seed=5, disable_pbar=True, **more)
 
 
-def joint_of(variant: Variant, model: Any) -> str:
-    """In which order this host puts both streams together, seen where they enter the single blocks."""
-    seen, orders = {}, set()
-
-    def left(_module: Any, _args: tuple, result: tuple) -> None:
-        seen["img"], seen["txt"] = result
-
-    def entered(_module: Any, args: tuple) -> None:
-        orders.update(order for order in ("img+txt", "txt+img") if torch.equal(args[0], torch.cat([seen[s] for s in order.split("+")], 1)))
-
-    net = network(model)
-    handles = [net.double_blocks[-1].register_forward_hook(left), net.single_blocks[0].register_forward_pre_hook(entered)]
-    sample(variant, model)
-    for handle in handles:
-        handle.remove()
-    (order,) = orders
-    return order
-
-
 class Dense:
     """The same evaluations by hooks on the host's blocks, all of which run: what a sublayer says is exchanged for what was kept of it."""
 
-    def __init__(self, net: Any, plan: str, joint: str) -> None:
+    def __init__(self, net: Any, plan: str) -> None:
         self.plan, self.step, self.kept = plan, -1, {}
         self.choice = TokenChoice(SHARE, 0)
         self.handles = [net.double_blocks[0].register_forward_pre_hook(self.begin)]
@@ -163,7 +149,7 @@ class Dense:
                 self.after(getattr(block, f"{name}_mlp"), self.refreshed, (i, name, "mlp"), name, i, len(net.double_blocks))
         for i, block in enumerate(net.single_blocks):
             self.handles.append(block.linear2.register_forward_pre_hook(self.half(i, block.hidden_size)))
-            self.after(block.linear2, self.refreshed, (i, "output"), joint, i, len(net.single_blocks))
+            self.after(block.linear2, self.refreshed, (i, "output"), "txt+img", i, len(net.single_blocks))
         self.after(net.single_blocks[-1], self.hidden)
 
     def after(self, module: torch.nn.Module, tell: Callable, *about: Any) -> None:
@@ -204,10 +190,10 @@ class Dense:
 def test_conservative_evaluations_are_those_of_the_hosts_blocks(variant, model, plain):
     """Conservative ones from full ones and from one another; skips from either."""
     plan = "FcacccFc"
-    patched = host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), Reuse(), token_share=SHARE)))
+    patched = cached(model, plan, share=SHARE)
     result = sample(variant, patched)
     assert kinds(patched) == plan and not report_of(patched).notices
-    dense = Dense(network(model), plan, joint_of(variant, model))
+    dense = Dense(network(model), plan)
     try:
         expected = sample(variant, model)
     finally:
@@ -219,45 +205,33 @@ def test_conservative_evaluations_are_those_of_the_hosts_blocks(variant, model, 
 
 
 def test_skips_repeat_the_hidden_state(variant, model, plain):
-    patched = cached(model, "FaFaaaFa")
-    result = sample(variant, patched)
-    assert kinds(patched) == "FaFaaaFa" and not report_of(patched).notices
-    kept, step = [], iter("FaFaaaFa")
+    assert_skips_repeat(partial(sample, variant), model, network(model).single_blocks[-1], None, "FaFaaaFa", plain)
 
-    def again(_module, _args, value):
-        if next(step) == "F":
-            kept[:] = [value.clone()]
-        return kept[0].clone()
 
-    handle = network(model).single_blocks[-1].register_forward_hook(again)
-    try:
-        assert torch.equal(result, sample(variant, model)) and not torch.equal(result, plain)
-    finally:
-        handle.remove()
+def test_no_more_is_kept_than_the_image(variant, model):
+    patched = cached(model, "FaFaFaFa")
+    sample(variant, patched)
+    ((tokens, channels),) = kept_of(patched)
+    assert variant.tokens <= tokens <= variant.tokens + variant.beside and channels == network(model).double_blocks[0].hidden_size
 
 
 def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(variant, model, plain):
-    family, factors = find_family(network(model)), {}
-    for site in find_linears(family, network(model)):
-        for part in site.parts:
-            own = site.module.weight.detach()[part.rows or slice(None)]
-            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
-    patched = cached(model, "FiiFiiFi", linears=CalibratedLinears.bind(family, network(model), factors))
-    result = sample(variant, patched)
-    assert kinds(patched) == "FiiFiiFi" and not report_of(patched).notices
-    torch.testing.assert_close(result, plain, atol=2e-4, rtol=2e-3)
+    """Of all layers of the blocks but their modulations, which see one vector a row."""
+    answering = assert_calibrated_is_exact(partial(sample, variant), model, plain)
+    layers = {name for name, layer in network(model).named_modules() if hasattr(layer, "in_features") and "mod" not in name}
+    blocks = ("double_blocks.", "single_blocks.")
+    assert {name for name in answering if name.startswith(blocks)} == {name for name in layers if name.startswith(blocks)}
 
 
 def test_calibrated_forecasts_need_the_input_of_all_tokens(variant, model, plain):
-    family = find_family(network(model))
-    matrix = torch.full((family.input_channels(network(model)), family.channels(network(model))), 0.01)
-    patched = cached(model, "FaFaFaFa", every.Innovating(matrix))
-    result = sample(variant, patched)
+    channels = network(model).double_blocks[0].hidden_size
     if variant.has_input:
-        assert kinds(patched) == "FaFaFaFa" and not report_of(patched).notices and not torch.equal(result, plain)
-    else:
-        assert "without a calibration: tokens are added" in report_of(patched).notices[0] and kinds(patched) == "FaFaFaFa"
-        assert torch.equal(result, sample(variant, cached(model, "FaFaFaFa")))
+        assert_the_input_is_kept(partial(sample, variant), model, channels)
+        return
+    patched = cached(model, "FaFaFaFa", Innovating((input_channels(model), channels), 0.01))
+    result = sample(variant, patched)
+    assert "without a calibration: tokens are added" in report_of(patched).notices[0] and kinds(patched) == "FaFaFaFa"
+    assert torch.equal(result, sample(variant, cached(model, "FaFaFaFa")))
 
 
 def test_kept_inputs_become_the_embedded_tokens(variant, model):
@@ -280,27 +254,12 @@ def test_kept_inputs_become_the_embedded_tokens(variant, model):
     finally:
         for handle in handles:
             handle.remove()
-    assert seen["tokens"].shape[-1] == family.input_channels(net)
     torch.testing.assert_close(F.linear(seen["tokens"], embed.weight.flatten(1), embed.bias), seen["img"], atol=1e-5, rtol=1e-4)
-
-
-def skip_cost(variant: Variant, model) -> float:
-    """What is counted for a skip, as a share of what torch counts for it: everything but the blocks, which are the most of all others."""
-    patched, flops = cached(model, "FFaaFFaa"), []
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        sample(variant, patched, callback=lambda *_: flops.append(counter.get_total_flops()))
-    return 2 * report_of(patched).evaluations[-1].macs / (flops[-1] - flops[-2])
-
-
-def test_what_a_skip_costs_is_counted(variant, model):
-    if not variant.is_counted:
-        pytest.skip("left out on purpose: other encoders' layers, a guiding frame's second vector, the head's going without the reference")
-    assert skip_cost(variant, model) == pytest.approx(1.0, rel=0.01)
 
 
 @pytest.mark.parametrize("head", ["linear", "conv"])
 def test_the_head_of_radiance_is_the_hosts_on_every_evaluation(head):
-    """It sees the current pixels also on skips; what it costs is counted, whichever head it is."""
+    """It sees the current pixels also on skips. That of a run's proof, whose place was found before, is one more."""
     model, variant = chroma_radiance(nerf_final_head_type=head), VARIANTS["radiance"]
     calls = {"nerf_blocks": 0, "double_blocks": 0}
 
@@ -315,15 +274,18 @@ def test_the_head_of_radiance_is_the_hosts_on_every_evaluation(head):
     handles = [module.register_forward_hook(counting(stack)) for stack, module in watched.items()]
     patched = cached(model, "FFaaFaaa")
     sample(variant, patched)
-    assert calls == {"nerf_blocks": STEPS, "double_blocks": 3}
+    calls.update(nerf_blocks=0, double_blocks=0)
+    sample(variant, patched)
+    assert calls == {"nerf_blocks": STEPS + 1, "double_blocks": 3}
     for handle in handles:
         handle.remove()
-    assert skip_cost(variant, model) == pytest.approx(1.0, rel=0.01)
 
 
 def test_gated_layers_are_two_matrices():
     """FLUX.2's MLPs make gate and value in one layer; together the parts cover it once."""
-    sites = {site.name: site for site in find_linears(find_family(network(flux2())), network(flux2()))}
+    model = flux2()
+    known = known_of(partial(sample, VARIANTS["flux2"]), model)
+    sites = {site.name: site for site in find_linears(find_family(network(model)), known.linears, network(model))}
     parts = {
         name: [(part.name, part.rows) for part in sites[name].parts] for name in ("double_blocks.0.img_mlp.0", "single_blocks.1.linear1")
     }
@@ -352,9 +314,8 @@ def ovis() -> Any:
 
 def test_gated_layers_of_newer_hosts_single_blocks_are_not_replayed():
     model = ovis()
-    case = next(case for case in every.CASES if case.name == "flux2")
-    plain = every.sample(case, model)
-    patched = cached(model, "FcFcFcFc", Reuse())
-    assert torch.equal(every.sample(case, patched), plain)
+    plain = sample(VARIANTS["flux2"], model)
+    patched = cached(model, "FcFcFcFc")
+    assert torch.equal(sample(VARIANTS["flux2"], patched), plain)
     assert kinds(patched) == "F" * STEPS
     assert any("Ovis" in notice for notice in report_of(patched).notices)

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import comfy.sample
 import pytest
-import test_every_family as every
 import torch
+from comfyui_duca.cache_core import find_family
 from making import Case, text
-from test_every_family import cached, kinds, network, report_of, sample
+from test_every_family import kinds, network, report_of, sample
+from watched import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept, cached, kept_of, sampling
 from zoo_image import CASES, hidream, hydit, normal, omnigen, sd3, with_more, z_image
 
 PLAN = "FaFaFaFa"
 BY_NAME = {case.name: case for case in CASES}
 
 
-def assert_right(case: Case, model) -> None:
-    """What test_every_family holds of the plain cases."""
-    plain = sample(case, model)
-    every.test_skipping_repeats_the_hidden_state(case, model, plain, PLAN)
-    every.test_the_input_is_kept_for_calibrated_forecasts(case, model)
-    every.test_multiply_adds_are_those_that_torch_counts(case, model)
-    if every.find_family(network(model)).linears:
-        every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain)
-
-
-def lengths(patched) -> dict[str, int]:
-    return report_of(patched).shape.lengths
+def assert_right(case: Case, model, channels: int) -> None:
+    """channels: of the hidden state."""
+    run, plain = sampling(case), sample(case, model)
+    assert find_family(network(model)).name == case.name
+    assert_skips_repeat(run, model, case.last(network(model)), case.hidden, PLAN, plain)
+    assert_the_input_is_kept(run, model, channels)
+    assert assert_calibrated_is_exact(run, model, plain)
 
 
 @pytest.mark.parametrize("name", ["lumina", "sd3", "hidream", "aura", "omnigen", "hydit"])
@@ -33,15 +29,23 @@ def test_odd_sizes_are_filled_up_to_patches(name):
     """PixArt is left out: there the host itself fails."""
     case = BY_NAME[name]._replace(latent=(BY_NAME[name].latent[0], 11, 13))
     model = case.make()
-    assert_right(case, model)
+    (kept,) = kept_of(ran(case, model))
+    assert kept[0] == 6 * 7
+    assert_right(case, model, kept[1])
+
+
+def ran(case: Case, model):
+    """The model with a cache, after a run."""
+    patched = cached(model, PLAN)
+    sample(case, patched)
+    return patched
 
 
 def test_tokens_that_z_image_adds_are_not_taken_for_image():
     case = Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1])
     model = case.make()
-    patched = cached(model, PLAN)
-    sample(case, patched)
-    assert lengths(patched) == {"txt": 32, "img": 48, "padding": 16}
+    patched = ran(case, model)
+    assert kept_of(patched) == [(48, 256)]  # beside 32 of text and 16 that fill up the picture
     assert report_of(patched).peak_bytes == 2 * 48 * 256 * 4  # two conds, nothing but the picture
 
 
@@ -56,17 +60,14 @@ def test_texts_of_unequal_length_come_in_calls_of_their_own():
     assert torch.isfinite(result).all() and not any(torch.equal(result, other) for other in alone)
 
 
-def test_a_joint_stream_that_cannot_be_divided_is_computed_in_full(monkeypatch):
-    """Another node keeps the refined text: nobody sees how many of the tokens are text."""
+def test_a_node_that_keeps_the_refined_text_changes_nothing(monkeypatch):
+    """Nobody sees how many of the joint tokens are text, or need see it."""
     case, model = BY_NAME["lumina"], z_image()
     plain = sample(case, model)
     inner, kept = network(model), {}
     monkeypatch.setattr(inner, "context_refiner", KeepsText(inner.context_refiner, kept))
     assert torch.equal(sample(case, model), plain)
-    patched = cached(model, PLAN)
-    assert torch.equal(sample(case, patched), plain)
-    assert kinds(patched) == "F" * 8 and "computed in full" in " ".join(report_of(patched).notices)
-    assert report_of(patched).peak_bytes == 0
+    assert_skips_repeat(sampling(case), model, case.last(inner), case.hidden, PLAN, plain)
 
 
 class KeepsText(torch.nn.ModuleList):
@@ -90,11 +91,10 @@ def test_omnigen_takes_reference_pictures_for_no_part_of_the_image():
     cond = text(7, 24, attention_mask=torch.ones(1, 7, dtype=torch.long), reference_latents=[normal(3, 1, 16, 8, 6)])
     case = Case("omnigen", omnigen, (16, 12, 16), cond, lambda m: m.layers[-1])
     model = case.make()
-    assert_right(case, model)
-    patched = cached(model, PLAN)
-    with_reference = sample(case, patched)
-    assert lengths(patched) == {"txt": 7, "ref": 12, "img": 48}
-    assert not torch.equal(with_reference, sample(BY_NAME["omnigen"], cached(model, PLAN)))
+    (kept,) = kept_of(ran(case, model))
+    assert kept[0] == 48  # beside 7 of text and 12 of the reference
+    assert_right(case, model, kept[1])
+    assert not torch.equal(sample(case, cached(model, PLAN)), sample(BY_NAME["omnigen"], cached(model, PLAN)))
 
 
 def test_hidream_edits_a_picture_beside_the_image():
@@ -103,10 +103,9 @@ def test_hidream_edits_a_picture_beside_the_image():
     )  # fmt: skip
     case = Case("hidream", hidream, (16, 12, 16), cond, lambda m: m.single_stream_blocks[-1])
     model = case.make()
-    assert_right(case, model)
-    patched = cached(model, PLAN)
-    sample(case, patched)
-    assert lengths(patched) == {"img": 96, "txt": 15}
+    (kept,) = kept_of(ran(case, model))
+    assert kept[0] == 96
+    assert_right(case, model, kept[1])
 
 
 def controlled(model, residuals: list[torch.Tensor]):
@@ -127,7 +126,7 @@ def test_residuals_of_a_controlnet_take_effect_once(name, make, width, count):
     case, model = BY_NAME[name], make()
     tokens = case.latent[1] * case.latent[2] // 4
     guided = controlled(model, [normal(i, 1, tokens, width) for i in range(count)])
-    every.test_skipping_repeats_the_hidden_state(case, guided, sample(case, guided), PLAN)
+    assert_skips_repeat(sampling(case), guided, case.last(network(guided)), case.hidden, PLAN, sample(case, guided))
     assert not torch.equal(sample(case, cached(guided, PLAN)), sample(case, cached(model, PLAN)))
 
 

@@ -1,0 +1,21 @@
+"""Models of which nothing has to be said but the name that reports and sidecars know them by. Others go by that of their class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "ACEStepTransformer2DModel": "ace_step",
+        "AceStepConditionGenerationModel": "ace_step15",
+        "CogVideoXTransformer3DModel": "cogvideox",
+        "ErnieImageModel": "ernie",
+        "HeliosModel": "helios",
+        "HiDreamO1Transformer": "hidream_o1",
+        "HunYuanDiTPlain": "hunyuan3d_2_1",
+        "Kandinsky5": "kandinsky5",
+        "LTXAVModel": "ltxav",
+        "MiniMaxH3Model": "minimax_h3",
+    }
+)
