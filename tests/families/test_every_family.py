@@ -13,6 +13,7 @@ from comfy.nested_tensor import NestedTensor
 from comfyui_duca.cache_core import FAMILIES, Places, Plan, Settings, find_family
 from comfyui_duca.cache_core.discovery.places import Known
 from comfyui_duca.cache_core.engine.linear_sites import Factors, LinearSite, find_linears
+from comfyui_duca.cache_core.families import undescribed
 from comfyui_duca.cache_core.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
@@ -87,7 +88,7 @@ def test_the_family_is_known_once(case, model):
     names = [family.name for family in FAMILIES if family.matches(network(model))]
     assert names in ([], [case.name])
     family = find_family(network(model))
-    assert family.name == (names or [type(network(model)).__name__.lower()])[0]
+    assert family.name == (names[0] if names else undescribed(network(model)).name)
     assert all(stack.blocks(network(model)) for stack in family.stacks)
 
 
@@ -113,7 +114,7 @@ def test_a_family_file_adds_nothing_to_what_is_skipped(case, model, monkeypatch)
         results.append(sample(case, patched))
         reports.append(report_of(patched))
     (described, undescribed), names = reports, [report.family for report in reports]
-    assert names[0] in (case.name, names[1]) and names[1] == type(network(model)).__name__.lower()
+    assert names[0] in (case.name, names[1]) and names[1] == undescribed(network(model)).name
     assert torch.equal(*results)
     assert undescribed.place == described.place and undescribed.peak_bytes <= described.peak_bytes
     for with_file, without in zip(described.evaluations, undescribed.evaluations, strict=True):
