@@ -104,9 +104,7 @@ def unsaid(report: RunReport, timeline: Timeline, is_explained: bool) -> list[st
     seen = {levels[evaluation.step] for evaluation in report.evaluations if evaluation.calls}
     unseen = sum(level not in seen for level in levels)  # by level, as some schedules have one twice
     if unseen:
-        texts.append(
-            f"the model was not called at {unseen} of {timeline.steps} steps: another node answered, or the sampler left them out"
-        )
+        texts.append(f"the model was not called at {unseen} of {timeline.steps} steps: another node answered, or the sampler left them out")
     wanted = any(evaluation.planned is not Kind.FULL for evaluation in report.evaluations)
     skipped = any(evaluation.skipped or evaluation.kind not in (Kind.FULL, None) for evaluation in report.evaluations)
     if wanted and not skipped and not is_explained:

@@ -71,6 +71,7 @@ class Prover:
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
         self._exact: Any = None  # what a skip with all of the hidden state answers
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
+        self._pieces = conds if conds > 1 else self.rows
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The network's answer with `hidden`, one tensor for each that the place keeps, put in."""
@@ -132,19 +133,21 @@ class Prover:
         return place
 
     def _with_rows(self, place: Place, hidden: Hidden) -> Place:
-        """Where each cond's part of the kept tensors lies: proved by changing the first one's and looking whose answer changes."""
+        """Where each cond's part of the kept tensors lies, or each picture's of one cond: proved by changing the first one's and looking
+        whose answer changes.
+        """
         for axes in islice(product(*(_rows_axes(kept.shape, self.rows, self._conds) for kept in place.kept)), _MOST_AXES):
             there = replace(place, kept=tuple(replace(kept, rows=axis) for kept, axis in zip(place.kept, axes)))
-            if self._conds == 1:
+            if self._pieces == 1:
                 return there
-            parts = [list(part.chunk(self._conds)) for part in _parts(there, hidden)]
+            parts = [list(part.chunk(self._pieces)) for part in _parts(there, hidden)]
             if self._is_one_alone(self._tried(there, [torch.cat((part[0].roll(1, -1), *part[1:])) for part in parts]), parts[0][0].dtype):
                 return there
         return replace(place, kept=tuple(replace(kept, rows=None) for kept in place.kept), is_joint=self._conds > 1)
 
     def _is_one_alone(self, answer: Any, dtype: torch.dtype) -> bool:
         """Whether the part of exactly one cond differs from the answer proper; some networks swap theirs."""
-        ours, theirs = ([tensor.chunk(self._conds) for _, tensor in tensors(each)] for each in (self._answer, answer))
+        ours, theirs = ([tensor.chunk(self._pieces) for _, tensor in tensors(each)] for each in (self._answer, answer))
         changed = {i for a, b in zip(ours, theirs) for i, pair in enumerate(zip(a, b)) if not _is_close(*pair, dtype)}
         return answer is not None and len(changed) == 1
 

@@ -113,12 +113,12 @@ def test_a_family_file_adds_nothing_to_what_is_skipped(case, model, monkeypatch)
         patched = cached(model, "FaFaFaFa")
         results.append(sample(case, patched))
         reports.append(report_of(patched))
-    (described, undescribed), names = reports, [report.family for report in reports]
+    (with_file, without), names = reports, [report.family for report in reports]
     assert names[0] in (case.name, names[1]) and names[1] == undescribed(network(model)).name
     assert torch.equal(*results)
-    assert undescribed.place == described.place and undescribed.peak_bytes <= described.peak_bytes
-    for with_file, without in zip(described.evaluations, undescribed.evaluations, strict=True):
-        assert without.macs / without.full_macs <= with_file.macs / with_file.full_macs
+    assert without.place == with_file.place and without.peak_bytes <= with_file.peak_bytes
+    for ours, bare in zip(with_file.evaluations, without.evaluations, strict=True):
+        assert bare.macs / bare.full_macs <= ours.macs / ours.full_macs
 
 
 def test_listening_changes_nothing(case, model, plain):

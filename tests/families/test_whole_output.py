@@ -92,7 +92,9 @@ def test_a_ridge_fit_of_polynomials_to_all_outputs(model):
 def test_nothing_of_the_model_runs_in_a_skipped_evaluation(model):
     calls = []
     inner = network_of(model)
-    handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in (inner.x_embedder, inner.layers[0], inner.final_linear)]
+    handles = [
+        module.register_forward_hook(lambda *_: calls.append(1)) for module in (inner.x_embedder, inner.layers[0], inner.final_linear)
+    ]
     patched = cached(model, PLAN)
     sample(CASE, patched)
     for handle in handles:

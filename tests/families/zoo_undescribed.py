@@ -93,9 +93,7 @@ _ALL = {
     "Lens": Case("lens", lens, (128, 6, 8), text(7, 24), lambda m: m.transformer_blocks[-1], 1),
     "JoyImage": Case("joyimage", joy_image, (16, 1, 12, 16), text(7, 24), lambda m: m.double_blocks[-1], 0),
     "Krea2": Case("krea2", krea2, (16, 1, 12, 16), text(7, 48), lambda m: m.blocks[-1]),
-    "Boogu": Case(
-        "boogu", boogu, (16, 12, 16), _BOOGU_COND, lambda m: m.single_stream_layers[-1]
-    ),
+    "Boogu": Case("boogu", boogu, (16, 12, 16), _BOOGU_COND, lambda m: m.single_stream_layers[-1]),
     "Ideogram4": Case("ideogram4", ideogram4, (128, 6, 8), text(7, 24), lambda m: m.layers[-1]),
     "PixelDiTT2I": Case("pixeldit", pixel_dit, (3, 64, 96), text(7, 24), lambda m: m.pixel_blocks[-1]),
     "WAN21_SCAIL": Case("scail", scail, WAN_LATENT, _SCAIL_COND, lambda m: m.blocks[-1]),
