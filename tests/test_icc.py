@@ -18,12 +18,12 @@ from comfyui_duca.cache_core.engine.linear_sites import (
     icc_macs,
 )
 from comfyui_duca.cache_core.engine.linears import linear_taps
+from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.families.base import UnsupportedCallError
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS
 from comfyui_duca.cache_core.families.linears import WHOLE, LinearPart, StackLinears
 from comfyui_duca.cache_core.kinds import Kind
-from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from reference_flux import ReferenceFlux
