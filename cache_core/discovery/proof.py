@@ -157,7 +157,7 @@ class Prover:
             if len(kept.shape) != 3 or kept.rows != 0 or kept.like is None:
                 continue
 
-            def holds(start: int, stop: int, own: Kept = kept) -> bool:
+            def holds(start: int, stop: int, own: Kept = kept, place: Place = place) -> bool:
                 return self._is_enough(_with_cut(place, own, start, stop), hidden)
 
             start, stop = needed(kept.shape[1], lengths, holds)

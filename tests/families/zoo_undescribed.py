@@ -66,8 +66,8 @@ def boogu() -> ModelPatcher:
 
 def ideogram4() -> ModelPatcher:
     return tiny(
-        _of_any_size("Ideogram4"), image_model="ideogram4", num_layers=3, num_attention_heads=2, attention_head_dim=32, intermediate_size=96,
-        adaln_dim=32, llm_features_dim=24, rope_theta=10000, mrope_section=(4, 6, 6),
+        _of_any_size("Ideogram4"), image_model="ideogram4", num_layers=3, num_attention_heads=2, attention_head_dim=32,
+        intermediate_size=96, adaln_dim=32, llm_features_dim=24, rope_theta=10000, mrope_section=(4, 6, 6),
     )  # fmt: skip
 
 
