@@ -1,7 +1,7 @@
-"""Every family on its small test model: what it can do, how exactly, what it keeps and what each kind of evaluation costs.
+"""Every model of the test zoo: where its hidden state is, how exactly it is put back, what is kept, what each evaluation costs.
 
 Writes the tables of docs/families.md and, shorter, that of the README; then what one block of real width costs (real_width.py). Which
-class a family was tried on depends on the host: run it on each, and what the others showed stays.
+class a model was tried as depends on the host: run it on each, and what the others showed stays.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ start()
 sys.path.append(str(ROOT / "tests" / "families"))
 import comfyui_version
 import torch
-from comfyui_duca.cache_core import FAMILIES, find_family
-from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
-from comfyui_duca.cache_core.families import ModelFamily
-from test_every_family import STEPS, cached, full_rank, network, report_of, sample
+from comfyui_duca.cache_core import find_family
+from comfyui_duca.cache_core.discovery.places import Known
+from comfyui_duca.cache_core.engine.linear_sites import Factors
+from comfyui_duca.cache_core.families import FAMILIES, ModelFamily
+from test_every_family import STEPS, cached, full_rank, known_of, network, report_of, sample
 from zoo import CASES, Case
 
 HOST = f"ComfyUI {comfyui_version.__version__}"
-OWN, STAND_IN = "own class", "(stand-in)"
+STAND_IN = "(stand-in)"
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> str:
@@ -31,30 +32,37 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
     return "0" if torch.equal(a, b) else f"{float((a - b).abs().max() / (b.max() - b.min())):.0e}"
 
 
-def shares(case: Case, model, plan: str, linears: CalibratedLinears | None = None) -> tuple[torch.Tensor, dict[str, float]]:
+def shares(case: Case, model, plan: str, factors: Factors | None = None) -> tuple[torch.Tensor, dict[str, float]]:
     """The latent, and each kind's multiply-adds as a share of a full evaluation's."""
-    patched = cached(model, plan, linears=linears)
+    patched = cached(model, plan, factors=factors)
     latent = sample(case, patched)
     return latent, {e.kind.value: e.macs / e.full_macs for e in report_of(patched).evaluations}
 
 
 def row(case: Case) -> list[str]:
     model = case.make()
-    family = find_family(network(model))
-    assert family is not None
+    family, known = find_family(network(model)), known_of(case, model)
     plain = sample(case, model)
     listened, _ = shares(case, model, "F" * STEPS)
     _, costs = shares(case, model, "FaFaFaFa")
-    linears, calibrated = None, "-"
-    if family.linears:
-        linears = full_rank(family, network(model))
-        calibrated = difference(shares(case, model, "FiiFiiFi", linears)[0], plain)
+    calibrated = "-"
+    if known.linears:
+        calibrated = difference(shares(case, model, "FiiFiiFi", full_rank(model, known))[0], plain)
     conservative = f"{shares(case, model, 'FcFcFcFc')[1]['c']:.3f}" if family.is_conservative else "-"
-    per_token = family.channels(network(model)) * 2
     return [
-        family.name, ", ".join(modes(family)), tested_on(network(model)), difference(listened, plain), calibrated,
-        f"{per_token}", f"{costs['a']:.3f}", conservative,
+        case.name, ", ".join(modes(family, known)), tested_on(network(model)), found(known), difference(listened, plain), calibrated,
+        kept(known), f"{costs['a']:.3f}", conservative,
     ]  # fmt: skip
+
+
+def found(known: Known) -> str:
+    """Where, in the words of the report."""
+    return known.reason if known.place is None else known.place.text
+
+
+def kept(known: Known) -> str:
+    """Bytes per token and anchor, of every stream that is kept."""
+    return " + ".join(f"{each.shape[-1] * 2}" for each in known.place.kept) if known.place is not None else "-"
 
 
 def tested_on(model: torch.nn.Module) -> str:
@@ -64,28 +72,31 @@ def tested_on(model: torch.nn.Module) -> str:
 
 
 def proofs(rows: list[list[str]], path: Path) -> dict[str, dict[str, str]]:
-    """For every family, on each host, what it was tried on: on this host by `rows`, on others as the document at `path` has it.
+    """For every model, on each host, what was found: on this host by `rows`, on others as the document at `path` has it.
 
     Only what was bit-identical while the cache listened counts.
     """
     lines = published("proofs", path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    found = {name: dict(zip(cells[0][1:], seen)) for name, *seen in cells[2:]}
-    for family in FAMILIES:
-        classes = {row[2] for row in rows if row[0] == family.name and row[3] == "0"}
-        real = any(not name.endswith(STAND_IN) for name in classes)
-        found.setdefault(family.name, {})[HOST] = OWN if real else "stand-in" if classes else "-"
-    return found
+    seen = {name: dict(zip(cells[0][1:], hosts)) for name, *hosts in cells[2:]}
+    here: dict[str, list[str]] = {}
+    for name, _modes, tested, where, listening, *_ in rows:
+        if listening == "0":
+            here.setdefault(name, []).append(f"{where} {STAND_IN}" if tested.endswith(STAND_IN) else where)
+    for name in {**dict.fromkeys(here), **dict.fromkeys(seen)}:
+        seen.setdefault(name, {})[HOST] = "; ".join(dict.fromkeys(here.get(name, ["-"])))
+    return seen
 
 
-def modes(family: ModelFamily) -> list[str]:
+def modes(family: ModelFamily, known: Known) -> list[str]:
+    place = known.place
     return [
         name
         for name, has in (
-            ("whole output", family.is_whole),
-            ("forecast", not family.is_whole),
+            ("whole output", place is not None and place.is_whole),
+            ("forecast", place is not None and not place.is_whole),
             ("calibrated forecast", bool(family.embed)),
-            ("ICC", bool(family.linears)),
+            ("ICC", bool(known.linears)),
             ("DuCa", family.is_conservative),
         )
         if has
@@ -95,15 +106,15 @@ def modes(family: ModelFamily) -> list[str]:
 def write(path: Path = ROOT / "docs" / "families.md") -> None:
     rows = [row(case) for case in CASES]
     header = [
-        "family", "modes", "tested on", "listening: difference", "ICC at full rank: difference", "bytes per token and anchor, 16 bit",
-        "aggressive: share", "conservative: share",
+        "model", "modes", "tested on", "where", "listening: difference", "ICC at full rank: difference",
+        "bytes per token and anchor, 16 bit", "aggressive: share", "conservative: share",
     ]  # fmt: skip
     about = f"Small models with random weights, {STEPS} steps; {HOST}; {machine()}."
     seen = proofs(rows, path)
     hosts = list(dict.fromkeys(host for by_host in seen.values() for host in by_host))
-    publish("proofs", table(["family", *hosts], [[name, *(on.get(host, "-") for host in hosts)] for name, on in seen.items()]), path)
+    publish("proofs", table(["model", *hosts], [[name, *(on.get(host, "-") for host in hosts)] for name, on in seen.items()]), path)
     publish("families", f"{about}\n\n{table(header, rows)}", path)
-    publish("families", overview({name for name, on in seen.items() if OWN in on.values()}), ROOT / "README.md")
+    publish("families", overview(seen), ROOT / "README.md")
 
 
 def main() -> None:
@@ -111,17 +122,19 @@ def main() -> None:
     real_width.main()
 
 
-def overview(on_real_classes: set[str]) -> str:
-    """The README's table, of all families."""
-    marks = ("forecast", "calibrated forecast", "ICC", "DuCa")
+def overview(seen: dict[str, dict[str, str]]) -> str:
+    """The README's table: what a file adds to what every model has, and which models were tried without one."""
+    described = {family.name: family for family in FAMILIES}
     rows = []
-    for family in {family.name: family for family in FAMILIES}.values():  # two of one name differ only in what a host does
-        has = modes(family)
-        cells = ["yes" if mark in has else "-" for mark in marks]
-        if family.is_whole:
-            cells[0] = "output only"
-        rows.append([family.name, *cells, "its own class" if family.name in on_real_classes else "a stand-in"])
-    return table(["family", *marks, "tested on"], rows)
+    for name, by_host in seen.items():
+        family, wheres = described.get(name), [where for where in by_host.values() if where != "-"]
+        proved = bool(wheres) and all(where.startswith("found and proved") for where in wheres)
+        own = any(not where.endswith(STAND_IN) for where in wheres)
+        has = (family is not None and bool(family.embed), family is not None and family.is_conservative)
+        rows.append(
+            [name, "yes" if proved else "output only", *("yes" if mode else "-" for mode in has), "its own class" if own else "a stand-in"]
+        )
+    return table(["model", "found and proved", "calibrated forecast's input", "DuCa", "tested on"], rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ class ModelCall:
     conds: identity of each cond in the batch, in row order; all have equally many rows.
     signature: shape, dtype and so on: features are only used for calls with an equal one. weights: the same for weights that change
     while sampling (hook LoRAs). variant: options that change what the network computes, by name, to tell passes apart.
+    given: shapes of what the network is given beside the latent, such as the text's: what is found out about a call holds for equal ones.
     bypass: why this call must neither use nor fill the cache; "" if it may.
     starting: told the kind each time before the model is run. abandoned: told when that ended half-way, by an exception of the cache's own.
     """
@@ -26,6 +27,7 @@ class ModelCall:
     conds: Sequence[Hashable]
     signature: Hashable
     variant: frozenset[tuple[str, Hashable]] = frozenset()
+    given: Hashable = ()
     bypass: str = ""
     weights: Hashable = None
     is_copy: bool = False

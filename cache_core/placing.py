@@ -181,7 +181,7 @@ class Placing:
 
 
 def _key(call: ModelCall) -> _Key:
-    return call.model, (call.signature, call.variant, len(call.conds))
+    return call.model, (call.signature, call.given, call.variant, len(call.conds))
 
 
 def _again(call: ModelCall, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:

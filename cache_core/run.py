@@ -220,7 +220,7 @@ class CacheRun:
                 return None
             self._describe(known)
             conds = [tuple(call.conds)] if known.place.is_joint else call.conds
-            slots = self._slots.find(conds, call.variant, (call.signature, call.weights, len(conds) if known.place.is_joint else 0))
+            slots = self._slots.find(conds, call.variant, (call.signature, call.weights, known.kept_of_a_row))
             if slots is None:
                 self._bypass("the same conditioning occurs twice in one evaluation")
             elif not all(slot.anchors for slot in slots) and self._kind is not Kind.FULL:

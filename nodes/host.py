@@ -9,7 +9,7 @@ blocks), `guests.py` (guiders of two models), `samplers.py` (what a sampler does
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..cache_core import CacheRun, Kind, ModelCall, Opening, Places, Settings, Timeline, find_family
+from ..cache_core.discovery.trees import tensors
 from ..cache_core.meter import Evaluation
 from . import calibrations, guests, recording, samplers
 from .guests import Guest
@@ -266,10 +267,10 @@ def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **
 
 
 def _carried_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return run.model_call(_describe(executor.class_obj, x, options), lambda: executor(x, *args, **kwargs))
+    return run.model_call(_describe(executor.class_obj, x, options, _shapes(args, kwargs)), lambda: executor(x, *args, **kwargs))
 
 
-def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
+def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) -> ModelCall:
     """What the core needs to know of one APPLY_MODEL call."""
     network, patcher = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model), base_model.current_patcher
     uuids = options.get("uuids") or ()
@@ -286,12 +287,20 @@ def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
         conds,
         signature=(rows, x.shape[1:], x.dtype, x.device),
         variant=variant_of(options),
+        given=given,
         bypass=bypass,
         weights=_hook_weights(patcher),
         is_copy=getattr(patcher, "is_multigpu_base_clone", False),
         starting=lambda kind: recording.note_skip(options, kind is Kind.AGGRESSIVE),
         abandoned=recording.abandoned,
     )
+
+
+def _shapes(args: tuple, kwargs: dict[str, Any]) -> Hashable:
+    """Of the conditioning. ControlNet's are left out: it comes and goes, and changes no number of tokens."""
+    given = {name: value for name, value in kwargs.items() if name not in ("control", "transformer_options")}
+    positional = [value for value in args if isinstance(value, torch.Tensor)]
+    return tuple((path, tensor.shape) for path, tensor in tensors((positional, given)))
 
 
 def _hook_weights(patcher: Any) -> tuple:

@@ -38,9 +38,21 @@ def token_layers(given: Mapping[LayerKey, Sequence[Spec]], rows: int, axis: int 
     """
     found = {}
     for key, specs in given.items():
-        batch = axis if axis and all(len(spec.shape) > axis + 1 and spec.shape[axis] == rows for spec in specs) else 0
-        if all(len(spec.shape) >= 3 and spec.shape[batch] % rows == 0 for spec in specs):
+        batch = _batch(specs, rows, axis)
+        if batch is not None and all(len(spec.shape) >= 3 and spec.shape[batch] % rows == 0 for spec in specs):
             tokens = tuple(prod(spec.shape[:-1]) // rows for spec in specs)
             if min(tokens) > 1:
                 found[key] = LayerCall(tokens, batch)
     return found
+
+
+def _batch(specs: Sequence[Spec], rows: int, axis: int | None) -> int | None:
+    """The axis of the batch in a layer's inputs. Where it is not the first of the hidden state, it is there or next to the channels, as
+    text beside a grid has it; None where it is at neither.
+    """
+    if not axis:
+        return 0
+    for place in (axis, len(specs[0].shape) - 2):
+        if place > 0 and all(len(spec.shape) > place + 1 and spec.shape[place] == rows for spec in specs):
+            return place
+    return None

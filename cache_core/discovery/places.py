@@ -34,6 +34,12 @@ class Known:
     linears: Mapping[LayerKey, LayerCall] = field(default_factory=dict)
     sublayers: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def kept_of_a_row(self) -> tuple[tuple[int, int], ...]:
+        """Tokens and channels of every tensor that is kept, of all rows where they cannot be told apart."""
+        kept = () if self.place is None else self.place.kept
+        return tuple((each.rows_and_tokens // (1 if each.rows is None else self.rows), each.shape[-1]) for each in kept)
+
 
 class CallShape(NamedTuple):
     """What a run's calls were like. known: as found out for one of them. slots: of all conds together. input_channels: of the model's

@@ -91,11 +91,25 @@ class Prover:
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
         self._allowed = math.inf  # how far answers may be apart, beside what rounding allows
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
+        self._pieces = conds if conds > 1 else self.rows  # conds, or the pictures of one
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
-        """The network's answer with `hidden`, one tensor for each that the place keeps, put in."""
-        with forward_overrides(place.skip(self._network, lambda _given: [tensor.clone() for tensor in hidden], self._unrecorded)):
-            return self._compute()
+        """The network's answer with `hidden`, one tensor for each that the place keeps, put in.
+
+        Raises UnsupportedCallError where it was not asked for: then another node answered for the network.
+        """
+        is_asked = False
+
+        def put_in(_given: list[Tensor | None]) -> list[Tensor]:
+            nonlocal is_asked
+            is_asked = True
+            return [tensor.clone() for tensor in hidden]
+
+        with forward_overrides(place.skip(self._network, put_in, self._unrecorded)):
+            answer = self._compute()
+        if not is_asked:
+            raise UnsupportedCallError("the answering block was not reached")
+        return answer
 
     def holds(self, place: Place, hidden: Sequence[Tensor]) -> bool:
         """Whether the place is proved here. Random numbers that the network draws meanwhile are given back."""
@@ -153,28 +167,30 @@ class Prover:
         return place
 
     def _with_rows(self, place: Place, hidden: Hidden) -> Place:
-        """Where each cond's part of the kept tensors lies: proved by changing it and looking whose answer changes."""
+        """Where each cond's part of the kept tensors lies, or the first picture's of one cond: proved by changing it and looking whose
+        answer changes.
+        """
         for axes in islice(product(*(_rows_axes(kept.shape, self.rows, self._conds) for kept in place.kept)), _MOST_AXES):
             there = replace(place, kept=tuple(replace(kept, rows=axis) for kept, axis in zip(place.kept, axes)))
-            if self._conds == 1 or (
-                all(self._is_one_alone(there, hidden, cond) for cond in range(self._conds)) and self._is_cut_between(there, hidden)
+            if self._pieces == 1 or (
+                all(self._is_one_alone(there, hidden, piece) for piece in range(self._conds)) and self._is_cut_between(there, hidden)
             ):
                 return there
         return replace(place, kept=tuple(replace(kept, rows=None) for kept in place.kept), is_joint=self._conds > 1)
 
-    def _is_one_alone(self, place: Place, hidden: Hidden, cond: int) -> bool:
-        """Whether another hidden state of this cond changes its answer, and no other one's."""
-        parts = [list(part.chunk(self._conds)) for part in _parts(place, hidden)]
-        altered = [torch.cat((*part[:cond], _other(part[cond]), *part[cond + 1 :])) for part in parts]
-        return self._changed(place, altered) == {cond}
+    def _is_one_alone(self, place: Place, hidden: Hidden, piece: int) -> bool:
+        """Whether another hidden state of this cond, or picture, changes its answer, and no other one's."""
+        parts = [list(part.chunk(self._pieces)) for part in _parts(place, hidden)]
+        altered = [torch.cat((*part[:piece], _other(part[piece]), *part[piece + 1 :])) for part in parts]
+        return self._changed(place, altered) == {piece}
 
     def _changed(self, place: Place, altered: Sequence[Tensor]) -> set[int]:
-        """The conds that are answered otherwise with this hidden state."""
+        """The conds, or pictures, that are answered otherwise with this hidden state."""
         answer = self._tried(place, altered)
         changed = set[int]()
         for (_, one), (_, other) in zip(tensors(self._answer), tensors(answer)):
-            parts = zip(one.chunk(self._conds), other.chunk(self._conds))
-            changed |= {cond for cond, (ours, theirs) in enumerate(parts) if not self._is_near(ours, theirs, altered)}
+            parts = zip(one.chunk(self._pieces), other.chunk(self._pieces))
+            changed |= {piece for piece, (ours, theirs) in enumerate(parts) if not self._is_near(ours, theirs, altered)}
         return changed
 
     def _is_cut_between(self, place: Place, hidden: Hidden) -> bool:
@@ -183,18 +199,18 @@ class Prover:
         """
         if all(kept.rows is not None and kept.shape[kept.rows] == self.rows for kept in place.kept):
             return True
-        parts = [part.unflatten(0, (self._conds, -1)) for part in _parts(place, hidden)]
+        parts = [part.unflatten(0, (self._pieces, -1)) for part in _parts(place, hidden)]
         for row in (0, -1):
             altered = [part.clone() for part in parts]
             for part in altered:
                 part[:, row] = _other(part[:, row])
-            if len(self._changed(place, [part.flatten(0, 1) for part in altered])) < self._conds:
+            if len(self._changed(place, [part.flatten(0, 1) for part in altered])) < self._pieces:
                 return False
         return True
 
     def _is_seen(self, place: Place, hidden: Hidden) -> bool:
         """Whether the answer depends on what is kept: else that it stays the same proves nothing. A final layer may begin at zero."""
-        if self._conds > 1 and not place.is_joint:
+        if self._pieces > 1 and not any(kept.rows is None for kept in place.kept):
             return True  # seen when the rows were told apart
         parts = _parts(place, hidden)
         answer = self._tried(place, [_other(part) for part in parts])
@@ -293,16 +309,17 @@ def _rows_axes(shape: torch.Size, rows: int, conds: int) -> Iterator[int]:
 def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]) -> tuple[int, int]:
     """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be anything.
 
-    holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at.
+    holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at. Both ends may be cut: text
+    before the image, references or padding behind it.
     """
-    cuts = [length for length in lengths if length < total]
-    if total > 1 and holds(1, total):
-        start = next((cut for cut in cuts if holds(cut, total)), 0)
-        return start or 1 + _furthest(total - 1, lambda cut: holds(1 + cut, total)), total
-    if total > 1 and holds(0, total - 1):
-        end = next((cut for cut in cuts if holds(0, total - cut)), 0)
-        return 0, total - (end or 1 + _furthest(total - 1, lambda cut: holds(0, total - 1 - cut)))
-    return 0, total
+    start, stop, cuts = 0, total, [length for length in lengths if length < total]
+    if total > 1 and holds(1, total):  # most often not even one
+        start = next((cut for cut in cuts if holds(cut, total)), 1)
+        start += _furthest(total - start, lambda cut: holds(start + cut, total))
+    if stop - start > 1 and holds(start, stop - 1):
+        stop = next((total - cut for cut in cuts if total - cut > start and holds(start, total - cut)), stop - 1)
+        stop -= _furthest(stop - start, lambda cut: holds(start, stop - cut))
+    return start, stop
 
 
 def _furthest(total: int, holds: Callable[[int], bool]) -> int:

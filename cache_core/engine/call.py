@@ -98,7 +98,7 @@ class EngineCall:
         """Keeps a hidden state, (B, L, C) for each tensor that the place keeps."""
         inputs: Sequence[Tensor | None] = [None] * len(self.slots)
         if self.given is not None:
-            inputs = self.rows(self.given.tokens(hidden[0]))
+            inputs = self.rows(self.given.tokens(hidden[0], self.place))
             hidden = [self.given.without(hidden[0], self.place), *hidden[1:]]
         for slot, tokens, *own in zip(self.slots, inputs, *(self.rows(tensor) for tensor in hidden), strict=True):
             slot.remember_hidden(self.time, own, tokens)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..discovery.place import Place
+from ..discovery.place import Kept, Place
 from ..families.base import ModelFamily
 from ..overrides import Override, around
 from ..refusals import UnknownInputError
@@ -41,15 +41,13 @@ class ModelInput:
 
         return [(embed, around(before=note_input)), (stack.blocks(self._model)[0], around(before=note_embedded))]
 
-    def tokens(self, hidden: Tensor) -> Tensor:
+    def tokens(self, hidden: Tensor, place: Place) -> Tensor:
         """The input of the tokens of a hidden state (B, L, C). Raises UnknownInputError where they are not the same."""
         if not self._family.embed:
             return hidden[..., :0]
         if self._given is None:
             raise UnknownInputError("the model's input is not where it was described")
-        if self._given.shape[:2] != hidden.shape[:2]:
-            raise UnknownInputError("tokens are added between the model's input and its blocks")
-        return self._given
+        return _alike(self._given, hidden, place.kept[0])
 
     def without(self, hidden: Tensor, place: Place) -> Tensor:
         """A hidden state less the embedded input."""
@@ -69,9 +67,25 @@ class ModelInput:
     def _of(self, hidden: Tensor, place: Place) -> Tensor | None:
         if not self._family.embed:
             return None
-        embedded, kept = self.embedded, place.kept[0]
-        if embedded is not None and kept.tokens is not None and embedded.shape[1] == kept.shape[1]:
-            embedded = embedded[:, kept.tokens]  # joint with other tokens from the first block on
-        if embedded is None or embedded.shape != hidden.shape:
-            raise UnknownInputError("tokens are added between the model's input and its blocks")
+        if self.embedded is None:
+            raise UnknownInputError("the model's first block is not where it was described")
+        embedded = _alike(self.embedded, hidden, place.kept[0])
+        if embedded.shape != hidden.shape:
+            raise UnknownInputError("the model's blocks change the number of channels")
         return embedded
+
+
+def _alike(tokens: Tensor, hidden: Tensor, kept: Kept) -> Tensor:
+    """Of tokens (B, L, …) on the way in, those of a hidden state, which may lie among others behind the blocks: all of these, or without
+    the text. What is cut from the end are references or padding then. Raises UnknownInputError where they are not the same.
+    """
+    rows, length = hidden.shape[:2]
+    others = 0 if kept.tokens is None else kept.shape[1] - tokens.shape[1]
+    if tokens.shape[0] == rows and tokens.shape[1] != length and kept.tokens is not None:
+        if others == 0:  # joint with other tokens from the first block on
+            tokens = tokens[:, kept.tokens]
+        elif others > 0 and kept.tokens.start in (0, others):
+            tokens = tokens[:, :length]
+    if tokens.shape[:2] != hidden.shape[:2]:
+        raise UnknownInputError("tokens are added between the model's input and its blocks")
+    return tokens

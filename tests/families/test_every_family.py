@@ -1,6 +1,8 @@
-"""What holds for every family, on small random models of the host's own classes."""
+"""What holds for every model of the zoo, described by a file or not: small random ones of the host's own classes."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import comfy.sample
 import comfy.samplers
@@ -8,9 +10,10 @@ import comfy.utils
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
-from comfyui_duca.cache_core import FAMILIES, Plan, Settings, find_family
-from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears, find_linears
-from comfyui_duca.cache_core.families import ModelFamily
+from comfyui_duca.cache_core import FAMILIES, Places, Plan, Settings, find_family
+from comfyui_duca.cache_core.discovery.places import Known
+from comfyui_duca.cache_core.engine.linear_sites import Factors, LinearSite, find_linears
+from comfyui_duca.cache_core.families import undescribed
 from comfyui_duca.cache_core.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
@@ -54,18 +57,12 @@ def plain(case, model) -> torch.Tensor:
     return result
 
 
-def cached(model, plan: str, predictor: Predictor = Reuse(), linears: CalibratedLinears | None = None):
-    return host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), predictor, linears=linears)))
+def cached(model, plan: str, predictor: Predictor = Reuse(), factors: Factors | None = None):
+    return host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), predictor, factors=factors)))
 
 
 def report_of(patched):
     return host.book_of(patched).last
-
-
-def unforeseen(patched) -> list[str]:
-    """What the user was told beside that of a model only the output is kept."""
-    is_whole = find_family(network(patched)).is_whole
-    return [text for text in report_of(patched).notices if not (is_whole and "only the whole output" in text)]
 
 
 def kinds(patched) -> str:
@@ -79,10 +76,49 @@ def state_of(model) -> tuple:
     return [module.__dict__.get("forward") for module in modules], hooks, [id(weight) for weight in network(model).parameters()]
 
 
+def known_of(case: Case, model) -> Known:
+    """What is found out about its calls, cond and uncond as the host puts them."""
+    patched = cached(model, "FF")
+    sample(case, patched, 2)
+    return report_of(patched).shape.known
+
+
 def test_the_family_is_known_once(case, model):
-    assert [family.name for family in FAMILIES if family.matches(network(model))] == [case.name]
+    """By a file or by the name of its class."""
+    names = [family.name for family in FAMILIES if family.matches(network(model))]
+    assert names in ([], [case.name])
     family = find_family(network(model))
-    assert all(stack.blocks(network(model)) for stack in family.stacks if stack.path)
+    assert family.name == (names[0] if names else undescribed(network(model)).name)
+    assert all(stack.blocks(network(model)) for stack in family.stacks)
+
+
+def test_a_place_inside_is_found_and_proved(case, model):
+    """Of a network that was not seen before, in its first full evaluation; then the report says so, and nothing is said to the user."""
+    place = known_of(case, model).place
+    assert place is not None and not place.is_whole and place.text.startswith("found and proved: skips ")
+    assert case.last(network(model)) is place.block(network(model), place.last), "the block that answers"
+    patched = cached(model, "FaFaFaFa")
+    sample(case, patched)
+    report = report_of(patched)
+    assert report.place == place.text and not report.notices
+    assert all(e.macs < 0.8 * e.full_macs for e in report.evaluations if e.kind.value == "a")
+
+
+def test_a_family_file_adds_nothing_to_what_is_skipped(case, model, monkeypatch):
+    """With all of them disabled the pictures are the same, no more is kept and no more computed."""
+    reports, results = [], []
+    for described in (FAMILIES, ()):
+        monkeypatch.setattr("comfyui_duca.cache_core.families.FAMILIES", described)
+        monkeypatch.setattr(host, "_places", Places())  # nothing is known from before
+        patched = cached(model, "FaFaFaFa")
+        results.append(sample(case, patched))
+        reports.append(report_of(patched))
+    (with_file, without), names = reports, [report.family for report in reports]
+    assert names[0] in (case.name, names[1]) and names[1] == undescribed(network(model)).name
+    assert torch.equal(*results)
+    assert without.place == with_file.place and without.peak_bytes <= with_file.peak_bytes
+    for ours, bare in zip(with_file.evaluations, without.evaluations, strict=True):
+        assert bare.macs / bare.full_macs <= ours.macs / ours.full_macs
 
 
 def test_listening_changes_nothing(case, model, plain):
@@ -92,9 +128,9 @@ def test_listening_changes_nothing(case, model, plain):
 
 
 def cloned(hidden):
-    """With tokens one behind the other, as they are kept. Some models of which only the output is kept return a list."""
-    if isinstance(hidden, list):
-        return [part.clone() for part in hidden]
+    """With tokens one behind the other, as they are kept. Some blocks return several streams."""
+    if isinstance(hidden, (list, tuple)):
+        return type(hidden)(part.clone() if isinstance(part, torch.Tensor) else part for part in hidden)
     return hidden.clone(memory_format=torch.contiguous_format) if hidden.ndim == 3 else hidden.clone()
 
 
@@ -123,7 +159,7 @@ def repeated(case: Case, model, plan: str) -> torch.Tensor:
 def test_skipping_repeats_the_hidden_state(case, model, plain, plan):
     patched = cached(model, plan)
     result = sample(case, patched)
-    assert kinds(patched) == plan and not unforeseen(patched)
+    assert kinds(patched) == plan and not report_of(patched).notices
     assert torch.equal(result, repeated(case, model, plan)) and not torch.equal(result, plain)
 
 
@@ -142,23 +178,28 @@ def test_conds_in_calls_of_their_own_give_the_same(case, model, plain, monkeypat
     torch.testing.assert_close(apart, together, atol=1e-4 * max(1.0, float(together.std())), rtol=1e-4)
 
 
-def full_rank(family: ModelFamily, model: torch.nn.Module) -> CalibratedLinears:
+def sites_of(model, known: Known) -> list[LinearSite]:
+    return find_linears(find_family(network(model)), known.linears, network(model))
+
+
+def full_rank(model, known: Known) -> Factors:
     """Factors that lose nothing: each matrix itself, and the identity."""
     factors = {}
-    for site in find_linears(family, model):
+    for site in sites_of(model, known):
         weight = site.module.weight.detach()
         for part in site.parts:
             own = weight[part.rows or slice(None)]
             factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
-    return CalibratedLinears.bind(family, model, factors)
+    return factors
 
 
 def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
-    family = find_family(network(model))
-    if not family.linears:
+    known = known_of(case, model)
+    if known.place.kept[0].rows is None:
+        assert not known.linears, "tokens have no axis of the batch"
         pytest.skip(f"{case.name} has no calibrated evaluation")
-    linears = full_rank(family, network(model))
-    patched = cached(model, "FiiFiiFi", linears=linears)
+    assert known.linears
+    patched = cached(model, "FiiFiiFi", factors=full_rank(model, known))
     result = sample(case, patched)
     assert kinds(patched) == "FiiFiiFi" and not report_of(patched).notices
     torch.testing.assert_close(result, plain, atol=2e-4, rtol=2e-3)
@@ -186,10 +227,12 @@ class Innovating(Predictor):
 
 def test_the_input_is_kept_for_calibrated_forecasts(case, model):
     """Of width d and as many tokens as the hidden state; how the embedding sees it is no business of ours."""
-    family = find_family(network(model))
-    if not family.embed:
+    if not find_family(network(model)).embed:
         pytest.skip(f"{case.name} has no calibrated forecast")
-    d, c = family.input_channels(network(model)), family.channels(network(model))
+    patched = cached(model, "F" * STEPS, Innovating(torch.zeros(0)))
+    sample(case, patched)
+    d, c = report_of(patched).shape.input_channels, report_of(patched).shape.known.place.kept[0].shape[-1]
+    assert d > 0
     nothing, something = (Innovating(scale * torch.ones(d, c)) for scale in (0.0, 0.01))
     results = []
     for predictor in (nothing, something):
@@ -208,12 +251,17 @@ def test_bytes_are_predicted(case, model):
 
 
 def test_multiply_adds_are_those_that_torch_counts(case, model):
-    """Within 3 %: attention masks, small products of norms and the like are left out."""
-    patched = cached(model, "FF")
+    """What was counted once, in attention's fused form too, against a count of every later evaluation in its plain form.
+
+    Within 3 %: hosts keep something of the text in a run's first call, which makes the others cheaper.
+    """
+    patched, totals = cached(model, "FFaFaF"), []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused attention
-        sample(case, patched, steps=2)
-    counted = sum(evaluation.macs for evaluation in report_of(patched).evaluations)
-    assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
+        sample(case, patched, 6, callback=lambda *_args: totals.append(counter.get_total_flops() / 2))
+    assert kinds(patched) == "FFaFaF"
+    counted = [after - before for before, after in pairwise(totals)]  # the first evaluation has its proof beside it
+    assert [evaluation.macs for evaluation in report_of(patched).evaluations[1:]] == pytest.approx(counted, rel=0.03)
+    assert all(evaluation.full_macs == pytest.approx(counted[0], rel=0.03) for evaluation in report_of(patched).evaluations)
 
 
 @pytest.mark.parametrize("moment", ["finished", "cancelled", "inside a block"])

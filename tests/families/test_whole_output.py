@@ -1,4 +1,4 @@
-"""Models of which only the output is kept: what is forecast, what is never skipped, what the user is told."""
+"""Networks in which no place is proved: what is forecast of their output, what is never skipped, what the user is told."""
 
 from __future__ import annotations
 
@@ -6,53 +6,66 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.sample
-import comfy.supported_models
 import numpy as np
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, Settings, Timeline, find_family
-from comfyui_duca.cache_core.families.whole_output import whole_output
+from comfyui_duca.cache_core import CacheRun, ModelCall, Places, Plan, Settings, Timeline, find_family
 from comfyui_duca.cache_core.policies import AlwaysCompute, Given
-from comfyui_duca.cache_core.predictors import Chebyshev, Reuse, Taylor
+from comfyui_duca.cache_core.predictors import Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
-from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes import host
-from comfyui_duca.nodes.calibrating import Sampling, calibrate
 from comfyui_duca.nodes.report_text import report_text
-from making import text, tiny
-from test_every_family import STEPS, cached, kinds, network, report_of, sample
-from zoo_flux_like import loaded
-from zoo_newer_b import CASES, hunyuan3d_2_1
+from making import Case, text, tiny
+from stand_in_early import EarlyErnie, EarlyReader, Nothing, VideoAndSound, packed
+from stand_in_newer_b import config_of
+from test_every_family import STEPS, cached, kinds, report_of, sample
+from test_every_family import network as network_of
+from zoo_newer_b import hunyuan3d_2_1
 
-CASE = CASES[0]
+CASE = Case("early", lambda: tiny(config_of(EarlyErnie, 16)), (16, 12, 16), text(7, 24), lambda m: m)
 PLAN = "FaFaFaFa"
-TOLD = "of this model only the whole output can be cached: skipped evaluations do not see the present latent"
+WHY = "a skip that puts its hidden state back does not answer the same"
+TOLD = f"of this model only the whole output can be cached: skipped evaluations do not see the present latent ({WHY})"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return hunyuan3d_2_1()
+    """Known already: a place inside is looked for in two evaluations before it is given up."""
+    made = CASE.make()
+    sample(CASE, cached(made, "FF"), 2)
+    return made
 
 
-def watched(model, patched, case=CASE) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
-    """What is sampled, and of every evaluation the model's time and the output that it gave, cond and uncond together."""
+def watched(model, patched) -> list[tuple[float, torch.Tensor]]:
+    """Of every evaluation the model's time and the output that it gave, cond and uncond together."""
     seen, top = [], model.get_model_object("model_sampling")
     noisiest = float(top.timestep(torch.as_tensor(top.sigma_max)))
 
     def hook(_module, args, result):
         seen.append((float(args[1][0]) / noisiest, result.clone()))
 
-    handle = network(model).register_forward_hook(hook)
+    handle = network_of(model).register_forward_hook(hook)
     try:
-        return sample(case, patched), seen
+        sample(CASE, patched)
+        return seen
     finally:
         handle.remove()
 
 
+def test_a_head_that_reads_an_early_block_too_is_refused_inside():
+    """At first it is computed in full: some hosts compute something else in the first evaluation."""
+    model = CASE.make()
+    for expected in ("FFFaFaFa", PLAN):
+        patched = cached(model, PLAN)
+        sample(CASE, patched)
+        assert kinds(patched) == expected
+        assert report_of(patched).place == f"whole output ({WHY})" and report_of(patched).notices == [TOLD]
+
+
 def test_a_line_through_the_last_two_outputs(model):
     """First-order Taylor by hand: y + (y - x)·(t - t_y)/(t_y - t_x)."""
-    _, seen = watched(model, cached(model, "FFaaFFFa", Taylor(1)))
+    seen = watched(model, cached(model, "FFaaFFFa", Taylor(1)))
     for now, before, last in ((2, 0, 1), (3, 0, 1), (7, 5, 6)):
         (t, answer), (t0, x), (t1, y) = seen[now], seen[before], seen[last]
         torch.testing.assert_close(answer, y + (y - x) * ((t - t1) / (t1 - t0)), atol=1e-4, rtol=1e-4)
@@ -61,7 +74,7 @@ def test_a_line_through_the_last_two_outputs(model):
 
 def test_a_ridge_fit_of_polynomials_to_all_outputs(model):
     """Chebyshev by hand: T_0 … T_3 written out, least squares with the ridge as rows of its own, half of a line added."""
-    _, seen = watched(model, cached(model, "FFFFaFFF", Chebyshev(degree=3, ridge=0.1, taylor_share=0.5)))
+    seen = watched(model, cached(model, "FFFFaFFF", Chebyshev(degree=3, ridge=0.1, taylor_share=0.5)))
     times, outputs = [t for t, _ in seen[:4]], torch.stack([y for _, y in seen[:4]]).flatten(1).double().numpy()
 
     def row(t: float) -> list[float]:
@@ -78,9 +91,9 @@ def test_a_ridge_fit_of_polynomials_to_all_outputs(model):
 
 def test_nothing_of_the_model_runs_in_a_skipped_evaluation(model):
     calls = []
-    inner = network(model)
+    inner = network_of(model)
     handles = [
-        module.register_forward_hook(lambda *_: calls.append(1)) for module in (inner.x_embedder, inner.blocks[0], inner.final_layer)
+        module.register_forward_hook(lambda *_: calls.append(1)) for module in (inner.x_embedder, inner.layers[0], inner.final_linear)
     ]
     patched = cached(model, PLAN)
     sample(CASE, patched)
@@ -91,12 +104,11 @@ def test_nothing_of_the_model_runs_in_a_skipped_evaluation(model):
 
 
 def test_only_the_output_is_kept(model):
-    """Two conds of 24 latents with 64 numbers in float32, at one time or, for a line, at two."""
+    """Two conds of 12 x 16 latents with 16 numbers in float32, at one time or, for a line, at two."""
     for predictor, anchors in ((Reuse(), 1), (Taylor(1), 2)):
         patched = cached(model, PLAN, predictor)
         sample(CASE, patched)
-        assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes == anchors * 2 * 24 * 64 * 4
-    assert report_of(patched).shape.lengths == {"img": 24, "txt": 9, "time": 1}
+        assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes == anchors * 2 * 12 * 16 * 16 * 4
 
 
 def test_the_user_is_told_once_in_every_run_that_skips(model, caplog):
@@ -123,61 +135,17 @@ def test_a_second_evaluation_of_a_step_that_is_always_skipped_is_told_of_too(mod
     assert "a" in kinds(patched) and TOLD in report_of(patched).notices
 
 
-# -- both conds in one call -----------------------------------------------------------------------------
-
-
-def test_both_conds_come_in_one_call(model):
-    patched = cached(model, PLAN)
-    sample(CASE, patched)
-    assert [e.calls for e in report_of(patched).evaluations] == [1] * STEPS
-
-
-def one_cond(model) -> torch.Tensor:
-    """At CFG 1 there is no uncond."""
-    latent = torch.zeros(1, *CASE.latent)
-    noise = comfy.sample.prepare_noise(latent, 5)
-    return comfy.sample.sample(model, noise, STEPS, 1.0, "euler", "simple", CASE.cond(1), CASE.cond(2), latent, disable_pbar=True)
-
-
-def test_one_cond_alone_is_as_without_the_cache(model):
-    """Older hosts fail."""
-    patched = cached(model, "F" * STEPS)
-    try:
-        expected = one_cond(model)
-    except ValueError as error:
-        assert "not enough values to unpack" in str(error)
-        with pytest.raises(ValueError, match="not enough values to unpack"):
-            one_cond(patched)
-        assert not report_of(patched).is_complete
-    else:
-        assert torch.equal(one_cond(patched), expected) and kinds(patched) == "F" * STEPS
-    assert "forward" not in network(model).__dict__
-
-
-def test_a_cond_gets_its_own_output_wherever_in_the_batch_it_is(model):
-    """The model swaps its halves inside; what is kept belongs to the conds as they come and go."""
-    inner = network(model)
-    run = CacheRun(Strategy(Given(Plan.parse("Fa"))), Timeline([1.0, 0.5, 0.0]), range(2), find_family(inner), CPU)
-    x, context = torch.randn(2, 64, 24), torch.randn(2, 9, 24)
-    outputs = []
-    with torch.no_grad():
-        for sigma, order in ((1.0, ("a", "b")), (0.5, ("b", "a"))):
-            with run.evaluation(sigma):
-                run.cond_batch()
-                call = ModelCall(inner, order, "same")
-                outputs.append(run.model_call(call, lambda t=sigma: inner(x, torch.full((2,), t), context=context, control=None)))
-    assert [e.kind.value for e in run.report.evaluations] == ["F", "a"]
-    assert torch.equal(outputs[1], outputs[0].flip(0)) and not torch.equal(*outputs[0])
-
-
 def test_a_batch_of_two_is_each_of_them(model):
     latent = torch.zeros(2, *CASE.latent)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
 
     def sampled(noise: torch.Tensor) -> torch.Tensor:
-        return comfy.sample.sample(
-            cached(model, PLAN), noise, 8, 2.0, "euler", "simple", CASE.cond(1), CASE.cond(2), torch.zeros_like(noise), disable_pbar=True
-        )
+        for _ in range(2):  # then it is known of both sizes
+            result = comfy.sample.sample(
+                cached(model, PLAN), noise, 8, 2.0, "euler", "simple", CASE.cond(1), CASE.cond(2), torch.zeros_like(noise),
+                disable_pbar=True,
+            )  # fmt: skip
+        return result
 
     both = sampled(noise)
     for i in range(2):
@@ -205,7 +173,7 @@ class Control(comfy.controlnet.ControlBase):
 @pytest.mark.parametrize("calls, expected", [(8, "FFFFFFFF"), (4, "FFFFFaFa")])
 def test_where_a_controlnet_is_given_nothing_is_skipped(model, calls, expected):
     control = Control(calls)
-    case = CASE._replace(cond=text(9, 24, control=control, control_apply_to_uncond=True))
+    case = CASE._replace(cond=text(7, 24, control=control, control_apply_to_uncond=True))
     patched = cached(model, PLAN)
     result = sample(case, patched)
     assert kinds(patched) == expected and report_of(patched).notices[0] == TOLD
@@ -216,52 +184,76 @@ def test_where_a_controlnet_is_given_nothing_is_skipped(model, calls, expected):
     assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes
 
 
-# -- of any shape -------------------------------------------------------------------------------------------
+# -- plain torch, of any shape -------------------------------------------------------------------------------
 
 
-class Pointwise(torch.nn.Module):
-    """(B, 6, …) and a time -> (B, 4, …): input of more channels than the output has."""
+SIGMAS = (1.0, 0.8, 0.5)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
 
-    def forward(self, x, t, context=None, **_more):
-        return torch.einsum("oc,bc...->bo...", self.weight, x) * t.view(-1, *[1] * (x.ndim - 1))
+def forecast(network, compute, places: Places, predictor: Predictor = Taylor(1), order=(("a", "b"),) * 3):
+    """Two full evaluations and a skipped one, of what `compute` answers at a time. The conds of each in this order."""
+    run = CacheRun(
+        Strategy(Given(Plan.parse("FFa")), predictor), Timeline([*SIGMAS, 0.0]), range(3), find_family(network), CPU, places=places
+    )
+    outputs = []
+    with torch.no_grad():
+        for sigma, conds in zip(SIGMAS, order):
+            with run.evaluation(sigma):
+                run.cond_batch()
+                outputs.append(run.model_call(ModelCall(network, conds, "same"), lambda t=sigma: compute(t)))
+    return outputs, run.close(is_complete=True)
 
 
 @pytest.mark.parametrize("grid", [(7,), (3, 4), (2, 3, 4)], ids=lambda grid: f"{len(grid)} axes")
 def test_the_output_may_have_any_grid_and_other_channels_than_the_input(grid):
-    family = whole_output("pointwise", lambda _model: True, lambda _model: 4, lambda _model, lengths: 24.0 * lengths["img"], contexts={})
-    model, x = Pointwise(), torch.randn(2, 6, *grid)
-    run = CacheRun(Strategy(Given(Plan.parse("FFa")), Taylor(1)), Timeline([1.0, 0.8, 0.5, 0.0]), range(3), family, CPU)
-    outputs = []
-    with torch.no_grad():
-        for sigma in (1.0, 0.8, 0.5):
-            with run.evaluation(sigma):
-                run.cond_batch()
-                call = ModelCall(model, ("a", "b"), "same")
-                outputs.append(run.model_call(call, lambda t=sigma: model(x, torch.full((2,), t), control=None)))
-    assert outputs[2].shape == (2, 4, *grid)
-    expected = outputs[1] + (outputs[1] - outputs[0]) * (0.3 / 0.2)
-    torch.testing.assert_close(outputs[2], expected)
-    report = run.close(is_complete=True)
-    assert report.peak_bytes == report.predicted_bytes == 2 * 2 * 4 * int(np.prod(grid)) * 4
-    assert [e.macs for e in report.evaluations] == [48.0 * int(np.prod(grid))] * 2 + [0.0]
+    network, x, places = EarlyReader(6, 4), torch.randn(2, 6, *grid), Places()
+    for _ in range(2):  # known after the first run
+        outputs, report = forecast(network, lambda t: network(x, torch.full((2,), t)), places)
+    assert [e.kind.value for e in report.evaluations] == ["F", "F", "a"]
+    assert report.place == f"whole output ({WHY})" and outputs[2].shape == (2, 4, *grid)
+    torch.testing.assert_close(outputs[2], outputs[1] + (outputs[1] - outputs[0]) * (0.3 / 0.2))
+    tokens = 2 * int(np.prod(grid))
+    assert report.peak_bytes == report.predicted_bytes == 2 * tokens * 4 * 4
+    width = EarlyReader.width
+    assert [e.macs for e in report.evaluations] == [tokens * (6 * width + 3 * width * width + width * 4)] * 2 + [0.0]
 
 
-def test_the_hosts_loader_makes_the_structure_described():
-    made = tiny(
-        comfy.supported_models.Hunyuan3Dv2_1, image_model="hunyuan3d2_1", in_channels=64, hidden_size=64, depth=3, num_heads=16,
-        qkv_bias=False, guidance_cond_proj_dim=None,
-    )  # fmt: skip
-    assert find_family(network(loaded(made))).name == "hunyuan3d_2_1"
-    assert type(network(loaded(made))).__name__ == "HunYuanDiTPlain"
+def test_lists_of_latents_are_kept_whole():
+    """Video and sound, which the host packs one behind the other: (y, z) are forecast each by its own line."""
+    network, places = VideoAndSound(), Places()
+    video, sound = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 5)
+    for _ in range(2):
+        outputs, report = forecast(network, lambda t: packed(network([video, sound], torch.full((2,), t))), places)
+    assert [e.kind.value for e in report.evaluations] == ["F", "F", "a"] and report.place.startswith("whole output")
+    torch.testing.assert_close(outputs[2], outputs[1] + (outputs[1] - outputs[0]) * (0.3 / 0.2))
+    assert outputs[2].shape == (2, 1, 4 * 6 + 3 * 5)
+    assert report.peak_bytes == report.predicted_bytes == 2 * 2 * (4 * 6 + 3 * 5) * 4
 
 
-def test_there_is_nothing_to_calibrate(model):
-    """Neither form of it: asking for the other must not be what the user is told to do."""
-    sampling = Sampling([CASE.cond(0)], [CASE.cond(1)], torch.zeros(1, *CASE.latent), "euler", "simple", STEPS, 2.0, 0)
-    for wishes in (Wishes(), Wishes(forecast=False, method="svd")):
-        with pytest.raises(ValueError, match="nothing to calibrate in hunyuan3d_2_1 models"):
-            calibrate(model, sampling, wishes, "")
+def test_a_cond_gets_its_own_output_wherever_in_the_batch_it_is():
+    network, x, places = EarlyReader(4, 4), torch.randn(2, 4, 7), Places()
+    for order in ([("a", "b")] * 3, [("a", "b"), ("a", "b"), ("b", "a")]):
+        outputs, report = forecast(network, lambda t: network(x, torch.full((2,), t)), places, Reuse(), order)
+    assert report.evaluations[2].kind.value == "a"
+    assert torch.equal(outputs[2], outputs[1].flip(0)) and not torch.equal(*outputs[2])
+
+
+def test_a_cond_gets_its_own_hidden_state_in_a_model_that_swaps_its_halves():
+    """Hunyuan3D 2.1, inside of which a place is proved."""
+    network = network_of(hunyuan3d_2_1())
+    x, context = torch.randn(2, 64, 24), torch.randn(2, 9, 24)
+    outputs, report = forecast(
+        network, lambda _t: network(x, torch.ones(2), context=context), Places(), Reuse(), [("a", "b"), ("a", "b"), ("b", "a")]
+    )
+    assert report.place == "found and proved: skips blocks" and report.evaluations[2].kind.value == "a"
+    assert torch.equal(outputs[2], outputs[1].flip(0)) and not torch.equal(*outputs[2])
+
+
+def test_a_network_without_blocks_is_computed_in_full():
+    network, x, places = Nothing(), torch.randn(2, 4, 7), Places()
+    outputs, report = forecast(network, lambda t: network(x, torch.full((2,), t)), places)
+    assert [e.kind.value for e in report.evaluations] == ["F"] * 3 and report.peak_bytes == 0
+    assert torch.equal(outputs[2], network(x, torch.full((2,), 0.5)))
+    reason = "no list of blocks runs once and in turn"
+    assert report.place == f"not cached: {reason}"
+    assert report.notices == [f"nothing of this model can be cached, as {reason}: computed in full, past the cache"]

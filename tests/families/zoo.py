@@ -1,4 +1,4 @@
-"""Small models of every family, with random weights, through the host's own classes where it has them: one entry each."""
+"""Small models with random weights, through the host's own classes where it has them: one entry each, described by a file or not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from zoo_newer_a import PAIR
 from zoo_newer_b import CASES as CASES_NEWER_B
 from zoo_newest import CASES as CASES_NEWEST
 from zoo_opensora import CASES as CASES_OPENSORA
+from zoo_undescribed import CASES as CASES_UNDESCRIBED
 from zoo_video import CASES as CASES_VIDEO
 
 
@@ -36,5 +37,6 @@ def _qwen_image() -> Case:
 _REAL = {case.name for case in CASES_NEWEST}
 _STAND_INS = [case for case in (*CASES_NEWER_A, PAIR, *CASES_NEWER_B) if case.name not in _REAL]  # of classes that this host has not
 CASES = (
-    _flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWEST, *_STAND_INS
+    _flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWEST, *_STAND_INS,
+    *CASES_UNDESCRIBED,
 )  # fmt: skip

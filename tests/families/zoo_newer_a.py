@@ -59,4 +59,4 @@ CASES = (
     Case("anima", anima, (16, 2, 6, 4), text(7, 24, t5xxl_ids=torch.arange(5) % 3), lambda m: m.blocks[-1]),
     Case("ace_step15", ace_step15, (8, 99), _SONG, lambda m: m.decoder.layers[-1]),
 )
-PAIR = Case("ltxav", ltxav, ((16, 2, 3, 4), (2, 5, 8)), text(7, 24), lambda m: m)
+PAIR = Case("ltxav", ltxav, ((16, 2, 3, 4), (2, 5, 8)), text(7, 24), lambda m: m.transformer_blocks[-1])

@@ -58,9 +58,9 @@ def ids(**more: Any) -> Callable[[int], list]:
 PACKED = (1, sum(prod(shape) for shape in MiniMaxH3.shapes))
 
 CASES = (
-    Case("hunyuan3d_2_1", hunyuan3d_2_1, (64, 24), text(9, 24), lambda m: m),
+    Case("hunyuan3d_2_1", hunyuan3d_2_1, (64, 24), text(9, 24), lambda m: m.blocks[-1]),
     Case("ernie", ernie, (16, 12, 16), text(7, 24), lambda m: m.layers[-1]),
     Case("helios", helios, (16, 3, 8, 6), text(7, 24), lambda m: m.blocks[-1]),
     Case("hidream_o1", hidream_o1, (3, 24, 32), ids(), lambda m: m.language_model.layers[-1], 0, calls=2),
-    Case("minimax_h3", minimax_h3, PACKED, text(7, 48), lambda m: m, calls=2),
+    Case("minimax_h3", minimax_h3, PACKED, text(7, 48), lambda m: m.blocks[-1], calls=2),
 )

@@ -152,8 +152,8 @@ _ALL = {
     "ACEStep15": (Case("ace_step15", ace_step15, (64, 99), _SONG, lambda m: m.decoder.layers[-1]),),
     "ErnieImage": (Case("ernie", ernie, (128, 6, 8), text(7, 24), lambda m: m.layers[-1]),),
     "HiDreamO1": (Case("hidream_o1", hidream_o1, _PIXELS, ids(), lambda m: m.language_model.layers[-1], 0, calls=2),),
-    "MiniMaxH3": (Case("minimax_h3", minimax_h3, _H3, text(7, 24), lambda m: m, calls=2),),
-    "LTXAV": (Case("ltxav", ltxav, _LTX, text(7, 48), lambda m: m),),
+    "MiniMaxH3": (Case("minimax_h3", minimax_h3, _H3, text(7, 24), lambda m: m.blocks[-1], calls=2),),
+    "LTXAV": (Case("ltxav", ltxav, _LTX, text(7, 48), lambda m: m.transformer_blocks[-1]),),
     "StableAudio3": (Case("stable_audio", stable_audio3, (256, 20), text(7, 768), lambda m: m.transformer.layers[-1]),),
 }
 CASES = tuple(case for name, cases in _ALL.items() if hasattr(comfy.supported_models, name) for case in cases)
