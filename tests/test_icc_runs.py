@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import replace
 
 import comfy.model_management
 import node_helpers
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, Kind, Plan, Settings, StoreFormat, Timeline
+from comfyui_duca.cache_core import Plan, Settings, StoreFormat
 from comfyui_duca.cache_core.calibration.low_rank import factorise_sites
 from comfyui_duca.cache_core.engine import CalibratedLinears
-from comfyui_duca.cache_core.engine.linear_sites import find_linears
-from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import Given, IccCycle
 from comfyui_duca.cache_core.predictors import Chebyshev, Predictor, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
@@ -22,7 +19,8 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.report_plot import report_plot
 from comfyui_duca.nodes.report_text import report_text
-from host import kinds, last_report, psnr, sample, split_calls
+from host import kinds, last_report, linear_sites_of, psnr, sample, split_calls
+from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 RANK = 32
@@ -34,8 +32,7 @@ def model():
 
 
 def factors_of(model, rank):
-    sites = find_linears(FLUX, model.model.diffusion_model)
-    return factorise_sites(sites, rank, "svd", None, torch.float32, CPU, exact=True)[0]
+    return factorise_sites(linear_sites_of(model.model.diffusion_model), rank, "svd", None, torch.float32, CPU, exact=True)[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +42,7 @@ def factors(model):
 
 def planned(model, plan: str, factors, predictor: Predictor = Reuse(), **strategy):
     """The model with a cache that follows this plan."""
-    linears = CalibratedLinears.bind(FLUX, model.model.diffusion_model, factors)
-    chosen = Strategy(Given(Plan.parse(plan)), predictor, linears=linears, **strategy)
+    chosen = Strategy(Given(Plan.parse(plan)), predictor, factors=factors, **strategy)
     return host.attach(model, Settings(chosen=chosen), host.HostOptions(choose_device=False))
 
 
@@ -120,8 +116,7 @@ def test_a_run_follows_its_plan(model, factors, plan, sampling):
 
 
 def test_the_policy_of_the_method(model, factors):
-    linears = CalibratedLinears.bind(FLUX, model.model.diffusion_model, factors)
-    patched = host.attach(model, Settings(chosen=Strategy(IccCycle(3), linears=linears)))
+    patched = host.attach(model, Settings(chosen=Strategy(IccCycle(3), factors=factors)))
     sample(patched, steps=8)
     assert kinds(last_report(patched)) == "FiiFiiFi"
     assert report_plot(last_report(patched)).shape[-1] == 3

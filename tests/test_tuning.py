@@ -251,12 +251,12 @@ def test_two_evaluations_a_step_are_calibrated_as_one(model):
 
 def test_nothing_is_skipped_outside_the_window(small):
     """Where the user lets only a part of sampling skip, only that is tried out."""
-    network, sampled = small.model.diffusion_model, sampler_of(small)
+    sampled = sampler_of(small)
 
     def windowed(prompt, make):
         return sampled(prompt, lambda opening: make(opening._replace(window=range(2, 5))))
 
-    result = Calibrator(FLUX, network, windowed, 2, Wishes(speedups=(1.5,), directions=16)).run()
+    result = Calibrator(windowed, 2, Wishes(speedups=(1.5,), directions=16)).run()
     (choice,) = result.forecast.choices
     plan = str(choice.plan)
     assert plan.count("F") == 4 and plan[:2] + plan[5:] == "FFF"
@@ -264,7 +264,8 @@ def test_nothing_is_skipped_outside_the_window(small):
 
 def assert_bound(model, factors):
     """To every layer of the model, with each part's share of its square norm."""
-    assert CalibratedLinears.bind(FLUX, model.model.diffusion_model, factors.tensors).sites
+    sites = linear_sites_of(model.model.diffusion_model)
+    assert CalibratedLinears.bind(sites, factors.tensors).sites == tuple(sites)
     assert all(tensor.dtype is torch.float16 for tensor in factors.tensors.values())
     assert {name.rpartition(".")[0] for name in factors.tensors} == factors.energy.keys()
     assert all(0 < share < 1 for share in factors.energy.values())
