@@ -23,7 +23,7 @@ from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.cache_core.tuning.trials import psnr
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import cached, kinds, last_report
+from host import cached, kinds, last_report, linear_sites_of
 from test_cache_schedule import random_forecast
 from tuner import QUICK, STEPS, calibrator, drawn, sampler_of, taped
 
