@@ -9,7 +9,7 @@ blocks), `guests.py` (guiders of two models), `samplers.py` (what a sampler does
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..cache_core import CacheRun, Kind, ModelCall, Opening, Places, Settings, Timeline, find_family
+from ..cache_core.discovery.trees import tensors
 from ..cache_core.meter import Evaluation
 from . import calibrations, guests, recording, samplers
 from .guests import Guest
@@ -266,11 +267,17 @@ def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **
 
 
 def _carried_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return run.model_call(_describe(executor.class_obj, x, options), lambda: executor(x, *args, **kwargs))
+    call = _describe(executor.class_obj, x, options, _shapes((*args, *kwargs.values())))
+    return run.model_call(call, lambda: executor(x, *args, **kwargs))
 
 
-def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
-    """What the core needs to know of one APPLY_MODEL call."""
+def _shapes(given: tuple[Any, ...]) -> tuple[torch.Size, ...]:
+    """Of the conditioning, without its rows: where a hidden state lies depends on how many tokens of text and of references there are."""
+    return tuple(tensor.shape[1:] for value in given if not isinstance(value, Mapping) for _, tensor in tensors(value))
+
+
+def _describe(base_model: Any, x: torch.Tensor, options: dict, given: tuple[torch.Size, ...]) -> ModelCall:
+    """What the core needs to know of one APPLY_MODEL call. given: the shapes of all that it is given beside x."""
     network, patcher = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model), base_model.current_patcher
     uuids = options.get("uuids") or ()
     conds = tuple(zip(options.get("cond_or_uncond", ()), uuids))
@@ -284,7 +291,7 @@ def _describe(base_model: Any, x: torch.Tensor, options: dict) -> ModelCall:
     return ModelCall(
         network,
         conds,
-        signature=(rows, x.shape[1:], x.dtype, x.device),
+        signature=(rows, x.shape[1:], x.dtype, x.device, given),
         variant=variant_of(options),
         bypass=bypass,
         weights=_hook_weights(patcher),
