@@ -43,6 +43,9 @@ from .strategy import Strategy
 from .timeline import Timeline
 
 
+_Bound = tuple[nn.Module, frozenset]  # layers are bound to a network, for as many tokens as its call gives them
+
+
 class CacheRun:
     """State of one sampling run. Make one when sampling starts and `close` it when sampling ends, however it ends.
 
@@ -82,7 +85,7 @@ class CacheRun:
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._networks = Networks(strategy, self.plan, family)
         self._placing = Placing(family, Places() if places is None else places, strategy.predictor.uses_input, unrecorded)
-        self._linears: dict[nn.Module, CalibratedLinears] = {}  # of every network that is called, from the first call that needs them
+        self._linears: dict[_Bound, CalibratedLinears] = {}  # from the first call that needs them
         self._past: dict[Hashable, float] = {}  # multiply-adds of calls that go past the cache
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
@@ -399,10 +402,11 @@ class CacheRun:
     def _bound_linears(self, model: nn.Module, known: Known) -> CalibratedLinears:
         """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
         with self._lock:
-            if model not in self._linears:
+            key = _bound_key(model, known)
+            if key not in self._linears:
                 assert self._strategy.factors is not None, "plans with calibrated evaluations are refused without factors"
-                self._linears[model] = CalibratedLinears.bind(self.linear_sites(model, known), self._strategy.factors)
-            return self._linears[model]
+                self._linears[key] = CalibratedLinears.bind(self.linear_sites(model, known), self._strategy.factors)
+            return self._linears[key]
 
     # -- bookkeeping ------------------------------------------------------------------------------------
 
@@ -413,15 +417,16 @@ class CacheRun:
         if engine.linears is None and not new:  # without the lock, which torch.compile cannot trace
             return
         with self._lock:
-            if engine.linears is not None:
-                self._linears[engine.model] = engine.linears = self._placed(engine.linears, engine)
+            if engine.linears is not None and engine.known is not None:
+                self._linears[_bound_key(engine.model, engine.known)] = engine.linears = self._placed(engine.linears, engine)
             if new:
                 self._predict_bytes(engine, new)
 
     def _placed(self, linears: CalibratedLinears, engine: EngineCall) -> CalibratedLinears:
+        ready = [bound for (model, _), bound in self._linears.items() if model is engine.model and bound.place == (engine.device, engine.dtype)]
         try:
             with self.store.unrecorded():
-                return linears.placed(engine.device, engine.dtype)
+                return linears.placed(engine.device, engine.dtype, ready[0].factors if ready else {})
         except torch.OutOfMemoryError as error:
             raise StoreFullError from error
 
@@ -457,6 +462,10 @@ class CacheRun:
             yield
         if engine.is_finished:
             known.costs[key] = macs.so_far
+
+
+def _bound_key(model: nn.Module, known: Known) -> _Bound:
+    return model, frozenset(known.linears.items())
 
 
 def _cost_key(engine: EngineCall, kind: Kind, strategy: Strategy) -> Hashable:
