@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .corrector import Corrector
-from .costs import cost_key, slot_bytes
+from .costs import anchor_key, cost_key, slot_bytes
 from .discovery.flops import counted
 from .discovery.places import CallShape, Known, Places
 from .discovery.proof import FAILURES
@@ -471,5 +471,5 @@ def _bound_key(model: nn.Module, known: Known) -> _Bound:
 def _cost_key(engine: EngineCall, kind: Kind, strategy: Strategy) -> Hashable:
     """See `costs.cost_key`; a full evaluation costs more where it keeps what calibrated ones need, and less where sublayers rest."""
     if kind is Kind.FULL and engine.linears is not None:
-        return kind, cost_key(Kind.CALIBRATED, strategy)
+        return anchor_key(strategy)
     return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)
