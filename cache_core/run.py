@@ -316,6 +316,7 @@ class CacheRun:
             for slot in slots:  # what was kept so far does not belong together
                 slot.reset(slot.signature)
         elif kind is Kind.FULL and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine):
+            self.notify("what was found out about this model does not hold any more: it is looked at anew")
             for slot in slots:
                 slot.reset(slot.signature)
         self._count(engine, known, strategy, kind)
