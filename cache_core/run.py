@@ -15,7 +15,7 @@ from .corrector import Corrector
 from .costs import anchor_key, cost_key, slot_bytes
 from .discovery.flops import counted
 from .discovery.places import CallShape, Known, Places
-from .discovery.proof import FAILURES
+from .discovery.proof import FAILURES, own_random_numbers
 from .engine import (
     CalibratedLinears,
     EngineCall,
@@ -295,7 +295,8 @@ class CacheRun:
                 result = self._kept(engine, found)
             else:
                 call.starting(kind)
-                with self._counting(engine, known, strategy, kind), self._engine_for(kind, engine, strategy):
+                again = nullcontext() if found is None else own_random_numbers()  # what was watched has drawn them already
+                with again, self._counting(engine, known, strategy, kind), self._engine_for(kind, engine, strategy):
                     result = compute()
         except UnknownInputError as reason:
             call.abandoned()
