@@ -20,10 +20,10 @@ from .discovery.proof import Found, Prover, is_equal
 from .discovery.watch import Watched, lists_of, watching
 from .engine import EngineCall
 from .engine.inputs import ModelInput
-from .overrides import Override, around, forward_overrides
 from .families import ModelFamily
 from .kinds import Kind
 from .model_call import ModelCall
+from .overrides import Override, around, forward_overrides
 from .store import StoreFullError, Unrecorded
 
 _Key = tuple[nn.Module, Hashable]

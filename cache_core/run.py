@@ -42,7 +42,6 @@ from .store import FeatureStore, StoreFullError, Unrecorded
 from .strategy import Strategy
 from .timeline import Timeline
 
-
 _Bound = tuple[nn.Module, frozenset]  # layers are bound to a network, for as many tokens as its call gives them
 
 
@@ -425,7 +424,9 @@ class CacheRun:
                 self._predict_bytes(engine, new)
 
     def _placed(self, linears: CalibratedLinears, engine: EngineCall) -> CalibratedLinears:
-        ready = [bound for (model, _), bound in self._linears.items() if model is engine.model and bound.place == (engine.device, engine.dtype)]
+        ready = [
+            bound for (model, _), bound in self._linears.items() if model is engine.model and bound.place == (engine.device, engine.dtype)
+        ]
         try:
             with self.store.unrecorded():
                 return linears.placed(engine.device, engine.dtype, ready[0].factors if ready else {})

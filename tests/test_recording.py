@@ -17,9 +17,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import Plan, Settings, StoreFormat
-from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.policies import Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
+from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes import host, recording

@@ -174,4 +174,6 @@ def _passing(template: Any) -> Callable[[Forward], Forward]:
 
 def _is_control(value: Any) -> bool:
     """The host's form: lists of tensors by where they are added."""
-    return isinstance(value, Mapping) and any(isinstance(item, list) and name in ("input", "middle", "output") for name, item in value.items())
+    return isinstance(value, Mapping) and any(
+        isinstance(item, list) and name in ("input", "middle", "output") for name, item in value.items()
+    )

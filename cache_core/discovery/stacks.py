@@ -94,4 +94,3 @@ def _template(call: BlockCall, common: dict[Path, Path]) -> Any:
 
 def _spec_at(gave: Any, out: Path) -> Any:
     return dict(leaves(gave)).get(out)
-

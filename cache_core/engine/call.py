@@ -14,10 +14,10 @@ from ..discovery.place import Place
 from ..discovery.places import Known
 from ..discovery.trees import tensors
 from ..families.base import ModelFamily
+from ..overrides import Override, around
 from ..store import StoreFullError, Unrecorded
 from .inputs import ModelInput
 from .linear_sites import CalibratedLinears
-from ..overrides import Override, around
 from .slot import Slot
 from .tokens import TokenChoice
 
