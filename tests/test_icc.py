@@ -137,7 +137,7 @@ def test_factors_of_another_model_are_refused(network, sites, small_factors):
             check_factors(network, small_factors | {f"{key}.A": other})
     with pytest.raises(ValueError, match=f"the factors of {key} do not have"):
         check_factors(network, {name: f for name, f in small_factors.items() if name != f"{key}.A"})
-    with pytest.raises(ValueError, match="factors for single_blocks.6.linear1, which this model has not"):
+    with pytest.raises(ValueError, match=r"factors for single_blocks\.6\.linear1, which this model has not"):
         check_factors(network, {"single_blocks.6.linear1.q.A": torch.zeros(256, 8), "single_blocks.6.linear1.q.B": torch.zeros(8, 256)})
     with pytest.raises(ValueError, match=f"the factors of {key} are .* made for another model"):
         CalibratedLinears.bind(sites, small_factors | {f"{key}.A": torch.zeros(1000, 8)})

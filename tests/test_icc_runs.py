@@ -231,9 +231,9 @@ def whole_and_outside(network, rows: int) -> tuple[float, float]:
     """Multiply-adds of one evaluation of 12 text and 144 image tokens, and those outside its blocks, as torch counts them."""
     context, extra = encode_prompt("red apple")[0]
     given = torch.randn(rows, 3, 48, 48), torch.ones(rows), context.repeat(rows, 1, 1), extra["pooled_output"].repeat(rows, 1)
-    with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
-            network(*given)
+    plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.inference_mode(), plain_attention, FlopCounterMode(display=False) as counter:
+        network(*given)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     blocks = [count for name, count in flops.items() if name.split(".")[-2:-1] in (["double_blocks"], ["single_blocks"])]
     assert len(blocks) == 9
