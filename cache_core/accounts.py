@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .costs import cost_key, slot_bytes
+from .costs import anchor_key, cost_key, slot_bytes
 from .discovery.flops import counted
 from .discovery.places import CallShape
 from .engine import EngineCall, Slot, SlotTable
@@ -75,5 +75,5 @@ class Accounts:
 def _key(engine: EngineCall, strategy: Strategy, kind: Kind) -> Hashable:
     """See `costs.cost_key`; a full evaluation costs more where it keeps what calibrated ones need, and less where sublayers rest."""
     if kind is Kind.FULL and engine.linears is not None:
-        return kind, cost_key(Kind.CALIBRATED, strategy)
+        return anchor_key(strategy)
     return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)

@@ -37,7 +37,12 @@ def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> C
         return Costs(_share(plan, usual), None, False)
     counted = {kind: shape.known.costs.get(cost_key(kind, strategy)) for kind in Kind}
     shares = {kind: usual[kind] if macs is None else macs / shape.known.macs for kind, macs in counted.items()}
-    return Costs(_share(plan, shares), shape.slots * slot_bytes(strategy, plan, shape), True)
+    share = _share(plan, shares)
+    anchor = shape.known.costs.get(anchor_key(strategy))
+    if anchor is not None:
+        keeping = sum(kind is Kind.FULL and plan.has(Kind.CALIBRATED, step) for step, kind in enumerate(plan.kinds))
+        share += keeping * (anchor / shape.known.macs - shares[Kind.FULL]) / len(plan)
+    return Costs(share, shape.slots * slot_bytes(strategy, plan, shape), True)
 
 
 def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
@@ -49,6 +54,11 @@ def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
     if kind is Kind.CALIBRATED and strategy.factors is not None:
         return kind, weight_share(strategy.factors)
     return kind
+
+
+def anchor_key(strategy: Strategy) -> Hashable:
+    """The same of full evaluations that keep what calibrated ones need, which costs more."""
+    return Kind.FULL, cost_key(Kind.CALIBRATED, strategy)
 
 
 def slot_bytes(strategy: Strategy, plan: Plan, shape: CallShape, first_step: int = 0) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -23,7 +24,7 @@ from .kinds import Kind
 from .model_call import ModelCall
 from .overrides import Override, around, forward_overrides, uncompiled
 from .refusals import UnsupportedCallError
-from .store import FeatureStore, Unrecorded
+from .store import FeatureStore, StoreFullError, Unrecorded
 
 _Key = tuple[nn.Module, Hashable]
 _REPLAY_SLACK = 10.0  # a replay has the same arithmetic for fewer tokens at a time, in every block
@@ -63,8 +64,12 @@ class Placing:
 
     def discover(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
         """Computes the call in full, watched, and finds its place. A place inside is looked for in two evaluations of a run before the
-        whole output is taken for it: some hosts compute something else the first time.
+        whole output is taken for it: some hosts compute something else the first time. Raises StoreFullError where memory ends meanwhile.
         """
+        with _memory_ends():
+            return self._discovered(call, compute, evaluation)
+
+    def _discovered(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
         call.starting(Kind.FULL)
         layers = self._layers(call.model)
         given, sublayers = self._input(call.model), list[tuple[int, int]]()
@@ -90,12 +95,15 @@ class Placing:
         return discovered
 
     def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall) -> bool:
-        """After a full evaluation that kept copies of its hidden state: whether the place still holds. If not, it is forgotten."""
+        """After a full evaluation that kept copies of its hidden state: whether the place still holds. If not, it is forgotten.
+
+        Raises StoreFullError where memory ends meanwhile.
+        """
         prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded)
         if not torch.isfinite(answer).all():
             return True  # it tells nothing; what was kept is given up anyway
         given = self._input(call.model)
-        with forward_overrides(given.overrides() if given is not None else ()):
+        with _memory_ends(), forward_overrides(given.overrides() if given is not None else ()):
             holds = prover.holds(engine.place, engine.hidden)
         with self._lock:
             if not holds:
@@ -178,6 +186,15 @@ class Placing:
         inside = {key: specs for key, specs in watched.inputs.items() if key[0] in paths}
         known.linears = {} if place.is_joint else token_layers(inside, rows, place.kept[0].rows)
         return known
+
+
+@contextmanager
+def _memory_ends() -> Iterator[None]:
+    """What is done here is done for the cache; the host's own evaluation is made again without."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StoreFullError from error
 
 
 def _key(call: ModelCall) -> _Key:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .accounts import Accounts
 from .corrector import Corrector
 from .discovery.places import Known, Places
-from .discovery.proof import FAILURES
+from .discovery.proof import FAILURES, own_random_numbers
 from .engine import (
     CalibratedLinears,
     EngineCall,
@@ -39,6 +39,8 @@ from .refusals import UnknownInputError, UnsupportedCallError
 from .store import FeatureStore, StoreFullError, Unrecorded
 from .strategy import Strategy
 from .timeline import Timeline
+
+_Bound = tuple[nn.Module, frozenset]  # layers are bound to a network, for as many tokens as its call gives them
 
 
 class CacheRun:
@@ -279,7 +281,8 @@ class CacheRun:
                 result = self._kept(engine, found)
             else:
                 call.starting(kind)
-                with self._accounts.counting(engine, strategy, kind), self._engine_for(kind, engine, strategy):
+                again = nullcontext() if found is None else own_random_numbers()  # what was watched has drawn them already
+                with again, self._accounts.counting(engine, strategy, kind), self._engine_for(kind, engine, strategy):
                     result = compute()
         except UnknownInputError as reason:
             call.abandoned()
@@ -300,7 +303,7 @@ class CacheRun:
             for slot in slots:  # what was kept so far does not belong together
                 slot.reset(slot.signature)
         elif kind is Kind.FULL and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine):
-            self.notify("a skip that puts the hidden state back no longer answers the same: looked for anew")
+            self.notify("what was found out about this model does not hold any more: it is looked at anew")
             for slot in slots:
                 slot.reset(slot.signature)
         elif kind is Kind.FULL and engine.keeps_sublayers and not self._placing.prove_replays(call, compute, result, engine, self.store):
@@ -400,8 +403,9 @@ class CacheRun:
                 self._accounts.predict(engine, new, self._slots, self._strategy, self._evaluation.step)
 
     def _placed(self, linears: CalibratedLinears, engine: EngineCall) -> CalibratedLinears:
+        ready = [bound for bound in self._linears.values() if bound.place == (engine.device, engine.dtype)]
         try:
             with self.store.unrecorded():
-                return linears.placed(engine.device, engine.dtype)
+                return linears.placed(engine.device, engine.dtype, ready[0].factors if ready else {})
         except torch.OutOfMemoryError as error:
             raise StoreFullError from error

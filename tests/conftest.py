@@ -17,10 +17,9 @@ import comfyui_version
 import hypothesis
 import pytest
 import torch
-from comfyui_duca.cache_core.engine.linear_sites import find_linears
-from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from host import linear_sites_of
 
 from devtools import host_setup
 from devtools.client import ComfyClient
@@ -67,8 +66,8 @@ def network():
 
 @pytest.fixture(scope="module")
 def sites(network):
-    """Its linear layers."""
-    return find_linears(FLUX, network)
+    """Its linear layers, as a call of 192 image and 12 text tokens shows them."""
+    return linear_sites_of(network, size=(48, 64))
 
 
 @pytest.fixture(scope="module")

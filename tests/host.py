@@ -18,9 +18,11 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
-from comfyui_duca.cache_core import RunReport, Settings
-from comfyui_duca.cache_core.engine.linear_sites import find_linears
-from comfyui_duca.cache_core.families.flux import FLUX
+from comfyui_duca.cache_core import CacheRun, ModelCall, Places, RunReport, Settings, Timeline, find_family
+from comfyui_duca.cache_core.discovery.places import Known
+from comfyui_duca.cache_core.engine.linear_sites import LinearSite, find_linears
+from comfyui_duca.cache_core.policies import FixedInterval
+from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt
 
@@ -59,10 +61,30 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
+def known_of(network: torch.nn.Module, size=(48, 48), conds: int = 1) -> Known:
+    """What a full evaluation of the demo network shows: where its hidden state and its linear layers are."""
+    places, cpu = Places(), torch.device("cpu")
+    run = CacheRun(Strategy(FixedInterval(2)), Timeline([1.0, 0.0]), range(1), find_family(network), cpu, places=places)
+    context, extra = encode_prompt("red apple")[0]
+    context, pooled = context.repeat(conds, 1, 1), extra["pooled_output"].repeat(conds, 1)
+    x = torch.randn(conds, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), run.evaluation(1.0):
+        run.model_call(ModelCall(network, range(conds), 0), lambda: network(x.clone(), torch.ones(conds), context.clone(), pooled))
+    run.close()
+    known = places.latest(network)
+    assert known is not None
+    return known
+
+
+def linear_sites_of(network: torch.nn.Module, size=(48, 48)) -> list[LinearSite]:
+    """The demo network's linear layers that are given tokens."""
+    return find_linears(find_family(network), known_of(network, size).linears, network)
+
+
 def exact_factors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Factors of the demo network's linear layers that lose nothing: each matrix itself, and the identity."""
     factors = {}
-    for site in find_linears(FLUX, network):
+    for site in linear_sites_of(network):
         for part in site.parts:
             own = site.module.weight.detach()[part.rows or slice(None)]
             factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}

@@ -233,21 +233,26 @@ def test_other_peoples_hooks_are_called_every_evaluation(model):
     other.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: called("attention", f(*a, **k))
     patched = cached(other, **MODES["auto"])
     plain = sample(cached(model, **MODES["auto"]))
+    assert torch.equal(sample(patched), plain)  # the first run looks for where the hidden state is, with more calls
+    count.update(dict.fromkeys(count, 0))
     assert torch.equal(sample(patched), plain)
     report = last_report(patched)
     blocks = len(model.model.diffusion_model.double_blocks) + len(model.model.diffusion_model.single_blocks)
-    assert count == {"unet": 12, "diffusion": 12, "predict": 12, "block": 12, "attention": blocks * report.count(Kind.FULL)}
+    proof = 1  # one skip more in a run
+    assert count == {
+        "unet": 12, "diffusion": 12 + proof, "predict": 12, "block": 12 + proof, "attention": blocks * report.count(Kind.FULL)
+    }  # fmt: skip
 
 
-def test_a_patch_that_removes_the_last_block_is_noticed(model):
-    """Nothing can be put in where the last block never runs: every evaluation is computed, and it is said."""
+def test_a_patch_that_removes_the_last_block_leaves_the_other_list_to_skip(model):
+    """Nothing can be put in where the last block never runs: the single blocks are computed always."""
     other = model.clone()
     last = len(model.model.diffusion_model.single_blocks) - 1
     other.set_model_patch_replace(lambda args, extra: args, "dit", "single_block", last)
     patched = cached(other, **MODES["auto"])
-    assert torch.equal(sample(patched, steps=6), sample(other, steps=6))
-    assert kinds(last_report(patched)) == "FFFFFF"
-    assert any("last block" in notice for notice in last_report(patched).notices)
+    assert psnr(sample(patched, steps=6), sample(other, steps=6)) > 20
+    report = last_report(patched)
+    assert report.place == "found and proved: skips double_blocks" and kinds(report) == report.plan and report.plan.count("a") > 1
 
 
 def test_another_cache_beside_ours_is_survived(model):

@@ -159,7 +159,7 @@ def test_mode_icc_refuses_the_factors_of_another_model(network):
 
 def test_mode_icc_takes_the_length_it_is_given(network, icc):
     strategy = Settings(mode="icc", cycle_length=4, warmup=2, tail=1, calibration=icc).strategy(opening(STEP_TIMES, network))
-    assert strategy.policy == IccCycle(4, 2, 1) and strategy.linears.factors is icc.factors.tensors
+    assert strategy.policy == IccCycle(4, 2, 1) and strategy.factors is icc.factors.tensors
     assert "ca_svd" in strategy.name and "every 4" in strategy.name
 
 

@@ -52,23 +52,32 @@ _ALLOWED = {
     "checks": set(),
     "timeline": set(),
     "store": set(),
-    "meter": set(),
+    "meter": {"discovery"},
     "schedule_text": set(),
     "policies": {"policies", "schedule_text"},
     "predictors": {"predictors"},
-    "families": {"families"},
-    "engine": {"engine", "families", "predictors", "store"},
-    "calibration": {"calibration", "engine", "families", "policies", "predictors", "store"},
-    "opening": {"families", "store", "timeline"},
+    "families": {"families", "refusals"},
+    "refusals": set(),
+    "overrides": set(),
+    "discovery": {"discovery", "overrides", "refusals", "store"},
+    "engine": {"discovery", "engine", "families", "overrides", "predictors", "refusals", "store"},
+    "calibration": {"calibration", "engine", "families", "overrides", "policies", "predictors", "store"},
+    "opening": {"discovery", "families", "store", "timeline"},
     "schedule": {"calibration", "checks", "opening", "policies", "schedule_text"},
     "strategy": {"calibration", "checks", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
     "corrector": {"kinds", "meter", "timeline"},
     "model_call": set(),
     "networks": {"families", "model_call", "strategy"},
-    "run": {"corrector", "engine", "families", "meter", "model_call", "networks", "store", "strategy", "timeline"},
-    "costs": {"families", "meter", "schedule", "strategy"},
-    "tuning": {"calibration", "engine", "families", "opening", "policies", "predictors", "run", "strategy", "tuning", "model_call"},
-}
+    "costs": {"discovery", "engine", "schedule", "store", "strategy"},
+    "placing": {"discovery", "engine", "families", "model_call", "overrides", "store"},
+    "run": {
+        "corrector", "costs", "discovery", "engine", "families", "meter", "model_call", "networks", "overrides", "placing", "refusals",
+        "store", "strategy", "timeline",
+    },
+    "tuning": {
+        "calibration", "discovery", "engine", "model_call", "opening", "placing", "policies", "predictors", "run", "strategy", "tuning",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py" or f.parent.name != "cache_core"], ids=lambda p: p.stem)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
@@ -18,20 +16,20 @@ from comfyui_duca.cache_core.engine.linear_sites import (
     icc_macs,
 )
 from comfyui_duca.cache_core.engine.linears import linear_taps
-from comfyui_duca.cache_core.overrides import forward_overrides
-from comfyui_duca.cache_core.families.base import UnsupportedCallError
+from comfyui_duca.cache_core.families import undescribed
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.families.flux_linears import FLUX_LINEARS
-from comfyui_duca.cache_core.families.linears import WHOLE, LinearPart, StackLinears
-from comfyui_duca.cache_core.kinds import Kind
+from comfyui_duca.cache_core.families.linears import WHOLE, LinearPart
+from comfyui_duca.cache_core.overrides import forward_overrides
+from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
 from comfyui_duca.nodes.demo_flux import encode_prompt
+from host import known_of, linear_sites_of
 from reference_flux import ReferenceFlux
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
-LENGTHS = {"img": 192, "txt": 12}
+SIZE = (48, 64)  # 192 image tokens, as the sites' calls have
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +49,12 @@ class Driver:
         self.network, self.linears = network, CalibratedLinears(tuple(sites), factors)
         self.store = FeatureStore(fmt)
         self.slots = {cond: Slot(self.store, 1) for cond in conds}
+        self.places = {number: known_of(network, SIZE, number).place for number in range(1, len(conds) + 1)}
 
     def call(self, conds, sigma) -> EngineCall:
         return EngineCall(
-            model=self.network, family=FLUX, slots=[self.slots[c] for c in conds], time=sigma, choice=TokenChoice(0.0, 0),
-            keeps_sublayers=False, keeps_input=False, on_enter=lambda _call, _tokens: None, linears=self.linears,
+            model=self.network, place=self.places[len(conds)], family=FLUX, slots=[self.slots[c] for c in conds], time=sigma,
+            choice=TokenChoice(0.0, 0), linears=self.linears,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -73,7 +72,7 @@ class Driver:
         return result
 
 
-def inputs(seed: int, size=(48, 64)):
+def inputs(seed: int, size=SIZE):
     (context, extra), (context2, extra2) = encode_prompt("red apple")[0], encode_prompt("tiger face")[0]
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
     return x, torch.cat((context, context2)), torch.cat((extra["pooled_output"], extra2["pooled_output"]))
@@ -100,38 +99,56 @@ def test_all_linears_but_modulation_are_found(network, sites):
     assert [fused.key(part) for part in fused.parts] == [f"single_blocks.5.linear1.{name}" for name in ("q", "k", "v", "mlp")]
     assert [fused.outputs(part) for part in fused.parts] == [256, 256, 256, 1024]
     assert by_name["single_blocks.0.linear2"].parts == (WHOLE,)
-    assert [by_name[f"double_blocks.0.{s}_mlp.0"].stream for s in ("img", "txt")] == ["img", "txt"] and fused.stream == "txt+img"
+    assert [by_name[f"double_blocks.0.{s}_mlp.0"].tokens for s in ("img", "txt")] == [(192,), (12,)] and fused.tokens == (204,)
     assert fused.ranks(300) == [256, 256, 256, 256]
     assert by_name["double_blocks.0.img_mlp.0"].parts == (WHOLE,)
 
 
-def test_wrapped_layers_are_one_and_undescribed_ones_are_refused(network):
+def test_wrapped_layers_are_one(network):
     class Wrapper(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner, self.in_features, self.out_features = inner, inner.in_features, inner.out_features
 
+        def forward(self, x):
+            return self.inner(x)
+
     block = network.single_blocks[0]
     before, block.linear2 = block.linear2, Wrapper(block.linear2)
     try:
-        found = [s for s in find_linears(FLUX, network) if s.stack == "single_blocks" and s.index == 0]
+        found = [s for s in linear_sites_of(network) if s.stack == "single_blocks" and s.index == 0]
         assert [site.layer for site in found] == ["linear1", "linear2"]
         assert found[1].module is block.linear2
     finally:
         block.linear2 = before
-    with pytest.raises(ValueError, match="single_blocks are not described"):
-        find_linears(replace(FLUX, linears=FLUX_LINEARS[:1]), network)
-    with pytest.raises(ValueError, match="no token stream"):
-        find_linears(replace(FLUX, linears=(StackLinears("double_blocks", {"img_": "img"}), FLUX_LINEARS[1])), network)
 
 
-def test_factors_of_another_model_are_refused(sites, small_factors):
-    check_factors(sites, small_factors)
+def test_of_a_model_that_no_file_describes_every_layer_is_one_matrix(network, sites):
+    found = find_linears(undescribed(network), known_of(network, SIZE).linears, network)
+    assert [(site.name, site.tokens, site.parts) for site in found] == [(site.name, site.tokens, (WHOLE,)) for site in sites]
+
+
+def test_factors_of_another_model_are_refused(network, sites, small_factors):
+    """Before the run as far as names and sizes tell; a part's own size when its layer is bound."""
+    check_factors(network, small_factors)
     key = "single_blocks.0.linear1.mlp"
-    with pytest.raises(ValueError, match=f"no factors for {key}"):
-        check_factors(sites, {name: f for name, f in small_factors.items() if name != f"{key}.B"})
-    with pytest.raises(ValueError, match="another model"):
-        check_factors(sites, small_factors | {f"{key}.A": torch.zeros(1000, 8)})
+    for other in (torch.zeros(1793, 8), torch.zeros(1024, 9)):  # linear1 has 1792 outputs
+        with pytest.raises(ValueError, match=f"the factors of {key} do not have the model's shapes: they were made for another model"):
+            check_factors(network, small_factors | {f"{key}.A": other})
+    with pytest.raises(ValueError, match=f"the factors of {key} do not have"):
+        check_factors(network, {name: f for name, f in small_factors.items() if name != f"{key}.A"})
+    with pytest.raises(ValueError, match=r"factors for single_blocks\.6\.linear1, which this model has not"):
+        check_factors(network, {"single_blocks.6.linear1.q.A": torch.zeros(256, 8), "single_blocks.6.linear1.q.B": torch.zeros(8, 256)})
+    with pytest.raises(ValueError, match=f"the factors of {key} are .* made for another model"):
+        CalibratedLinears.bind(sites, small_factors | {f"{key}.A": torch.zeros(1000, 8)})
+
+
+def test_layers_without_factors_are_left_to_the_host(sites, small_factors):
+    some = {name: factor for name, factor in small_factors.items() if ".linear2." in name or ".linear1.q" in name}
+    bound = CalibratedLinears.bind(sites, some)
+    assert [site.name for site in bound.sites] == [f"single_blocks.{i}.linear2" for i in range(6)]  # linear1 has other parts too
+    with pytest.raises(UnsupportedCallError, match="none of the calibrated layers"):
+        CalibratedLinears.bind(sites, {})
 
 
 # -- evaluations --------------------------------------------------------------------------------------------------------------
@@ -211,12 +228,11 @@ class Clamping(nn.Linear):
 
 def test_what_is_kept_of_a_layer_that_clamps_its_input(network):
     """z belongs to the input as the host gave it."""
-    site = LinearSite("blocks", 0, "toy", Clamping(40, 24), (LinearPart("p", slice(0, 10)), LinearPart("q", slice(10, 24))), "img", 40, 24)
+    site = LinearSite("blocks", 0, "toy", Clamping(40, 24), (LinearPart("p", slice(0, 10)), LinearPart("q", slice(10, 24))), (5,), 40, 24)
     factors = {"blocks.0.toy.p.A": torch.zeros(10, 1), "blocks.0.toy.p.B": torch.ones(1, 40)}
     factors |= {"blocks.0.toy.q.A": torch.zeros(14, 2), "blocks.0.toy.q.B": torch.ones(2, 40)}
     driver = Driver(network, [site], factors, "a")
     call = driver.call("a", 1.0)
-    call.lengths = {"img": 5, "txt": 0}
     with torch.inference_mode(), forward_overrides(linear_taps(call)):
         site.module(torch.full((1, 5, 40), 100.0))
     assert driver.slots["a"].linears[site.projection_key].data[0, 0].tolist() == [4000.0, 4000.0, 4000.0]
@@ -227,18 +243,17 @@ def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_
     with pytest.raises(UnsupportedCallError, match="nothing of this shape"):
         driver.icc("ab", 0.7, *inputs(1))  # no anchor
     driver.full("ab", 1.0, *inputs(0))
-    with pytest.raises(UnsupportedCallError, match="nothing of this shape"):
+    with pytest.raises(UnsupportedCallError, match="another shape"):
         driver.icc("ab", 0.7, *inputs(1, (32, 32)))
     site = sites[0]
     call = driver.call("ab", 0.7)
-    call.lengths = LENGTHS
     with torch.inference_mode(), calibrated(call, driver.store):
         with pytest.raises(UnsupportedCallError, match="another shape"):
             site.module(torch.zeros(192, 256))
         with pytest.raises(UnsupportedCallError, match="another shape"):
             site.module(torch.zeros(2, 1, 256))
         site.module(torch.zeros(2, 192, 256))
-        with pytest.raises(UnsupportedCallError, match="more than once"):
+        with pytest.raises(UnsupportedCallError, match="more often than before"):
             site.module(torch.zeros(2, 192, 256))
     with torch.inference_mode(), forward_overrides(linear_taps(call)):  # the host's answer, kept once
         before = driver.slots["a"].linears[site.output_key]
@@ -273,16 +288,15 @@ def test_forwards_are_restored_also_after_an_error_inside_a_block(network, sites
 
 
 def test_costs_of_a_layer_by_hand():
-    """10 tokens, 6 inputs, 9 outputs in two row parts of 3 and 6, rank 4: cut to 3 in the first."""
+    """10 tokens in two calls, 6 inputs, 9 outputs in two row parts of 3 and 6, rank 4: cut to 3 in the first."""
     parts = (LinearPart("a", rows=slice(0, 3)), LinearPart("b", rows=slice(3, None)))
-    site = LinearSite("blocks", 0, "toy", nn.Identity(), parts, "txt+img", 6, 9)
-    lengths = {"txt": 4, "img": 6}
+    site = LinearSite("blocks", 0, "toy", nn.Identity(), parts, (4, 6), 6, 9)
     assert site.ranks(4) == [3, 4]
-    assert dense_macs([site], lengths) == 10 * 54
-    assert icc_macs([site], lengths, 4) == 10 * (3 * (6 + 3) + 4 * (6 + 6))
-    assert anchor_macs([site], lengths, 4) == 10 * (3 + 4) * 6
-    assert icc_bytes([site], lengths, 4, torch.bfloat16) == 10 * (9 + 7) * 2
-    assert icc_bytes([site], lengths, 4, torch.bfloat16, StoreFormat(dtype=torch.float8_e4m3fn)) == 10 * (9 + 4 + 7 + 4)
+    assert dense_macs([site]) == 10 * 54
+    assert icc_macs([site], 4) == 10 * (3 * (6 + 3) + 4 * (6 + 6))
+    assert anchor_macs([site], 4) == 10 * (3 + 4) * 6
+    assert icc_bytes([site], 4, torch.bfloat16) == 10 * (9 + 7) * 2
+    assert icc_bytes([site], 4, torch.bfloat16, StoreFormat(dtype=torch.float8_e4m3fn)) == 10 * (9 + 4 + 7 + 4)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float8_e4m3fn], ids=["model", "bf16", "fp8"])
@@ -292,7 +306,7 @@ def test_bytes_are_those_kept(network, sites, small_factors, dtype):
     driver.full("ab", 0.9, *inputs(1))  # memory is used again
     kept = driver.store.bytes - 2 * 192 * driver.store.format.bytes_per_token(256, torch.float32)  # without the hidden states
     for ranks in (8, small_factors):
-        assert kept == 2 * icc_bytes(sites, LENGTHS, ranks, torch.float32, driver.store.format)
+        assert kept == 2 * icc_bytes(sites, ranks, torch.float32, driver.store.format)
     driver.icc("ab", 0.8, *inputs(2))
     assert driver.store.bytes == driver.store.peak_bytes
 
@@ -306,9 +320,10 @@ def test_macs_are_those_torch_counts(network, sites, small_factors):
             evaluate(*arguments)
         return counter.get_total_flops() / 2 / 2  # flops to multiply-adds, two rows
 
-    full = FLUX.macs(network, LENGTHS, Kind.FULL, 0.0) + FLUX.outside_macs(network, LENGTHS)
-    anchor = full + anchor_macs(sites, LENGTHS, 8)
+    x, *others = inputs(0)
+    full = counted(torch.inference_mode()(network), x, torch.ones(2), *others)
+    anchor = full + anchor_macs(sites, 8)
     assert counted(driver.full, "ab", 1.0, *inputs(0)) == pytest.approx(anchor, rel=1e-3)
-    expected = full - dense_macs(sites, LENGTHS) + icc_macs(sites, LENGTHS, 8)
+    expected = full - dense_macs(sites) + icc_macs(sites, 8)
     assert counted(driver.icc, "ab", 0.7, *inputs(1)) == pytest.approx(expected, rel=1e-3)
-    assert icc_macs(sites, LENGTHS, small_factors) == icc_macs(sites, LENGTHS, 8)
+    assert icc_macs(sites, small_factors) == icc_macs(sites, 8)

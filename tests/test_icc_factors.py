@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise, factorise_sites, measuring
-from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_factors
+from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_shapes
 from comfyui_duca.cache_core.families.linears import WHOLE
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from torch import nn
@@ -189,7 +189,7 @@ def test_factorised_sites_and_one_dense_layer_at_a_time(sites, monkeypatch):
     )
     assert len(most) == len(chosen) == 10 and max(most) == 0
     assert told == [(i, 10) for i in range(1, 11)]
-    check_factors(chosen, factors)
+    check_shapes(chosen, factors)
     expected = {f"{site.key(part)}.{letter}" for site in chosen for part in site.parts for letter in "AB"}
     assert set(factors) == expected and {f"{part}.{letter}" for part in energy for letter in "AB"} == expected
     for tensor in factors.values():  # none is a view that keeps a whole decomposition

@@ -17,11 +17,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import Plan, Settings, StoreFormat
-from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
-from comfyui_duca.cache_core.families import UnsupportedCallError
-from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
+from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes import host, recording
@@ -138,9 +136,9 @@ class Innovating(Predictor):
 
 
 def strategies(network) -> dict[str, Settings]:
-    linears = CalibratedLinears.bind(FLUX, network, exact_factors(network))
+    factors = exact_factors(network)
     plans = {"forecast": "FFaaFaaa", "icc": "FiiFiiFi", "paper": "FcaFcacF"}
-    found = {name: Settings(chosen=Strategy(Given(Plan.parse(plan)), linears=linears)) for name, plan in plans.items()}
+    found = {name: Settings(chosen=Strategy(Given(Plan.parse(plan)), factors=factors)) for name, plan in plans.items()}
     found["auto"] = Settings(speedup=3.0)
     found["calibrated"] = Settings(chosen=Strategy(Given(Plan.parse("FFaaFaaa")), Innovating()))
     found["fp8"] = Settings(speedup=3.0, storage=StoreFormat(dtype=torch.float8_e4m3fn))

@@ -154,11 +154,10 @@ def test_calls_in_threads_give_the_same_thirty_times(model, sites, plan):
 
 def evaluated(networks, sites, plan, threaded) -> tuple:
     from comfyui_duca.cache_core import Plan
-    from comfyui_duca.cache_core.engine.linear_sites import CalibratedLinears
     from comfyui_duca.cache_core.policies import Given
 
-    linears = CalibratedLinears.bind(FLUX, networks[0], exact_factors(networks[0])) if "i" in plan else None
-    strategy = Strategy(Given(Plan.parse(plan)), Reuse(), token_share=0.25, linears=linears)
+    factors = exact_factors(networks[0]) if "i" in plan else None
+    strategy = Strategy(Given(Plan.parse(plan)), Reuse(), token_share=0.25, factors=factors)
     levels = [1 - i / len(plan) for i in range(len(plan) + 1)]
     run = CacheRun(strategy, Timeline(levels), range(len(plan)), FLUX, torch.device("cpu"))
     conds = [encode_prompt(text)[0] for text in ("red apple", "castle")]

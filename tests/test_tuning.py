@@ -23,7 +23,7 @@ from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.cache_core.tuning.trials import psnr
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import cached, kinds, last_report
+from host import cached, kinds, last_report, linear_sites_of
 from test_cache_schedule import random_forecast
 from tuner import QUICK, STEPS, calibrator, drawn, sampler_of, taped
 
@@ -251,12 +251,12 @@ def test_two_evaluations_a_step_are_calibrated_as_one(model):
 
 def test_nothing_is_skipped_outside_the_window(small):
     """Where the user lets only a part of sampling skip, only that is tried out."""
-    network, sampled = small.model.diffusion_model, sampler_of(small)
+    sampled = sampler_of(small)
 
     def windowed(prompt, make):
         return sampled(prompt, lambda opening: make(opening._replace(window=range(2, 5))))
 
-    result = Calibrator(FLUX, network, windowed, 2, Wishes(speedups=(1.5,), directions=16)).run()
+    result = Calibrator(windowed, 2, Wishes(speedups=(1.5,), directions=16)).run()
     (choice,) = result.forecast.choices
     plan = str(choice.plan)
     assert plan.count("F") == 4 and plan[:2] + plan[5:] == "FFF"
@@ -264,7 +264,8 @@ def test_nothing_is_skipped_outside_the_window(small):
 
 def assert_bound(model, factors):
     """To every layer of the model, with each part's share of its square norm."""
-    assert CalibratedLinears.bind(FLUX, model.model.diffusion_model, factors.tensors).sites
+    sites = linear_sites_of(model.model.diffusion_model)
+    assert CalibratedLinears.bind(sites, factors.tensors).sites == tuple(sites)
     assert all(tensor.dtype is torch.float16 for tensor in factors.tensors.values())
     assert {name.rpartition(".")[0] for name in factors.tensors} == factors.energy.keys()
     assert all(0 < share < 1 for share in factors.energy.values())
@@ -301,17 +302,18 @@ def test_a_node_that_answers_for_the_model_is_noticed(small):
     """As caches of other packs do in some evaluations: what was kept before must not pass for these."""
     from comfy.patcher_extension import WrappersMP
 
-    calls = []
+    levels = []
 
-    def answers(executor, x, *args, **kwargs):
-        calls.append(1)
-        return torch.zeros_like(x) if len(calls) % STEPS == 4 else executor(x, *args, **kwargs)
+    def answers(executor, x, timestep, *args, **kwargs):
+        if float(timestep[0]) not in levels:
+            levels.append(float(timestep[0]))
+        return torch.zeros_like(x) if len(levels) == 4 else executor(x, timestep, *args, **kwargs)
 
     patched = small.clone()
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", answers)
     with pytest.raises(ValueError, match="could not be recorded"):
         calibrator(patched).run()
-    assert len(calls) == STEPS
+    assert len(levels) == STEPS  # of the first prompt alone
 
 
 # -- what is left behind ------------------------------------------------------------------------------------------------------

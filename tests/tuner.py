@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.tuning import Calibrator, Wishes
 from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.nodes import host
@@ -35,9 +34,8 @@ def sampler_of(model, **more):
 
 
 def calibrator(model, wishes=QUICK, told=lambda *_: None, prompts=range(len(PROMPTS)), **more) -> Calibrator:
-    network = model.model.diffusion_model
     sampled = sampler_of(model, **more)
-    return Calibrator(find_family(network), network, lambda number, make: sampled(prompts[number], make), len(prompts), wishes, told)
+    return Calibrator(lambda number, make: sampled(prompts[number], make), len(prompts), wishes, told)
 
 
 def taped(model, strategy, before=None, until=0, **more):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def _int_mm(a: Any, b: Any, *_args: Any, **_kwargs: Any) -> int:
 
 
 # what torch's table lacks: attention on the CPU, and int8 layers
-_MORE = {_ATEN._scaled_dot_product_flash_attention_for_cpu: _attention, _ATEN._int_mm: _int_mm}
+_MORE = MappingProxyType({_ATEN._scaled_dot_product_flash_attention_for_cpu: _attention, _ATEN._int_mm: _int_mm})
 
 
 class _Everywhere:
@@ -50,7 +51,7 @@ class Macs:
 @contextmanager
 def counted() -> Iterator[Macs]:
     """Counts what runs inside, in this thread. Costs some microseconds an operation, so it is for the first call of a kind."""
-    mode = FlopCounterMode(display=False, custom_mapping=_MORE)
+    mode = FlopCounterMode(display=False, custom_mapping=dict(_MORE))
     mode.mod_tracker = _Everywhere()  # type: ignore[assignment]
     with mode:
         yield Macs(mode)

@@ -15,7 +15,6 @@ from ..refusals import UnsupportedCallError
 from ..store import Unrecorded
 from .trees import Path, at, filled, replaced
 
-
 Answer = Callable[[list[Tensor | None]], Sequence[Tensor]]
 
 

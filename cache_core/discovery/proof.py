@@ -130,7 +130,7 @@ class Prover:
             found = self._found(chosen, watched.macs, lengths)
             if found is not None:
                 return found
-        with _own_random_numbers(), untouched(self._network):
+        with own_random_numbers(), untouched(self._network):
             again = self._compute()
         if not is_equal(self._answer, again, torch.float32):
             return Found(None, reason="it does not answer the same twice")
@@ -243,7 +243,7 @@ class Prover:
     def _tried(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The answer, None where the network does not run so."""
         try:
-            with _own_random_numbers(), untouched(self._network), uncompiled():
+            with own_random_numbers(), untouched(self._network), uncompiled():
                 return self.skipped(place, hidden)
         except torch.OutOfMemoryError:
             raise
@@ -336,7 +336,7 @@ def _furthest(total: int, holds: Callable[[int], bool]) -> int:
 
 
 @contextmanager
-def _own_random_numbers() -> Iterator[None]:
+def own_random_numbers() -> Iterator[None]:
     """Numbers drawn inside are not missing outside."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):

@@ -15,7 +15,7 @@ from ..discovery.places import Known
 from ..discovery.trees import tensors
 from ..families.base import ModelFamily
 from ..overrides import Override, around
-from ..store import Unrecorded
+from ..store import StoreFullError, Unrecorded
 from .inputs import ModelInput
 from .linear_sites import CalibratedLinears
 from .slot import Slot
@@ -86,8 +86,11 @@ class EngineCall:
         self.is_touched = True
         hidden = self.place.hidden(result)
         if self.keeps_hidden:
-            with self.unrecorded():
-                self.hidden = [tensor.clone() for tensor in hidden]
+            try:
+                with self.unrecorded():
+                    self.hidden = [tensor.clone() for tensor in hidden]
+            except torch.OutOfMemoryError as error:
+                raise StoreFullError from error
         self.keep(hidden)
 
     def is_answered(self, _result: Any) -> None:

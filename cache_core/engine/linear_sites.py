@@ -96,12 +96,15 @@ class CalibratedLinears:
         check_shapes(own, factors)
         return cls(tuple(own), factors)
 
-    def placed(self, device: torch.device, dtype: torch.dtype) -> CalibratedLinears:
-        """The same with the factors of these layers on that device in that dtype, so that no evaluation converts them."""
+    def placed(self, device: torch.device, dtype: torch.dtype, ready: Factors) -> CalibratedLinears:
+        """The same with the factors of these layers on that device in that dtype, so that no evaluation converts them.
+
+        ready: factors that are there already.
+        """
         if self.place == (device, dtype):
             return self
         names = [f"{site.key(part)}.{side}" for site in self.sites for part in site.parts for side in "AB"]
-        factors = {name: self.factors[name].to(device=device, dtype=dtype) for name in names}
+        factors = {name: ready[name] if name in ready else self.factors[name].to(device=device, dtype=dtype) for name in names}
         return replace(self, factors=factors, place=(device, dtype))
 
     def extra_macs(self, kind: Kind) -> float:
