@@ -19,9 +19,9 @@ import comfy.ops
 import torch
 from comfy.ldm.flux.model import Flux
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Timeline
-from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.kinds import Plan
+from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.predictors import Chebyshev, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -16,6 +16,7 @@ from .discovery.layers import linear_layers, token_layers
 from .discovery.place import Place
 from .discovery.places import Known, Places
 from .discovery.proof import Found, Prover, is_equal
+from .discovery.trees import Path, tensors
 from .discovery.watch import Watched, lists_of, watching
 from .engine import EngineCall, conservative
 from .engine.inputs import ModelInput
@@ -48,9 +49,10 @@ class Placing:
 
     def __init__(self, family: ModelFamily, places: Places, keeps_input: bool, unrecorded: Unrecorded) -> None:
         self._family, self._places, self._keeps_input, self._unrecorded = family, places, keeps_input, unrecorded
-        self._proved: set[_Key] = set()
+        self._proved: dict[_Key, int] = {}  # in which evaluation
         self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, for this run alone
         self._replayed: dict[_Key, bool] = {}
+        self._sketches: dict[_Key, Mapping[Path, Tensor]] = {}
         self._failed: dict[_Key, int] = {}  # evaluation in which no place inside was found first
         self._lock = threading.Lock()
 
@@ -59,8 +61,23 @@ class Placing:
         with self._lock:
             return self._narrowed.get(_key(call)) or self._places.of(*_key(call))
 
-    def is_proved(self, call: ModelCall) -> bool:
-        return _key(call) in self._proved
+    def is_proved(self, call: ModelCall, known: Known, evaluation: int) -> bool:
+        """Whether no proof is due: one in a run, and one more the first time, as a first noise level may show nothing of what blocks do."""
+        return _key(call) in self._proved and (known.is_confirmed or self._proved[_key(call)] == evaluation)
+
+    def sketches(self, call: ModelCall) -> Mapping[Path, Tensor]:
+        """Of the last proof, for the first skip after it."""
+        return self._sketches.pop(_key(call), {})
+
+    def refuse(self, call: ModelCall, reason: str) -> None:
+        """From here on in this run, nothing of such calls is cached."""
+        known = self.known(call)
+        assert known is not None, "only what is known is carried out"
+        self._narrowed[_key(call)] = replace(known, place=None, reason=reason)
+
+    def clear(self) -> None:
+        """Frees every tensor."""
+        self._sketches.clear()
 
     def discover(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
         """Computes the call in full, watched, and finds its place. A place inside is looked for in two evaluations of a run before the
@@ -88,19 +105,20 @@ class Placing:
             discovered.known = self._described(call, watched, found, prover.rows)
             discovered.known.sublayers = tuple((tokens // prover.rows, channels) for tokens, channels in sublayers)
             self._places.remember(*_key(call), discovered.known)
+            self._sketches[_key(call)] = prover.sketches
             if given is None:  # else it must still be seen whether a skip leaves the embedded input as it is
-                self._proved.add(_key(call))
+                self._proved[_key(call)] = evaluation
         discovered.hidden = [tensor.clone() for tensor in found.hidden]
         discovered.given = given
         return discovered
 
-    def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall) -> bool:
+    def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall, evaluation: int) -> bool:
         """After a full evaluation that kept copies of its hidden state: whether the place still holds. If not, it is forgotten.
 
         Raises StoreFullError where memory ends meanwhile.
         """
         prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded)
-        if not torch.isfinite(answer).all():
+        if not all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(answer)):
             return True  # it tells nothing; what was kept is given up anyway
         given = self._input(call.model)
         with _memory_ends(), forward_overrides(given.overrides() if given is not None else ()):
@@ -110,7 +128,9 @@ class Placing:
                 self._places.forget(*_key(call))
                 self._narrowed.pop(_key(call), None)
                 return False
-            self._proved.add(_key(call))
+            engine.known.is_confirmed |= self._proved.get(_key(call), evaluation) != evaluation
+            self._proved[_key(call)] = evaluation
+            self._sketches[_key(call)] = prover.sketches
         self._narrow(call, engine.place, engine.given, given)
         return True
 

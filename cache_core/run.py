@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .accounts import Accounts
 from .corrector import Corrector
 from .discovery.places import Known, Places
 from .discovery.proof import FAILURES, own_random_numbers
 from .engine import (
-    CalibratedLinears,
     EngineCall,
     Slot,
     SlotTable,
@@ -27,20 +26,18 @@ from .engine import (
     resting,
     skipping,
 )
+from .engine.bound_layers import BoundLayers
 from .engine.inputs import ModelInput
-from .engine.linear_sites import LinearSite, find_linears
 from .families import ModelFamily
 from .kinds import Kind
 from .meter import Evaluation, RunReport, Stopwatch, unsaid
 from .model_call import ModelCall
 from .networks import Networks, check
 from .placing import Discovered, Placing
-from .refusals import UnknownInputError, UnsupportedCallError
+from .refusals import UnknownInputError, UnsteadyError, UnsupportedCallError
 from .store import FeatureStore, StoreFullError, Unrecorded
 from .strategy import Strategy
 from .timeline import Timeline
-
-_Bound = tuple[nn.Module, frozenset]  # layers are bound to a network, for as many tokens as its call gives them
 
 
 class CacheRun:
@@ -82,7 +79,7 @@ class CacheRun:
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._networks = Networks(strategy, self.plan, family)
         self._placing = Placing(family, Places() if places is None else places, strategy.predictor.uses_input, unrecorded)
-        self._linears: dict[Known, CalibratedLinears] = {}  # by what is known of the calls that they are for
+        self._layers = BoundLayers(family, strategy.factors, unrecorded)
         self._accounts = Accounts(self.plan, self.report, self.store, choose_device)
         self._marks: list[tuple[Any, Any]] = []
         self._evaluation = Evaluation(-1, 0, 0.0, Kind.FULL)
@@ -95,8 +92,6 @@ class CacheRun:
         self._lock = threading.RLock()  # of all that calls in several threads share; not held while the model runs
         for text in strategy.notices:
             self.notify(text)
-
-    # -- the host's moments ---------------------------------------------------------------------------
 
     @contextmanager
     def evaluation(self, sigma: float) -> Iterator[None]:
@@ -144,7 +139,7 @@ class CacheRun:
             slots = None if known is None else self._slots_for(call, known)
             if known is None or slots is None:
                 return self._past_the_cache(call, compute, found)
-            kind = self._possible_kind(slots)
+            kind = self._possible_kind(slots) if found is None else Kind.FULL
             if kind is Kind.CONSERVATIVE and not self._placing.may_replay(call):
                 kind = Kind.FULL
             result = self._carry_out(kind, call, slots, compute, known, found)
@@ -154,12 +149,15 @@ class CacheRun:
             return result
         except StoreFullError:
             call.abandoned()
-            with self._lock:
-                self._is_disabled = True
-                self._slots.clear()
-                self._linears.clear()
+            self._disable()
             self.notify("no memory is left for the cache: the rest of this run is computed in full")
             return self._past_the_cache(call, compute)
+
+    def _disable(self) -> None:
+        with self._lock:
+            self._is_disabled = self._is_explained = True
+            self._slots.clear()
+            self._layers.clear()
 
     def close(self, is_complete: bool = False) -> RunReport:
         """Frees every tensor, whatever state the run is in, and returns the finished report."""
@@ -170,10 +168,11 @@ class CacheRun:
             for text in unsaid(self.report, self._timeline, self._is_explained):
                 self.notify(text)
         self._slots.clear()
+        self._placing.clear()
         if self._corrector is not None:
             self.report.corrected = self._corrector.corrected
             self._corrector.clear()
-        self._linears.clear()
+        self._layers.clear()
         if is_complete:  # after an error the device may not answer, and the error matters more than its times
             for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
                 evaluation.ms = self._stopwatch.milliseconds(start, end)
@@ -188,8 +187,6 @@ class CacheRun:
             self.report.notices.append(text)
         self._say(text)
 
-    # -- between evaluations ----------------------------------------------------------------------------
-
     def _look_back(self) -> None:
         """What the evaluation before left: values that are not finite, known only now as reading them makes a GPU wait."""
         kept, answered = self._slots.checked()
@@ -199,6 +196,9 @@ class CacheRun:
                 self._corrector.clear()
         if not answered:
             self.notify("forecasts left the range of float16: there, the values of the last full evaluation were used")
+        if not self._slots.is_steady():
+            self._disable()
+            self.notify("full evaluations have nothing in common that could be reused: the rest of this run is computed in full")
         if self._lacks_input:
             self._lacks_input = False
             self._slots.without_inputs(self._strategy.predictor.history)
@@ -289,29 +289,37 @@ class CacheRun:
             self._fill_without_input(slots, str(reason))
             return self._carry_out(Kind.FULL, call, slots, compute, known)
         except UnsupportedCallError as reason:
+            if isinstance(reason, UnsteadyError):
+                self._placing.refuse(call, str(reason))
             return self._refused(kind, call, compute, str(reason))
         except FAILURES as error:
             if kind is not Kind.AGGRESSIVE or isinstance(error, torch.OutOfMemoryError):
                 raise
             return self._refused(kind, call, compute, f"{type(error).__name__}: {error}")
+        if not self._judged(kind, call, compute, result, engine):
+            return None
+        with self._lock:
+            self._accounts.add(self._evaluation, engine, strategy, kind)
+        return result
+
+    def _judged(self, kind: Kind, call: ModelCall, compute: Callable[[], Tensor], result: Tensor, engine: EngineCall) -> bool:
+        """Whether an answer is to be used. Of a full evaluation also whether what it kept is: that is proved where it is due."""
+        is_full, keeps = kind is Kind.FULL, True
         if not engine.is_touched:
             self.notify("another node answered for the model in some evaluations; the cache does not see those")
         elif not engine.is_finished:
             self.notify("another node replaced the model's first or last block: computed in full, nothing cached")
-            if kind is not Kind.FULL:
-                return None
-            for slot in slots:  # what was kept so far does not belong together
-                slot.reset(slot.signature)
-        elif kind is Kind.FULL and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine):
+            keeps = False
+        elif is_full and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine, self._evaluation.index):
             self.notify("what was found out about this model does not hold any more: it is looked at anew")
-            for slot in slots:
-                slot.reset(slot.signature)
-        elif kind is Kind.FULL and engine.keeps_sublayers and not self._placing.prove_replays(call, compute, result, engine, self.store):
+            keeps = False
+        elif is_full and engine.keeps_sublayers and not self._placing.prove_replays(call, compute, result, engine, self.store):
             self._is_explained = True
             self.notify("this model's blocks are not as described: conservative evaluations are computed in full")
-        with self._lock:
-            self._accounts.add(self._evaluation, engine, strategy, kind)
-        return result
+        if is_full and not keeps:
+            for slot in engine.slots:  # what was kept so far does not belong together
+                slot.reset(slot.signature)
+        return is_full or keeps
 
     def _kept(self, engine: EngineCall, found: Discovered) -> Tensor:
         """The answer of an evaluation that was watched, with what it showed kept."""
@@ -366,11 +374,13 @@ class CacheRun:
         engine.on_enter = self._entered
         engine.unrecorded = self.store.unrecorded
         engine.keeps_sublayers = is_full and self.plan.has(Kind.CONSERVATIVE, step)
-        engine.keeps_hidden = is_full and not engine.place.is_whole and not self._placing.is_proved(call)
+        engine.keeps_hidden = is_full and not engine.place.is_whole and not self._placing.is_proved(call, known, self._evaluation.index)
+        engine.sketches = self._placing.sketches(call) if kind is Kind.AGGRESSIVE else {}
         if strategy.predictor.uses_input:
             engine.given = ModelInput(self.family, call.model, self.store.unrecorded)
         if kind is Kind.CALIBRATED or (is_full and self.plan.has(Kind.CALIBRATED, step)):
-            engine.linears = self._bound_linears(call.model, known)
+            with self._lock:
+                engine.linears = self._layers.of(call.model, known)
         if is_full and self._kind is kind and engine.keeps_sublayers and engine.linears is None and self._follows_a_skip(step):
             engine.rests = resting(engine)
         return engine
@@ -379,33 +389,12 @@ class CacheRun:
         """Whether the step before is not full. Warm-ups, tails and what else is full twice in a row are to be exact."""
         return step > 0 and self.plan[step - 1] is not Kind.FULL
 
-    def linear_sites(self, model: nn.Module, known: Known) -> list[LinearSite]:
-        """The linear layers that calibrated evaluations can answer for."""
-        return find_linears(self.family, known.linears, model)
-
-    def _bound_linears(self, model: nn.Module, known: Known) -> CalibratedLinears:
-        """The linear layers that the model has in this run: since the strategy was made, other nodes may have replaced some."""
-        with self._lock:
-            if known not in self._linears:
-                assert self._strategy.factors is not None, "plans with calibrated evaluations are refused without factors"
-                self._linears[known] = CalibratedLinears.bind(self.linear_sites(model, known), self._strategy.factors)
-            return self._linears[known]
-
     def _entered(self, engine: EngineCall) -> None:
         """When a call reaches its first block: puts the factors in place, and foretells the bytes of slots that are new."""
         new = [slot for slot in engine.slots if not slot.predicted_bytes]
         if engine.linears is None and not new:  # without the lock, which torch.compile cannot trace
             return
         with self._lock:
-            if engine.linears is not None:
-                self._linears[engine.known] = engine.linears = self._placed(engine.linears, engine)
+            self._layers.put_in_place(engine)
             if new:
                 self._accounts.predict(engine, new, self._slots, self._strategy, self._evaluation.step)
-
-    def _placed(self, linears: CalibratedLinears, engine: EngineCall) -> CalibratedLinears:
-        ready = [bound for bound in self._linears.values() if bound.place == (engine.device, engine.dtype)]
-        try:
-            with self.store.unrecorded():
-                return linears.placed(engine.device, engine.dtype, ready[0].factors if ready else {})
-        except torch.OutOfMemoryError as error:
-            raise StoreFullError from error

@@ -267,7 +267,16 @@ def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **
 
 
 def _carried_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return run.model_call(_describe(executor.class_obj, x, options, _shapes(args, kwargs)), lambda: executor(x, *args, **kwargs))
+    call = _describe(executor.class_obj, x, options, _shapes(args, kwargs))
+    return run.model_call(call, lambda: executor(x, *args, **_with_own_control(kwargs)))
+
+
+def _with_own_control(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A ControlNet's residuals in lists of their own: some networks take them off the list, and a call may be made more than once."""
+    control = kwargs.get("control")
+    if not isinstance(control, dict):
+        return kwargs
+    return {**kwargs, "control": {name: list(item) if isinstance(item, list) else item for name, item in control.items()}}
 
 
 def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) -> ModelCall:

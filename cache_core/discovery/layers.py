@@ -10,6 +10,7 @@ from torch import nn
 
 from .watch import Spec
 
+_FEW = 3  # vectors a row, for as many kinds of frames, say; tokens are more
 LayerKey = tuple[str, int, str]  # path of the list, index of the block, dotted path inside the block
 
 
@@ -32,16 +33,17 @@ def linear_layers(path: str, blocks: Sequence[nn.Module]) -> Iterator[tuple[Laye
 
 
 def token_layers(given: Mapping[LayerKey, Sequence[Spec]], rows: int, axis: int | None) -> dict[LayerKey, LayerCall]:
-    """Of layers that were given such inputs, those that get several tokens of every batch row.
+    """Of layers that were given such inputs, those that get tokens of every batch row.
 
-    A modulation gets one vector a row, an expert whichever tokens are sent to it, side by side. axis: the batch of the hidden state.
+    A modulation gets one vector a row, or a few; an expert whichever tokens are sent to it, side by side. axis: the batch of the hidden
+    state.
     """
     found = {}
     for key, specs in given.items():
         batch = _batch(specs, rows, axis)
         if batch is not None and all(len(spec.shape) >= 3 and spec.shape[batch] % rows == 0 for spec in specs):
             tokens = tuple(prod(spec.shape[:-1]) // rows for spec in specs)
-            if min(tokens) > 1:
+            if min(tokens) > _FEW:
                 found[key] = LayerCall(tokens, batch)
     return found
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ..refusals import UnsteadyError
+from .place import Place
+from .trees import Path
+
 _FEWEST = 32  # tokens, below which tokens in another order may agree by chance
 _LEAST = 0.1
+_CHANNELS = 8
+
+
+def sketch(tokens: Tensor) -> Tensor:
+    """A few channels (B, L, 8) of tokens (B, L, C), in float32: enough to see whether the same tokens lie there in another evaluation."""
+    stride = max(1, tokens.shape[-1] // _CHANNELS)
+    return tokens[..., ::stride][..., :_CHANNELS].float().clone()
 
 
 def persists(before: Tensor, now: Tensor) -> Tensor:
@@ -23,3 +37,15 @@ def persists(before: Tensor, now: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=now.device)
     one, other = (tensor.float() - tensor.mean(1, keepdim=True, dtype=torch.float32) for tensor in (before.to(now.device), now))
     return ~((one * other).sum() < _LEAST * one.norm() * other.norm())
+
+
+def sketches(place: Place, given: Sequence[Tensor | None]) -> dict[Path, Tensor]:
+    """Of what the answering block is given in the place of every tensor that is kept, by the path of that."""
+    pairs = [(replace(kept, tokens=None), tensor) for kept, tensor in zip(place.kept, given)]
+    return {kept.out: sketch(kept.of(tensor)) for kept, tensor in pairs if tensor is not None}
+
+
+def check_order(before: Mapping[Path, Tensor], now: Mapping[Path, Tensor]) -> None:
+    """Raises UnsteadyError where a skip is given other tokens, or in another order, than the one before. Waits for the device."""
+    if not all(bool(persists(before[path], now[path])) for path in before.keys() & now.keys()):
+        raise UnsteadyError("tokens lie in another order than before")

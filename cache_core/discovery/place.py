@@ -80,11 +80,11 @@ class Kept:
         return part.reshape(self.shape[self.rows], *moved).movedim(0, self.rows)
 
 
-class Site(NamedTuple):
-    """A block: its list and its index there."""
+class Position(NamedTuple):
+    """A block: its list and its number there."""
 
     path: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Place:
     """
 
     passed: tuple[Passed, ...]
-    first: Site
+    first: Position
     kept: tuple[Kept, ...]
     reason: str = ""
     is_joint: bool = False
 
     @property
-    def last(self) -> Site:
-        return Site(self.passed[-1].path, self.passed[-1].last)
+    def last(self) -> Position:
+        return Position(self.passed[-1].path, self.passed[-1].last)
 
     @property
     def is_whole(self) -> bool:
@@ -118,8 +118,8 @@ class Place:
             return f"whole output ({self.reason})"
         return f"found and proved: skips {', '.join(passed.path for passed in self.passed)}"
 
-    def block(self, network: nn.Module, site: Site) -> nn.Module:
-        return next(passed for passed in self.passed if passed.path == site.path).blocks(network)[site.index]
+    def block(self, network: nn.Module, position: Position) -> nn.Module:
+        return next(passed for passed in self.passed if passed.path == position.path).blocks(network)[position.number]
 
     def since(self, path: str) -> Place:
         """The same without the lists that run before the one at `path`: what they make is needed."""
@@ -127,7 +127,7 @@ class Place:
         if path not in paths:
             return self
         passed = self.passed[paths.index(path) :]
-        return replace(self, passed=passed, first=Site(passed[0].path, passed[0].first))
+        return replace(self, passed=passed, first=Position(passed[0].path, passed[0].first))
 
     def hidden(self, result: Any) -> list[Tensor]:
         """What is kept of the answering block's result, each (B, L, C). Raises UnsupportedCallError where it is not there."""
@@ -144,7 +144,7 @@ class Place:
         overrides: list[Override] = []
         for passed in self.passed:
             for index, (block, template) in enumerate(zip(passed.blocks(network), passed.templates, strict=True)):
-                is_last = Site(passed.path, index) == self.last
+                is_last = Position(passed.path, index) == self.last
                 overrides.append((block, self._answering(template, answer, unrecorded) if is_last else _passing(template)))
         return overrides
 

@@ -18,11 +18,12 @@ _MOST = 32  # signatures of one network, before the one found first is forgotten
 
 @dataclass(eq=False)
 class Known:
-    """Of one network and one signature. place: None where nothing may be cached, with the `reason`. conds: in a call.
+    """Of one network and one signature. It holds no modules and no tensors.
 
+    place: None where nothing may be cached, with the `reason`. conds: in a call. rows: of the batch, of all conds together.
     macs: multiply-adds of a full evaluation, all rows together. costs: of other evaluations, by what they are like; filled in as they
     are first carried out. linears: layers inside the place's stacks that are given tokens. sublayers: tokens and channels, of every
-    batch row, of what conservative evaluations keep. It holds no modules and no tensors.
+    batch row, of what conservative evaluations keep. is_confirmed: whether the place was proved in a later evaluation of a run too.
     """
 
     place: Place | None
@@ -33,6 +34,7 @@ class Known:
     costs: dict[Hashable, float] = field(default_factory=dict)
     linears: Mapping[LayerKey, LayerCall] = field(default_factory=dict)
     sublayers: tuple[tuple[int, int], ...] = ()
+    is_confirmed: bool = False
 
     @property
     def kept_of_a_row(self) -> tuple[tuple[int, int], ...]:
@@ -59,7 +61,8 @@ class Places:
         self._known: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Known]] = weakref.WeakKeyDictionary()
 
     def of(self, network: nn.Module, signature: Hashable) -> Known | None:
-        return self._known.get(network, {}).get(signature)
+        own = self._known.get(network)
+        return None if own is None else own.get(signature)
 
     def remember(self, network: nn.Module, signature: Hashable, known: Known) -> None:
         own = self._known.setdefault(network, OrderedDict())
@@ -68,7 +71,9 @@ class Places:
             own.popitem(last=False)
 
     def forget(self, network: nn.Module, signature: Hashable) -> None:
-        self._known.get(network, {}).pop(signature, None)
+        own = self._known.get(network)
+        if own is not None:
+            own.pop(signature, None)
 
     def latest(self, network: nn.Module) -> Known | None:
         """What was found last; for a forecast of costs."""

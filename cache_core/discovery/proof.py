@@ -16,7 +16,8 @@ from ..overrides import forward_overrides, uncompiled
 from ..refusals import UnsupportedCallError
 from ..store import Unrecorded
 from .flops import counted
-from .place import Kept, Passed, Place, Site
+from .persistence import sketches
+from .place import Kept, Passed, Place, Position
 from .stacks import Stack, stack_of
 from .state import untouched
 from .trees import Path, mapped, tensors
@@ -91,6 +92,7 @@ class Prover:
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
         self._allowed = math.inf  # how far answers may be apart, beside what rounding allows
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
+        self.sketches: dict[Path, Tensor] = {}  # of what the answering block was given in a skip, by path of what it answered
         self._pieces = conds if conds > 1 else self.rows  # conds, or the pictures of one
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
@@ -100,9 +102,10 @@ class Prover:
         """
         is_asked = False
 
-        def put_in(_given: list[Tensor | None]) -> list[Tensor]:
+        def put_in(given: list[Tensor | None]) -> list[Tensor]:
             nonlocal is_asked
             is_asked = True
+            self.sketches |= sketches(place, given)
             return [tensor.clone() for tensor in hidden]
 
         with forward_overrides(place.skip(self._network, put_in, self._unrecorded)):
@@ -131,8 +134,8 @@ class Prover:
             if found is not None:
                 return found
         with own_random_numbers(), untouched(self._network):
-            again = self._compute()
-        if not is_equal(self._answer, again, torch.float32):
+            again = self._run_again()
+        if again is None or not is_equal(self._answer, again, torch.float32):
             return Found(None, reason="it does not answer the same twice")
         return self._whole(watched, "a skip that puts its hidden state back does not answer the same")
 
@@ -250,6 +253,15 @@ class Prover:
         except FAILURES:
             return None
 
+    def _run_again(self) -> Any:
+        """The answer without a skip, None where the network does not run twice on the same inputs."""
+        try:
+            return self._compute()
+        except torch.OutOfMemoryError:
+            raise
+        except FAILURES:
+            return None
+
     def _is_same(self, answer: Any, hidden: Sequence[Tensor]) -> bool:
         return answer is not None and self._is_near(self._answer, answer, hidden)
 
@@ -263,7 +275,7 @@ class Prover:
             axes = [None] * len(axes)
         kept = tuple(Kept(path, None, tensor.shape, tensor.dtype, axis) for (path, tensor), axis in zip(found, axes))
         template = mapped(watched.output, lambda _path, leaf: None if isinstance(leaf, Tensor) else leaf)
-        place = Place((Passed("", (template,)),), Site("", 0), kept, reason, is_joint=None in axes)
+        place = Place((Passed("", (template,)),), Position("", 0), kept, reason, is_joint=None in axes)
         return Found(place, _parts(place, dict(found)), reason)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .place import Kept, Passed, Site
+from .place import Kept, Passed, Position
 from .trees import Given, Path, leaves, mapped
 from .watch import BlockCall, ListCalls, Spec
 
@@ -26,8 +26,8 @@ class Stack(NamedTuple):
     ends: float
 
     @property
-    def first(self) -> Site:
-        return Site(self.passed.path, self.passed.first)
+    def first(self) -> Position:
+        return Position(self.passed.path, self.passed.first)
 
     @property
     def bytes(self) -> int:

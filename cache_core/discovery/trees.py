@@ -53,9 +53,11 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
     """A copy with `new` at `path`; what does not lie on the way is shared."""
     if not path:
         return new
-    items = dict(value) if isinstance(value, Mapping) else list(value)
+    if isinstance(value, Mapping):
+        return {**value, path[0]: replaced(value[path[0]], path[1:], new)}
+    items = list(value)
     items[path[0]] = replaced(items[path[0]], path[1:], new)
-    return items if isinstance(value, Mapping) else _row_like(value, items)
+    return _row_like(value, items)
 
 
 def mapped(value: Any, leaf_of: Any, path: Path = ()) -> Any:

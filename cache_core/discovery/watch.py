@@ -96,7 +96,7 @@ def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
         if not name or any(name.startswith(f"{other}.") for other in found):
             continue
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            blocks = list(module.values() if isinstance(module, nn.ModuleDict) else module)
+            blocks = [block for block in module._modules.values() if block is not None]  # whatever a node makes of going through it
         elif isinstance(module, nn.Sequential) and len(module) > 1 and len({type(block) for block in module}) == 1:
             blocks = list(module)
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..discovery.place import Place
 from ..discovery.places import Known
-from ..discovery.trees import tensors
+from ..discovery.trees import Path, tensors
 from ..families.base import ModelFamily
 from ..overrides import Override, around
 from ..store import StoreFullError, Unrecorded
@@ -37,7 +37,8 @@ class EngineCall:
     is_trial: whether a conservative evaluation is to leave what is kept as it is.
     is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
     last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
-    hidden: the copies. device: of what the first block is given.
+    hidden: the copies. sketches: of what the answering block was given in a proof before, for the first skip (see `persistence`).
+    device: of what the first block is given.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class EngineCall:
     is_touched: bool = False
     is_finished: bool = False
     hidden: Sequence[Tensor] = ()
+    sketches: Mapping[Path, Tensor] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:

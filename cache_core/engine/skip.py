@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..discovery.persistence import check_order, sketches
 from ..overrides import forward_overrides
 from ..predictors import Predictor
 from ..store import FeatureStore
@@ -27,6 +28,8 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
 
     def answer(given: Sequence[Tensor | None]) -> list[Tensor]:
         call.is_touched = True
+        if call.sketches:
+            check_order(call.sketches, sketches(call.place, given))
         hidden = [_filled(call, predictor, store, number, like) for number, like in enumerate(given)]
         call.is_finished = True
         return hidden

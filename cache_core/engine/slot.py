@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..discovery.persistence import persists
 from ..store import Feature, FeatureStore
 
 SiteKey = tuple[str, int, str]  # stack path, block index, site name
@@ -47,6 +48,7 @@ class Slot:
         self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
         self._kept: list[Tensor] = []  # a sum of each hidden state not checked yet, finite where all of it is; reading it now would
         self._answered: list[Tensor] = []  # make a GPU wait. The same of answers
+        self._alike: list[Tensor] = []  # whether the second hidden state is of the same tokens as the first
         self._store = store
         self.history = history
 
@@ -59,6 +61,10 @@ class Slot:
             self._drop(self.anchors.pop())
         if len(self.anchors) == self.history:
             self._drop(self.anchors.pop(0))
+        if len(self.anchors) == 1:
+            with self._store.unrecorded():
+                before = [self._store.load(feature, tensor) for feature, tensor in zip(self.anchors[0].hidden, hidden)]
+                self._alike += [persists(one, other) for one, other in zip(before, hidden)]
         kept = tuple(self._store.put(tensor) for tensor in hidden)
         self.anchors.append(Anchor(time, kept, None if tokens is None else self._store.put(tokens)))
         with self._store.unrecorded():
@@ -67,6 +73,12 @@ class Slot:
     def note_answer(self, hidden: Tensor) -> None:
         """To be told the hidden state that a skipped evaluation was going to answer with, where that may not be finite."""
         self._answered.append(hidden.sum(dtype=torch.float32))
+
+    def is_steady(self) -> bool:
+        """Whether what was kept last is of the same tokens, in the same order, as what was kept before."""
+        alike = all(bool(each) for each in self._alike)
+        self._alike.clear()
+        return alike
 
     def checked(self) -> tuple[bool, bool]:
         """Whether all that was kept, and all that was to be answered since the last check, is finite. What is not kept well is given up."""
@@ -106,6 +118,7 @@ class Slot:
         self.anchors.clear()
         self._rests.clear()
         self._kept.clear()
+        self._alike.clear()
         self.signature = signature
 
     def _replace(self, features: dict[SiteKey, Feature], key: SiteKey, value: Tensor) -> None:
@@ -162,6 +175,11 @@ class SlotTable:
         """Whether all slots kept, and answered, nothing but finite values since the last check; see `Slot.checked`."""
         results = [slot.checked() for slot in self._slots.values()]
         return all(kept for kept, _ in results), all(answered for _, answered in results)
+
+    def is_steady(self) -> bool:
+        """Of all slots; see `Slot.is_steady`."""
+        unsteady = [slot for slot in self._slots.values() if not slot.is_steady()]  # every one is asked, and forgets
+        return not unsteady
 
     def next_pass(self) -> None:
         """Another pass over the conds of this evaluation begins."""

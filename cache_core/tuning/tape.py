@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..discovery.places import Known
 from ..engine import Slot
-from ..engine.linear_sites import LinearSite
+from ..engine.linear_sites import LinearSite, find_linears
 from ..kinds import Kind
 from ..model_call import ModelCall
 from ..opening import Opening
@@ -124,7 +124,7 @@ class TapedRun(CacheRun):
             self._evaluation.add_call(kind, 0.0, 0.0)  # played back is not answered by another node
             return entry.output.to(self._device)
         if self._listen is not None:  # what was watched already went unheard
-            with self._listen(call, self.linear_sites(call.model, known)):
+            with self._listen(call, find_linears(self.family, known.linears, call.model)):
                 result = super()._carry_out(kind, call, slots, compute, known)
         else:
             result = super()._carry_out(kind, call, slots, compute, known, found)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from calibrator_calls import calibrator
 from comfy.model_patcher import ModelPatcher
-from comfyui_duca.cache_core import run
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.sidecar import read
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
+from comfyui_duca.cache_core.tuning import tape
 from comfyui_duca.nodes import calibrations, sidecars, svd_calibrator
 from comfyui_duca.nodes.demo_flux import load_demo_model
 
@@ -84,7 +84,7 @@ def only_forecast(kept) -> Path:
 @pytest.fixture
 def few_layers(monkeypatch) -> None:
     """Of which factors are made: all of them take seconds."""
-    monkeypatch.setattr(run, "find_linears", lambda *given: find_linears(*given)[:4])
+    monkeypatch.setattr(tape, "find_linears", lambda *given: find_linears(*given)[:4])
 
 
 @pytest.fixture

@@ -160,4 +160,4 @@ def test_random_numbers_are_those_without_a_cache(name):
 def test_few_tries(name):
     """Calls of the network in the first evaluation, with both conds in one call: the full one and skips."""
     case = SERVED[name]
-    assert driven(case, case.make(), plan="FF").tries[0] <= 8
+    assert driven(case, case.make(), plan="FF").tries[0] <= 10
