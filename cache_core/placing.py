@@ -91,12 +91,12 @@ class Placing:
         layers = self._layers(call.model)
         given, sublayers = self._input(call.model), list[tuple[int, int]]()
         overrides = [*(given.overrides() if given is not None else ()), *self._noting_sublayers(call.model, sublayers)]
-        with forward_overrides(overrides), watching(call.model, layers, self._unrecorded) as watched:
+        with forward_overrides(overrides), watching(call.model, layers, self._unrecorded, self._places.bookkeeping) as watched:
             result = compute()
         discovered = Discovered(result, watched.macs)
         if watched.output is None:
             return discovered
-        prover = Prover(call.model, _again(call, compute), result, len(call.conds), self._unrecorded)
+        prover = Prover(call.model, _again(call, compute), result, len(call.conds), self._unrecorded, self._places.bookkeeping)
         found = prover.find(watched)
         with self._lock:
             is_inside = found.place is not None and not found.place.is_whole
@@ -117,7 +117,7 @@ class Placing:
 
         Raises StoreFullError where memory ends meanwhile.
         """
-        prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded)
+        prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded, self._places.bookkeeping)
         if not all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(answer)):
             return True  # it tells nothing; what was kept is given up anyway
         given = self._input(call.model)

@@ -32,7 +32,9 @@ from .run_book import RunBook
 
 _FEW_STEPS = 8  # below this, and where fewer are computed than the number below, fewer steps were better in docs/benchmarks.md
 _FEW_COMPUTED = 4
-_places = Places()  # of every network that was sampled, for as long as it lives
+# Of every network that was sampled, for as long as it lives. What the host keeps on modules says where weights are and what was fetched:
+# comfy/model_prefetch.py and comfy/ops.py of Comfy-Org/ComfyUI.
+_places = Places(bookkeeping=("_v", "_prefetch", "_comfy_graph", "_pin", "weight_", "bias_", "comfy_"))
 _OpenRun = Callable[[ModelPatcher, torch.Tensor, Any], Any]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Opening, Places, Plan, StoreFormat, Timeline
 from comfyui_duca.cache_core.costs import expected_costs, slot_bytes
-from comfyui_duca.cache_core.discovery.place import Kept, Passed, Place, Site
+from comfyui_duca.cache_core.discovery.place import Kept, Passed, Place, Position
 from comfyui_duca.cache_core.discovery.places import CallShape, Known
 from comfyui_duca.cache_core.discovery.trees import Given as At
 from comfyui_duca.cache_core.engine import EngineCall, Slot, TokenChoice, conservative, listening, skipping
@@ -44,7 +44,7 @@ class Flux1024:
         passed = Passed("double_blocks", (double,) * 19, last=18), Passed("single_blocks", (single,) * 38, last=37)
         shape = torch.Size((1, self.LENGTH, self.WIDTH))
         kept = Kept((), (0, 0), shape, torch.bfloat16, tokens=slice(self.TEXT, self.LENGTH))
-        self.place = Place(passed, Site("double_blocks", 0), (kept,))
+        self.place = Place(passed, Position("double_blocks", 0), (kept,))
         self.store = FeatureStore(StoreFormat())
         self.slot = Slot(self.store, 1)
 

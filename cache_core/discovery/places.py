@@ -55,9 +55,14 @@ class CallShape(NamedTuple):
 
 
 class Places:
-    """Kept by the host for as long as it runs; entries go with their networks."""
+    """Kept by the host for as long as it runs; entries go with their networks.
 
-    def __init__(self) -> None:
+    bookkeeping: what the names of attributes begin with that the host keeps on modules for itself, such as where weights are: they
+    change without the network remembering anything.
+    """
+
+    def __init__(self, bookkeeping: tuple[str, ...] = ()) -> None:
+        self.bookkeeping = bookkeeping
         self._known: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Known]] = weakref.WeakKeyDictionary()
 
     def of(self, network: nn.Module, signature: Hashable) -> Known | None:

@@ -82,13 +82,20 @@ def _apart(a: Tensor, b: Tensor) -> float:
 class Prover:
     """Of one network, in one full evaluation. compute: runs it again on the same inputs. answer: what it returned. conds: in the call.
 
-    unrecorded: see `store.Unrecorded`.
+    unrecorded: see `store.Unrecorded`. bookkeeping: see `Places`.
     """
 
     def __init__(
-        self, network: nn.Module, compute: Callable[[], Any], answer: Any, conds: int, unrecorded: Unrecorded = nullcontext
+        self,
+        network: nn.Module,
+        compute: Callable[[], Any],
+        answer: Any,
+        conds: int,
+        unrecorded: Unrecorded = nullcontext,
+        bookkeeping: tuple[str, ...] = (),
     ) -> None:
-        self._unrecorded = unrecorded
+        self._unrecorded, self._bookkeeping = unrecorded, bookkeeping
+        self._is_tried = False
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
         self._allowed = math.inf  # how far answers may be apart, beside what rounding allows
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
@@ -133,10 +140,12 @@ class Prover:
             found = self._found(chosen, watched.macs, lengths)
             if found is not None:
                 return found
-        with own_random_numbers(), untouched(self._network):
+        with own_random_numbers(), untouched(self._network, self._bookkeeping):
             again = self._run_again()
         if again is None or not is_equal(self._answer, again, torch.float32):
             return Found(None, reason="it does not answer the same twice")
+        if not self._is_tried:
+            return self._whole(watched, "its lists of blocks are less than a fifth of its work")
         return self._whole(watched, "a skip that puts its hidden state back does not answer the same")
 
     # -- one choice of stacks ---------------------------------------------------------------------------
@@ -149,7 +158,7 @@ class Prover:
             return None
         passed = (*(stack.passed for stack in stacks if stack is not answering), answering.passed)
         place, hidden = Place(passed, stacks[0].first, answering.kept), answering.hidden
-        self._allowed = math.inf
+        self._allowed, self._is_tried = math.inf, True
         with counted() as cost:
             first = self._tried(place, _parts(place, hidden))
         if not self._is_same(first, _parts(place, hidden)):
@@ -246,7 +255,7 @@ class Prover:
     def _tried(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The answer, None where the network does not run so."""
         try:
-            with own_random_numbers(), untouched(self._network), uncompiled():
+            with own_random_numbers(), untouched(self._network, self._bookkeeping), uncompiled():
                 return self.skipped(place, hidden)
         except torch.OutOfMemoryError:
             raise

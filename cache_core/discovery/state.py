@@ -24,17 +24,18 @@ class TensorFact(NamedTuple):
     written: Any
 
 
-def facts_of(network: nn.Module) -> Facts:
+def facts_of(network: nn.Module, bookkeeping: tuple[str, ...] = ()) -> Facts:
     """Numbers and tensors that modules hold beside weights, comparable.
 
-    Layers with a weight of their own are left out: hosts keep books there.
+    Layers with a weight of their own are left out: hosts keep books there. bookkeeping: what the names of other attributes that hosts keep
+    on modules begin with.
     """
     facts: Facts = {}
     for name, module in network.named_modules():
         if _has_weight(module):
             continue
         for key, value in (*module.__dict__.items(), *module._buffers.items()):
-            if key not in _OF_TORCH:
+            if key not in _OF_TORCH and not key.startswith(bookkeeping):
                 facts.update(_facts(value, f"{name}.{key}".lstrip(".")))
     return facts
 
@@ -64,14 +65,16 @@ def _differ(one: Any, other: Any, is_strict: bool) -> bool:
 
 
 @contextmanager
-def untouched(network: nn.Module) -> Iterator[None]:
-    """Around calls that only try something: numbers and tensors that modules have hold of are put back."""
+def untouched(network: nn.Module, bookkeeping: tuple[str, ...] = ()) -> Iterator[None]:
+    """Around calls that only try something: numbers and tensors that modules have hold of are put back. bookkeeping: as in `facts_of`."""
     before = [(own, dict(own)) for own in _attributes(network)]
     try:
         yield
     finally:
         for own, values in before:
             for key in [key for key, value in own.items() if _is_plain(value) and value is not values.get(key, _MISSING)]:
+                if key.startswith(bookkeeping):
+                    continue
                 if key in values:
                     own[key] = values[key]
                 elif key not in _OF_TORCH:

@@ -107,11 +107,16 @@ def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 @contextmanager
-def watching(network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Unrecorded) -> Iterator[Watched]:
-    """Around one full evaluation. layers: whose inputs are to be noted, by any key. The result is complete when the context ends."""
+def watching(
+    network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Unrecorded, bookkeeping: tuple[str, ...] = ()
+) -> Iterator[Watched]:
+    """Around one full evaluation. layers: whose inputs are to be noted, by any key. bookkeeping: see `Places`.
+
+    The result is complete when the context ends.
+    """
     lists = [ListCalls(path, blocks) for path, blocks in lists_of(network).items()]
     watched = Watched(lists)
-    before = facts_of(network)
+    before = facts_of(network, bookkeeping)
     with counted() as macs, uncompiled():
         overrides: list[Override] = []
         for entry in lists:
@@ -125,7 +130,7 @@ def watching(network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Un
         watched.output = None
     for entry in lists:
         entry._before = None
-    watched.compare(before, facts_of(network), [f"{entry.path}." for entry in lists])
+    watched.compare(before, facts_of(network, bookkeeping), [f"{entry.path}." for entry in lists])
     given = (spec for entry in lists for call in entry.calls for spec in call.given.values())
     watched.lengths = {spec.shape[1] for spec in given if len(spec.shape) == 3 and spec.shape[1] > 1}
     watched.lists = [entry for entry in lists if entry.calls and entry.macs >= _LEAST * watched.macs]
