@@ -227,6 +227,8 @@ def test_the_report_counts_evaluations_and_measures_time(model):
     full = statistics.median(e.ms for e in report.evaluations if e.kind is Kind.FULL)
     assert report.time_speedup == pytest.approx(full * 23 / report.total_ms)
     text = report_text(report)
+    assert "place        found and proved: skips double_blocks, single_blocks" in text
+    assert report_data(report)["place"] == report.place
     assert f"23: {report.count(Kind.FULL)} full, 0 calibrated, 0 conservative, {report.count(Kind.AGGRESSIVE)} aggressive" in text
     assert f"{report.compute_speedup:.2f}x less" in text
     assert len(report_data(report)["evaluations"]) == 23
