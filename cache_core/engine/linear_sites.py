@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..discovery.layers import LayerCall, LayerKey
 from ..families.base import ModelFamily
 from ..families.linears import WHOLE, LinearPart
-from ..kinds import Kind
 from ..refusals import UnsupportedCallError
 from ..store import StoreFormat
 from .slot import SiteKey
@@ -107,14 +106,6 @@ class CalibratedLinears:
         factors = {name: ready[name] if name in ready else self.factors[name].to(device=device, dtype=dtype) for name in names}
         return replace(self, factors=factors, place=(device, dtype))
 
-    def extra_macs(self, kind: Kind) -> float:
-        """Multiply-adds per batch row beyond those of the host's own blocks: positive for a full evaluation that keeps
-        what calibrated ones need, negative for a calibrated one. No other kind has any to do with these layers."""
-        if kind is Kind.FULL:
-            return anchor_macs(self.sites, self.factors)
-        assert kind is Kind.CALIBRATED, "the layers of other kinds are not ours"
-        return icc_macs(self.sites, self.factors) - dense_macs(self.sites)
-
     def bytes(self, dtype: torch.dtype, fmt: StoreFormat) -> int:
         """Bytes kept per batch row of a model that computes in `dtype`; the factors themselves are not counted."""
         return icc_bytes(self.sites, self.factors, dtype, fmt)
@@ -188,21 +179,6 @@ def check_shapes(sites: Iterable[LinearSite], factors: Factors) -> None:
                 raise ValueError(f"the factors of {key} are {tuple(a.shape)} and {tuple(b.shape)}: they were made for another model")
 
 
-def dense_macs(sites: Iterable[LinearSite]) -> float:
-    """Multiply-adds of the layers in a full evaluation, per batch row."""
-    return float(sum(sum(site.tokens) * site.in_features * site.out_features for site in sites))
-
-
-def icc_macs(sites: Iterable[LinearSite], ranks: Ranks) -> float:
-    """Multiply-adds of the layers in a calibrated evaluation, per batch row: tokens · rank · (inputs + outputs) over all parts."""
-    return float(sum(sum(site.tokens) * n for site in sites for n in _part_weights(site, ranks)))
-
-
-def anchor_macs(sites: Iterable[LinearSite], ranks: Ranks) -> float:
-    """Multiply-adds that a full evaluation costs more per batch row for z_c: tokens · rank · inputs over all parts."""
-    return float(sum(sum(site.tokens) * sum(site.ranks(ranks)) * site.in_features for site in sites))
-
-
 def icc_bytes(sites: Iterable[LinearSite], ranks: Ranks, dtype: torch.dtype, fmt: StoreFormat = StoreFormat()) -> int:
     """Bytes kept per batch row of a model that computes in `dtype`: tokens · (out_features + sum of ranks) · bytes of a number."""
     total = 0
@@ -214,7 +190,3 @@ def icc_bytes(sites: Iterable[LinearSite], ranks: Ranks, dtype: torch.dtype, fmt
 
 def _size(place: slice | None, whole: int) -> int:
     return whole if place is None else len(range(whole)[place])
-
-
-def _part_weights(site: LinearSite, ranks: Ranks) -> list[int]:
-    return [rank * (site.in_features + site.outputs(part)) for part, rank in zip(site.parts, site.ranks(ranks))]
