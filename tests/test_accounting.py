@@ -49,7 +49,7 @@ class Flux1024:
         self.slot = Slot(self.store, 1)
 
     def call(self, **more) -> EngineCall:
-        return EngineCall(self.network, self.place, FLUX, [self.slot], 1.0, TokenChoice(0.1, 0), **more)
+        return EngineCall(self.network, self.shape.known, FLUX, [self.slot], 1.0, TokenChoice(0.1, 0), **more)
 
     @torch.inference_mode()
     def macs(self, engine: AbstractContextManager) -> float:

@@ -46,11 +46,11 @@ class Driver:
         self.network, self.linears = network, CalibratedLinears(tuple(sites), factors)
         self.store = FeatureStore(fmt)
         self.slots = {cond: Slot(self.store, 1) for cond in conds}
-        self.places = {number: known_of(network, SIZE, number).place for number in range(1, len(conds) + 1)}
+        self.known = {number: known_of(network, SIZE, number) for number in range(1, len(conds) + 1)}
 
     def call(self, conds, sigma) -> EngineCall:
         return EngineCall(
-            model=self.network, place=self.places[len(conds)], family=FLUX, slots=[self.slots[c] for c in conds], time=sigma,
+            model=self.network, known=self.known[len(conds)], family=FLUX, slots=[self.slots[c] for c in conds], time=sigma,
             choice=TokenChoice(0.0, 0), linears=self.linears,
         )  # fmt: skip
 
@@ -317,9 +317,8 @@ def test_macs_are_those_torch_counts(network, sites, small_factors):
 
     x, *others = inputs(0)
     full = counted(torch.inference_mode()(network), x, torch.ones(2), *others)
-    parts = [
-        (sum(site.tokens), rank, site.in_features, site.outputs(part)) for site in sites for part, rank in zip(site.parts, site.ranks(8))
-    ]
+    ranks = [(site, part, rank) for site in sites for part, rank in zip(site.parts, site.ranks(8))]
+    parts = [(sum(site.tokens), rank, site.in_features, site.outputs(part)) for site, part, rank in ranks]
     anchor = full + sum(tokens * rank * inputs for tokens, rank, inputs, _ in parts)
     assert counted(driver.full, "ab", 1.0, *inputs(0)) == pytest.approx(anchor, rel=1e-3)
     expected = full + sum(tokens * (rank * (ins + outs) - ins * outs) for tokens, rank, ins, outs in parts)
