@@ -18,7 +18,8 @@ start()
 import comfy.ops
 import torch
 from comfy.ldm.flux.model import Flux
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Timeline
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Places, Timeline
+from comfyui_duca.cache_core.discovery.places import Known
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.kinds import Plan
 from comfyui_duca.cache_core.overrides import forward_overrides
@@ -65,6 +66,15 @@ class Overhead:
         steps = len(plan)
         timeline = Timeline([1 - i / steps for i in range(steps + 1)])
         return CacheRun(Strategy(Planned(plan), predictor, share), timeline, range(steps), FLUX, torch.device("cpu"))
+
+    def known(self) -> Known:
+        """What a run finds out about the network."""
+        places = Places()
+        run = CacheRun(Strategy(Planned("Fa"), Reuse()), Timeline([1.0, 0.5, 0.0]), range(2), FLUX, torch.device("cpu"), places=places)
+        self.evaluate(run, 0)
+        found = places.latest(self.network)
+        assert found is not None
+        return found
 
     def timed(self, work) -> float:
         begin = time.perf_counter()

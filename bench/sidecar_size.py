@@ -23,7 +23,7 @@ from comfyui_duca.cache_core.calibration.sidecar import About, read, write
 from comfyui_duca.cache_core.calibration.statistics import Moments
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.families.flux import FLUX
-from overhead import CONFIG, make_network
+from overhead import CONFIG, Overhead
 
 RANK, NODES, DIRECTIONS = 128, 32, 128
 CHANNELS, INPUTS = 3072, 64
@@ -64,9 +64,12 @@ def forecast(times: list[float]) -> tuple[Forecast, float]:
 
 def main() -> None:
     times = [1 - i / NODES for i in range(NODES)]
-    network = make_network()
+    bench = Overhead()
+    network = bench.network
+    with torch.inference_mode():
+        known = bench.known()
     fingerprint = Fingerprint.of(network.named_parameters())
-    sites = find_linears(FLUX, network)
+    sites = find_linears(FLUX, known.linears, network)
     before, began = peak(), time.time()
     tensors, energy = factorise_sites(sites, RANK, "svd", None, torch.bfloat16, torch.device("cpu"))
     seconds, grown = time.time() - began, peak() - before
