@@ -19,10 +19,16 @@ Answer = Callable[[list[Tensor | None]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """In place of a template: the block was not called, so what it returns is not known. Guidance leaves layers out (SLG)."""
+
+
+@dataclass(frozen=True)
 class Passed:
     """A list of blocks that a skip does not run. path: of the list on the network, "" for the network itself as the only block.
 
-    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given. first, last: by order of calls.
+    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given, or `LeftOut`. first, last: by
+    order of calls.
     """
 
     path: str
@@ -171,6 +177,8 @@ class Place:
 
 def _passing(template: Any) -> Callable[[Forward], Forward]:
     def passed(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(template, LeftOut):
+            raise UnsupportedCallError("a block is called that was left out before")
         try:
             return filled(template, args, kwargs)
         except LookupError as error:

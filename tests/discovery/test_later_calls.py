@@ -63,6 +63,22 @@ def test_a_block_that_is_left_out_later(out):
     assert skips(found) == ([4] if out == 3 else [1, 2, 4])
 
 
+class Joining(At):
+    """Leaves one block out in the first step alone."""
+
+    def middle(self, h, c, context, t):
+        for i, block in enumerate(self.blocks):
+            h = h if i == 1 and self.step(t) == 0 else block(h, c)
+        return h
+
+
+def test_a_block_that_was_left_out_at_first():
+    """Nobody knows what it would hand on: computed in full, never skipped by what was found without it."""
+    found = checked(Case(Joining, "blocks.3"))
+    assert skips(found) == [4]
+    assert any("left out before" in notice for notice in found.notices)
+
+
 class Experts(At):
     """Another list from the second step on."""
 
