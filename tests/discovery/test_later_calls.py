@@ -177,3 +177,27 @@ def test_few_tries(name):
     """Calls of the network in the first evaluation, with both conds in one call: the full one and skips."""
     case = SERVED[name]
     assert driven(case, case.make(), plan="FF").tries[0] <= 10
+
+
+class ReadingBetween(Toy):
+    """Of a cond by itself the head reads what lies between its lists too, so that one of them must run."""
+
+    def build(self):
+        self.others = nn.ModuleList(Block() for _ in range(4))
+
+    def middle(self, h, c, context, t):
+        for block in self.blocks:
+            h = block(h, c)
+        between = h.clone()
+        for block in self.others:
+            h = block(h, c)
+        return h + between if len(h) == 1 else h
+
+
+def test_what_was_kept_elsewhere_is_no_use():
+    """Conds together keep what the second list gives, and by themselves what the first one does: of the same shape, but not the same."""
+    case, network = Case(ReadingBetween, "others.3", ("blocks", "others")), ReadingBetween()
+    found = driven(case, network, "both")
+    plain = driven(case, network, "both", is_cached=False)
+    assert found.ran[4] == {0, 1}, "together, after a full evaluation apart"
+    assert torch.equal(found.answers[4][0], plain.answers[4][0]) and torch.equal(found.answers[4][1], plain.answers[4][1])
