@@ -13,7 +13,8 @@ from .watch import BlockCall, ListCalls, Spec
 
 
 class Stack(NamedTuple):
-    """A list whose blocks were called once each, or most of them. macs: of all of them; starts, ends: of the model until the first and after the last.
+    """A list whose blocks were called once each, or most of them. macs: of all of them; starts, ends: of the model until the first and
+    after the last.
 
     hidden: copies of the tensors that the last block gave.
     """

@@ -63,6 +63,21 @@ def test_a_block_that_is_left_out_later(out):
     assert skips(found) == ([4] if out == 3 else [1, 2, 4])
 
 
+class LeavingBoth(At):
+    """Leaves the first and the last block out in the second step."""
+
+    def middle(self, h, c, context, t):
+        for i, block in enumerate(self.blocks):
+            h = h if i in (0, 3) and self.step(t) == 1 else block(h, c)
+        return h
+
+
+def test_the_first_and_the_last_block_are_left_out_later():
+    """The blocks between them show that no other node answered for the network: computed in full."""
+    found = checked(Case(LeavingBoth, "blocks.3"))
+    assert skips(found) == [2, 4]
+
+
 class Joining(At):
     """Leaves one block out in the first step alone."""
 
