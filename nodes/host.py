@@ -270,15 +270,21 @@ def _apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **
 
 def _carried_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     call = _describe(executor.class_obj, x, options, _shapes(args, kwargs))
-    return run.model_call(call, lambda: executor(x, *args, **_with_own_control(kwargs)))
+
+    def compute() -> torch.Tensor:
+        own = {name: _own(value) if name == "control" else value for name, value in kwargs.items()}
+        return executor(x, *(arg if arg is options else _own(arg) for arg in args), **own)
+
+    return run.model_call(call, compute)
 
 
-def _with_own_control(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A ControlNet's residuals in lists of their own: some networks take them off the list, and a call may be made more than once."""
-    control = kwargs.get("control")
-    if not isinstance(control, dict):
-        return kwargs
-    return {**kwargs, "control": {name: list(item) if isinstance(item, list) else item for name, item in control.items()}}
+def _own(given: Any) -> Any:
+    """A ControlNet's residuals in lists of their own: some networks take them off the list, and a call may be made more than once. Hosts
+    hand them over by position.
+    """
+    if not isinstance(given, dict):
+        return given
+    return {name: list(item) if isinstance(item, list) else item for name, item in given.items()}
 
 
 def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) -> ModelCall:

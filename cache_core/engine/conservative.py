@@ -36,8 +36,8 @@ class BlockFeatures:
 
     def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor:
         """Writes `fresh` (B, k, C) over the chosen tokens, for good, and returns all tokens."""
-        if self._call.is_trial:
-            return self.whole(site).index_copy(1, tokens, fresh)
+        if self._call.is_trial:  # a sublayer may be shorter than the stream that it is added to
+            return self.whole(site).index_copy(1, tokens, fresh.to(self._like.dtype))
         for feature, rows in zip(self._features(site), self._call.rows(fresh)):
             self._store.write_tokens(feature, tokens, rows)
         return self.whole(site)

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
+from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.engine.linear_sites import Factors
+from comfyui_duca.nodes import host
 from making import Case, text, tiny
 from test_every_family import cached, kinds, known_of, network, report_of, sample, sites_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,10 +67,13 @@ def test_costs_are_those_that_torch_counts(case, model, factors):
 
 
 def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, factors, monkeypatch):
-    """Two pictures each: what is kept of a layer is kept row by row, wherever the batch lies."""
+    """Two pictures each: what is kept of a layer is kept row by row, wherever the batch lies. Once both forms of call are known: the first
+    of its form in the process is computed in full.
+    """
     latent = torch.zeros(2, *case.latent)
+    monkeypatch.setattr(host, "_places", Places())  # nothing is known from before
 
-    def run(is_apart) -> torch.Tensor:
+    def run(is_apart, plan: str = "FiFiiFii") -> torch.Tensor:
         patched, step = cached(model, "FiFiiFii", factors=factors), [0]
         free = comfy.model_management.get_free_memory
         with monkeypatch.context() as patch:
@@ -78,12 +83,13 @@ def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(c
                 positive=case.cond(1), negative=case.cond(2), latent_image=latent, seed=5, disable_pbar=True,
                 callback=lambda number, *_args: step.__setitem__(0, number + 1),
             )  # fmt: skip
-        assert kinds(patched) == "FiFiiFii" and not report_of(patched).notices
+        assert kinds(patched) == plan and not report_of(patched).notices
         assert [evaluation.calls for evaluation in report_of(patched).evaluations] == [1 + is_apart(number) for number in range(8)]
         return result
 
     together = run(lambda _step: False)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
+    run(lambda step: step == 3, "FiFFiFii")
     for is_apart in (lambda step: step in (1, 4, 6), lambda step: step in (0, 2, 5)):
         torch.testing.assert_close(run(is_apart), together, atol=1e-4, rtol=1e-4)
 

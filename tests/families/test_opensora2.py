@@ -29,7 +29,7 @@ def model(fused):
 @pytest.fixture(scope="module")
 def variant(fused) -> Variant:
     case = CASES[1]
-    return Variant(lambda: opensora2(fused), case.latent, case.cond)
+    return Variant(lambda: opensora2(fused), case.latent, 36, case.cond)
 
 
 class Dense(flux_like.Dense):

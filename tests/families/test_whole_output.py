@@ -238,15 +238,18 @@ def test_a_cond_gets_its_own_output_wherever_in_the_batch_it_is():
     assert torch.equal(outputs[2], outputs[1].flip(0)) and not torch.equal(*outputs[2])
 
 
-def test_a_cond_gets_its_own_hidden_state_in_a_model_that_swaps_its_halves():
-    """Hunyuan3D 2.1, inside of which a place is proved."""
+def test_a_model_that_swaps_its_halves_has_one_slot_for_both_conds():
+    """Hunyuan3D 2.1, inside of which a place is proved. What is kept is of both in their order: in the other one it is no use."""
     network = network_of(hunyuan3d_2_1())
-    x, context = torch.randn(2, 64, 24), torch.randn(2, 9, 24)
-    outputs, report = forecast(
-        network, lambda _t: network(x, torch.ones(2), context=context), Places(), Reuse(), [("a", "b"), ("a", "b"), ("b", "a")]
-    )
-    assert report.place == "found and proved: skips blocks" and report.evaluations[2].kind.value == "a"
-    assert torch.equal(outputs[2], outputs[1].flip(0)) and not torch.equal(*outputs[2])
+    x, context, places = torch.randn(2, 64, 24), torch.randn(2, 9, 24), Places()
+    for order, kind in ((("a", "b"), "a"), (("b", "a"), "F")):
+        outputs, report = forecast(
+            network, lambda t: network(x * t, torch.ones(2), context=context), places, Reuse(), [("a", "b"), ("a", "b"), order]
+        )
+        assert report.place == "found and proved: skips blocks" and report.evaluations[2].kind.value == kind
+        assert not torch.equal(*outputs[2]) and report.notices == ["nothing could be skipped in this run"] * (kind == "F")
+        plain = network(x * SIGMAS[2], torch.ones(2), context=context)
+        assert torch.equal(outputs[2], plain) == (kind == "F")
 
 
 def test_a_network_without_blocks_is_computed_in_full():
