@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .discovery.layers import linear_layers, token_layers
-from .discovery.place import Place
 from .discovery.places import Known, Places
 from .discovery.proof import Found, Prover, is_equal, own_random_numbers
 from .discovery.state import untouched
@@ -132,7 +131,7 @@ class Placing:
             engine.known.is_confirmed |= self._proved.get(_key(call), evaluation) != evaluation
             self._proved[_key(call)] = evaluation
             self._sketches[_key(call)] = prover.sketches
-        self._narrow(call, engine.place, engine.given, given)
+        self._narrow(call, engine.known, engine.given, given)
         return True
 
     def prove_replays(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, full: EngineCall, store: FeatureStore) -> bool:
@@ -157,15 +156,13 @@ class Placing:
         """False where conservative evaluations were seen not to answer as full ones do."""
         return self._replayed.get(_key(call), True)
 
-    def _narrow(self, call: ModelCall, place: Place, full: ModelInput | None, skipped: ModelInput | None) -> None:
+    def _narrow(self, call: ModelCall, known: Known, full: ModelInput | None, skipped: ModelInput | None) -> None:
         """Where a skip leaves out what the embedded input is made by, and that input is used: it must run."""
-        if full is None or skipped is None or full.embedded is None or skipped.embedded is None:
+        if full is None or skipped is None or full.embedded is None or skipped.embedded is None or known.place is None:
             return
-        if not is_equal(full.embedded, skipped.embedded, place.kept[0].dtype):
+        if not is_equal(full.embedded, skipped.embedded, known.place.kept[0].dtype):
             with self._lock:
-                known = self._places.of(*_key(call))
-                assert known is not None, "only what is known is proved"
-                fewer = place.since(self._family.stacks[0].path)
+                fewer = known.place.since(self._family.stacks[0].path)
                 self._narrowed[_key(call)] = replace(known, place=fewer, costs={Kind.FULL: known.macs})
 
     def _input(self, network: nn.Module) -> ModelInput | None:

@@ -91,6 +91,17 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
     assert psnr(result, sample(cached(model, **AUTO), steps=STEPS)) > 60
 
 
+@pytest.mark.parametrize("layers", [("1", ""), ("", "1"), ("1", "2")])
+def test_guidance_by_skipped_layers_is_skipped_in_all_lists(model, layers):
+    """Its pass runs some blocks of a list, which is passed through all the same: as little is computed as without such guidance."""
+    guided = SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, *layers).args[0]
+    patched = cached(guided, **AUTO)
+    sample(patched, steps=STEPS)
+    report = last_report(patched)
+    assert kinds(report) == report.plan and not report.notices
+    assert all(e.macs < 0.02 * e.full_macs for e in report.evaluations if e.kind is Kind.AGGRESSIVE)
+
+
 def test_guidance_that_is_always_full_beside_skips_is_no_run_without_any(model):
     """Layers left out at the very beginning make their own pass one that is never skipped; the sampler's own is."""
     guided = SkipLayerGuidanceDiT.execute(

@@ -19,10 +19,16 @@ Answer = Callable[[list[Tensor | None]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """In place of a template: the block was not called, so what it returns is not known. Guidance leaves layers out (SLG)."""
+
+
+@dataclass(frozen=True)
 class Passed:
     """A list of blocks that a skip does not run. path: of the list on the network, "" for the network itself as the only block.
 
-    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given. first, last: by order of calls.
+    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given, or `LeftOut`. first, last: by
+    order of calls.
     """
 
     path: str
@@ -136,16 +142,18 @@ class Place:
         except LookupError as error:
             raise UnsupportedCallError(f"{self.last.path} returns something else") from error
 
-    def skip(self, network: nn.Module, answer: Answer, unrecorded: Unrecorded) -> list[Override]:
+    def skip(
+        self, network: nn.Module, answer: Answer, unrecorded: Unrecorded, reached: Callable[[], None] = lambda: None
+    ) -> list[Override]:
         """A skipped evaluation. answer: given what the answering block is given in the place of every kept tensor, what to put there.
 
-        unrecorded: around what is allocated in the answering block (see `store.Unrecorded`).
+        unrecorded: around what is allocated in the answering block (see `store.Unrecorded`). reached: told of every other block.
         """
         overrides: list[Override] = []
         for passed in self.passed:
             for index, (block, template) in enumerate(zip(passed.blocks(network), passed.templates, strict=True)):
                 is_last = Position(passed.path, index) == self.last
-                overrides.append((block, self._answering(template, answer, unrecorded) if is_last else _passing(template)))
+                overrides.append((block, self._answering(template, answer, unrecorded) if is_last else _passing(template, reached)))
         return overrides
 
     def _answering(self, template: Any, answer: Answer, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:
@@ -169,8 +177,11 @@ class Place:
             raise UnsupportedCallError("a ControlNet, which a skipped evaluation would not see")
 
 
-def _passing(template: Any) -> Callable[[Forward], Forward]:
+def _passing(template: Any, reached: Callable[[], None]) -> Callable[[Forward], Forward]:
     def passed(*args: Any, **kwargs: Any) -> Any:
+        reached()
+        if isinstance(template, LeftOut):
+            raise UnsupportedCallError("a block is called that was left out before")
         try:
             return filled(template, args, kwargs)
         except LookupError as error:

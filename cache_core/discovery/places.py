@@ -37,6 +37,14 @@ class Known:
     is_confirmed: bool = False
 
     @property
+    def features(self) -> Hashable:
+        """What is kept and where: what was kept elsewhere is no use beside it, be it of the same shape."""
+        if self.place is None:
+            return None
+        kept = tuple((each.out, each.tokens and (each.tokens.start, each.tokens.stop)) for each in self.place.kept)
+        return self.place.last, kept, self.kept_of_a_row
+
+    @property
     def kept_of_a_row(self) -> tuple[tuple[int, int], ...]:
         """Tokens and channels of every tensor that is kept, of all rows where they cannot be told apart."""
         kept = () if self.place is None else self.place.kept

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .place import Kept, Passed, Position
+from .place import Kept, LeftOut, Passed, Position
 from .trees import Given, Path, leaves, mapped
 from .watch import BlockCall, ListCalls, Spec
 
 
 class Stack(NamedTuple):
-    """A list whose blocks were called once each. macs: of all of them; starts, ends: of the model until the first and after the last.
+    """A list whose blocks were called once each, or most of them. macs: of all of them; starts, ends: of the model until the first and
+    after the last.
 
     hidden: copies of the tensors that the last block gave.
     """
@@ -35,8 +36,9 @@ class Stack(NamedTuple):
 
 
 def stack_of(watched: ListCalls) -> Stack | None:
-    """None where the list is no stack: blocks are left out or called twice, or hand on nothing of what they were given."""
-    if sorted(call.index for call in watched.calls) != list(range(len(watched.blocks))) or not watched.kept:
+    """None where the list is no stack: blocks are called twice, most are left out, or they hand on nothing of what they were given."""
+    called = {call.index for call in watched.calls}
+    if len(called) < len(watched.calls) or not watched.kept:
         return None
     common = _common(watched.links)
     templates = {call.index: _template(call, common) for call in watched.calls}
@@ -49,7 +51,7 @@ def stack_of(watched: ListCalls) -> Stack | None:
     if not any(isinstance(leaf, Given) for leaf in at_last.values()):
         return None
     return Stack(
-        Passed(watched.path, tuple(templates[index] for index in sorted(templates)), watched.calls[0].index, last.index),
+        Passed(watched.path, tuple(templates.get(i, LeftOut()) for i in range(len(watched.blocks))), watched.calls[0].index, last.index),
         kept,
         watched.kept,
         watched.macs,

@@ -44,7 +44,7 @@ class BlockCall:
 @dataclass
 class ListCalls:
     """The calls of a list's blocks. links: for every call but the first, the path in (args, kwargs) of each tensor that the call before
-    gave, as the same object. kept: copies of what the last block gave.
+    gave, as the same object. kept: copies of what the last block gave, empty where less than half of them were called.
     """
 
     path: str
@@ -152,17 +152,29 @@ def _noting(watched: Watched, entry: ListCalls, index: int, macs: Macs, unrecord
             call.ends = macs.so_far
             call.gave = mapped(result, lambda _path, leaf: _kind(leaf) if isinstance(leaf, Tensor) else leaf)
             call.same = {out: path for out, tensor in tensors(result) if (path := _path_of(tensor, given)) is not None}
-            if len(entry.calls) == len(entry.blocks):
-                if entry.macs >= _LEAST * macs.so_far:
-                    with unrecorded():
-                        entry.kept = {path: tensor.clone() for path, tensor in tensors(result)}  # the host may write into it
-            else:
+            if 2 * len(entry.calls) >= len(entry.blocks) and entry.macs >= _LEAST * macs.so_far:
+                with unrecorded():
+                    _copy(entry.kept, result)
+            if len(entry.calls) < len(entry.blocks):
                 entry._before = result
             return result
 
         return noted
 
     return make
+
+
+def _copy(kept: dict[Path, Tensor], result: Any) -> None:
+    """Copies of a result's tensors, as the host may write into them, in place of those of the block before: which block is the last one is
+    known only when no other follows, as guidance leaves layers out."""
+    found = dict(tensors(result))
+    for path in kept.keys() - found.keys():
+        del kept[path]
+    for path, tensor in found.items():
+        if path in kept and _kind(kept[path]) == _kind(tensor) and kept[path].device == tensor.device:
+            kept[path].copy_(tensor)
+        else:
+            kept[path] = tensor.clone()
 
 
 def _noting_output(watched: Watched, unrecorded: Unrecorded) -> Callable[[Forward], Forward]:

@@ -34,7 +34,10 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
         call.is_finished = True
         return hidden
 
-    return forward_overrides([*call.place.skip(call.model, answer, call.unrecorded), *call.entry()])
+    def reached() -> None:
+        call.is_touched = True  # by any block: hosts and nodes may leave out the first and the last one
+
+    return forward_overrides([*call.place.skip(call.model, answer, call.unrecorded, reached), *call.entry()])
 
 
 def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore, like: Tensor, number: int = 0) -> Tensor:

@@ -63,6 +63,37 @@ def test_a_block_that_is_left_out_later(out):
     assert skips(found) == ([4] if out == 3 else [1, 2, 4])
 
 
+class LeavingBoth(At):
+    """Leaves the first and the last block out in the second step."""
+
+    def middle(self, h, c, context, t):
+        for i, block in enumerate(self.blocks):
+            h = h if i in (0, 3) and self.step(t) == 1 else block(h, c)
+        return h
+
+
+def test_the_first_and_the_last_block_are_left_out_later():
+    """The blocks between them show that no other node answered for the network: computed in full."""
+    found = checked(Case(LeavingBoth, "blocks.3"))
+    assert skips(found) == [2, 4]
+
+
+class Joining(At):
+    """Leaves one block out in the first step alone."""
+
+    def middle(self, h, c, context, t):
+        for i, block in enumerate(self.blocks):
+            h = h if i == 1 and self.step(t) == 0 else block(h, c)
+        return h
+
+
+def test_a_block_that_was_left_out_at_first():
+    """Nobody knows what it would hand on: computed in full, never skipped by what was found without it."""
+    found = checked(Case(Joining, "blocks.3"))
+    assert skips(found) == [4]
+    assert any("left out before" in notice for notice in found.notices)
+
+
 class Experts(At):
     """Another list from the second step on."""
 
@@ -161,3 +192,27 @@ def test_few_tries(name):
     """Calls of the network in the first evaluation, with both conds in one call: the full one and skips."""
     case = SERVED[name]
     assert driven(case, case.make(), plan="FF").tries[0] <= 10
+
+
+class ReadingBetween(Toy):
+    """Of a cond by itself the head reads what lies between its lists too, so that one of them must run."""
+
+    def build(self):
+        self.others = nn.ModuleList(Block() for _ in range(4))
+
+    def middle(self, h, c, context, t):
+        for block in self.blocks:
+            h = block(h, c)
+        between = h.clone()
+        for block in self.others:
+            h = block(h, c)
+        return h + between if len(h) == 1 else h
+
+
+def test_what_was_kept_elsewhere_is_no_use():
+    """Conds together keep what the second list gives, and by themselves what the first one does: of the same shape, but not the same."""
+    case, network = Case(ReadingBetween, "others.3", ("blocks", "others")), ReadingBetween()
+    found = driven(case, network, "both")
+    plain = driven(case, network, "both", is_cached=False)
+    assert found.ran[4] == {0, 1}, "together, after a full evaluation apart"
+    assert torch.equal(found.answers[4][0], plain.answers[4][0]) and torch.equal(found.answers[4][1], plain.answers[4][1])

@@ -345,13 +345,11 @@ class SmallList(Toy):
         return h * scale[:, None]
 
 
-class LeavingOut(Toy):
-    """Leaves a block out."""
+class MostlyLeavingOut(Toy):
+    """Runs one of its four blocks."""
 
     def middle(self, h, c, context, t):
-        for i, block in enumerate(self.blocks):
-            h = h if i == 2 else block(h, c)
-        return h
+        return self.blocks[2](h, c)
 
 
 class Zero(Toy):
@@ -366,7 +364,7 @@ NOTHING = {
     "blocks called twice": Case(Twice, None, reason="no list of blocks runs once and in turn"),
     "no lists": Case(Layerless, None, ("first", "second"), reason="no list of blocks runs once and in turn"),
     "a small list": Case(SmallList, None, ("first", "second"), reason="no list of blocks runs once and in turn"),
-    "a block left out": Case(LeavingOut, None, reason="no list of blocks runs once and in turn"),
+    "most blocks left out": Case(MostlyLeavingOut, None, reason="no list of blocks runs once and in turn"),
     "zero": Case(Zero, None, reason="nothing could be skipped"),
 }
 

@@ -20,6 +20,7 @@ from toys_in_loops import (
     Single,
     SwappedReturn,
     in_form,
+    leaving_out,
 )
 from toys_in_shapes import (
     Anew,
@@ -57,6 +58,9 @@ SERVED = {
     "list of one": Case(Single, "blocks.0"),
     "lists of lists": Case(Nested, "blocks.2.1", ("blocks.0", "blocks.1", "blocks.2")),
     "reverse": Case(Reversed, "blocks.0"),
+    "the first block left out": Case(leaving_out(0), "blocks.3"),
+    "a block left out": Case(leaving_out(2), "blocks.3"),
+    "the last two left out": Case(leaving_out(2, 3), "blocks.1"),
     "two lists in turns": Case(InTurns, "others.3", ("blocks", "others")),
     "double, then joint": Case(Joint, "blocks.3", ("doubles", "blocks")),
     "double, then joint, txt last": Case(JointTxtLast, "blocks.3", ("doubles", "blocks")),

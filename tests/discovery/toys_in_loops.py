@@ -198,3 +198,15 @@ class SwappedReturn(InForm):
         for block in self.blocks:
             context, h = reversed(block((h, context), c))
         return h
+
+
+def leaving_out(*out: int) -> type[Toy]:
+    """Leaves blocks out, as guidance by skipped layers does."""
+
+    class LeavingOut(Toy):
+        def middle(self, h, c, context, t):
+            for i, block in enumerate(self.blocks):
+                h = h if i in out else block(h, c)
+            return h
+
+    return LeavingOut
