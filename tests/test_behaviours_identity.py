@@ -252,7 +252,10 @@ def test_a_patch_that_removes_the_last_block_leaves_the_one_before_to_answer(mod
     patched = cached(other, **MODES["auto"])
     assert psnr(sample(patched, steps=6), sample(other, steps=6)) > 20
     report = last_report(patched)
-    assert report.place == "found and proved: skips double_blocks, single_blocks" and report.shape.known.place.last == ("single_blocks", last - 1)
+    assert report.place == "found and proved: skips double_blocks, single_blocks" and report.shape.known.place.last == (
+        "single_blocks",
+        last - 1,
+    )
     assert kinds(report) == report.plan and report.plan.count("a") > 1
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Places, Plan, Timeline, find_family
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Places, Plan, StoreFormat, Timeline, find_family
 from comfyui_duca.cache_core.discovery.proof import Prover
 from comfyui_duca.cache_core.policies import Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
@@ -151,6 +152,18 @@ def test_random_numbers_are_those_of_an_uncached_run(network, name):
                 network(*driver.given(step))
             assert torch.equal(left, torch.get_rng_state())
         driver.run.close()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("is_as_described", [True, False])
+def test_replays_are_proved_whatever_sublayers_are_kept_in(network, dtype, is_as_described):
+    """Another node may have replaced a block: what a replay makes of its parts is no longer what it gives."""
+    own = network.double_blocks[1].forward
+    if not is_as_described:
+        network.double_blocks[1].forward = lambda *args, **kwargs: tuple(1.5 * stream for stream in own(*args, **kwargs))
+    driver = Driver(network, replace(strategy_of(network, "paper"), storage=StoreFormat(dtype=dtype)))
+    assert driver.all() == (STRATEGIES["paper"] if is_as_described else STRATEGIES["paper"].replace("c", "F"))
+    assert any("blocks are not as described" in notice for notice in driver.run.report.notices) is not is_as_described
 
 
 def test_an_ancestral_sampler_gives_the_same_picture():
