@@ -244,15 +244,19 @@ def test_other_peoples_hooks_are_called_every_evaluation(model):
     }  # fmt: skip
 
 
-def test_a_patch_that_removes_the_last_block_leaves_the_other_list_to_skip(model):
-    """Nothing can be put in where the last block never runs: the single blocks are computed always."""
+def test_a_patch_that_removes_the_last_block_leaves_the_one_before_to_answer(model):
+    """Nothing can be put in where the last block never runs."""
     other = model.clone()
     last = len(model.model.diffusion_model.single_blocks) - 1
     other.set_model_patch_replace(lambda args, extra: args, "dit", "single_block", last)
     patched = cached(other, **MODES["auto"])
     assert psnr(sample(patched, steps=6), sample(other, steps=6)) > 20
     report = last_report(patched)
-    assert report.place == "found and proved: skips double_blocks" and kinds(report) == report.plan and report.plan.count("a") > 1
+    assert report.place == "found and proved: skips double_blocks, single_blocks" and report.shape.known.place.last == (
+        "single_blocks",
+        last - 1,
+    )
+    assert kinds(report) == report.plan and report.plan.count("a") > 1
 
 
 def test_another_cache_beside_ours_is_survived(model):

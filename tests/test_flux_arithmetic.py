@@ -156,7 +156,9 @@ def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, refe
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
     hidden = torch.cat([slot.anchors[-1].hidden[0].data for slot in slots_of(run)])
-    result = evaluate(run, network, 0.75, inputs(4)[0], context, y)
+    later = torch.lerp(x, inputs(4)[0], 0.3)  # of the same picture: a skip refuses others
+    result = evaluate(run, network, 0.75, later, context, y)
+    assert run.report.evaluations[-1].kind is Kind.AGGRESSIVE
     with torch.inference_mode():
         vec = reference.embed_vector("vector_in", y.double())
         t = torch.full((2,), 0.75, dtype=torch.float64)

@@ -312,7 +312,7 @@ def test_everything_is_freed_and_restored(factors, runs, how):
 
     def callback(step, *_):
         if step == 2:
-            placed.extend(weakref.ref(tensor) for bound in runs[0]._linears.values() for tensor in bound.factors.values())
+            placed.extend(weakref.ref(tensor) for bound in runs[0]._layers._bound.values() for tensor in bound.factors.values())
         if how == "cancelled" and step == 4:
             raise comfy.model_management.InterruptProcessingException
         if how == "failed" and step == 4:
@@ -328,7 +328,7 @@ def test_everything_is_freed_and_restored(factors, runs, how):
             sample(patched, steps=6, callback=callback)
     gc.collect()
     assert placed and not [reference for reference in placed if reference() is not None]
-    assert runs[0].report.peak_bytes > 0 and runs[0].store.bytes == 0 and not runs[0]._slots._slots and not runs[0]._linears
+    assert runs[0].report.peak_bytes > 0 and runs[0].store.bytes == 0 and not runs[0]._slots._slots and not runs[0]._layers._bound
     assert [module.__dict__.get("forward") for module in network.modules()] == forwards
     assert last_report(patched).is_complete is (how == "finished")
 

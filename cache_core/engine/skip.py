@@ -8,14 +8,14 @@ nothing of it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ..discovery.persistence import check_order, sketches
-from ..overrides import forward_overrides
+from ..overrides import forward_overrides, uncompiled
 from ..predictors import Predictor
 from ..store import FeatureStore
 from .call import EngineCall
@@ -23,8 +23,11 @@ from .inputs import ModelInput
 from .slot import Slot
 
 
-def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> AbstractContextManager[None]:
-    """Every slot of the call must hold at least one anchor."""
+@contextmanager
+def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Iterator[None]:
+    """Every slot of the call must hold at least one anchor. The skip that checks the order of tokens runs uncompiled: reading what it finds
+    would break the graph of a compiled model, and of every skip after it, into pieces.
+    """
 
     def answer(given: Sequence[Tensor | None]) -> list[Tensor]:
         call.is_touched = True
@@ -37,7 +40,9 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Abs
     def reached() -> None:
         call.is_touched = True  # by any block: hosts and nodes may leave out the first and the last one
 
-    return forward_overrides([*call.place.skip(call.model, answer, call.unrecorded, reached), *call.entry()])
+    overrides = [*call.place.skip(call.model, answer, call.unrecorded, reached), *call.entry()]
+    with uncompiled() if call.sketches else nullcontext(), forward_overrides(overrides):
+        yield
 
 
 def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore, like: Tensor, number: int = 0) -> Tensor:
