@@ -49,6 +49,7 @@ class Slot:
         self._kept: list[Tensor] = []  # a sum of each hidden state not checked yet, finite where all of it is; reading it now would
         self._answered: list[Tensor] = []  # make a GPU wait. The same of answers
         self._alike: list[Tensor] = []  # whether the second hidden state is of the same tokens as the first
+        self._is_compared = False
         self._store = store
         self.history = history
 
@@ -61,7 +62,8 @@ class Slot:
             self._drop(self.anchors.pop())
         if len(self.anchors) == self.history:
             self._drop(self.anchors.pop(0))
-        if len(self.anchors) == 1:
+        if len(self.anchors) == 1 and not self._is_compared:  # once: less the embedded input, later ones may be less and less alike
+            self._is_compared = True
             with self._store.unrecorded():
                 before = [self._store.load(feature, tensor) for feature, tensor in zip(self.anchors[0].hidden, hidden)]
                 self._alike += [persists(one, other) for one, other in zip(before, hidden)]
@@ -119,6 +121,7 @@ class Slot:
         self._rests.clear()
         self._kept.clear()
         self._alike.clear()
+        self._is_compared = False
         self.signature = signature
 
     def _replace(self, features: dict[SiteKey, Feature], key: SiteKey, value: Tensor) -> None:
