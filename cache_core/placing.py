@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .discovery.layers import linear_layers, token_layers
 from .discovery.places import Known, Places
-from .discovery.proof import Found, Prover, is_equal, own_random_numbers
+from .discovery.proof import FAILURES, Found, Prover, is_equal, own_random_numbers
 from .discovery.state import untouched
 from .discovery.trees import Path, tensors
 from .discovery.watch import Watched, lists_of, watching
@@ -137,19 +137,25 @@ class Placing:
     def prove_replays(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, full: EngineCall, store: FeatureStore) -> bool:
         """After a full evaluation that kept sublayers: whether a conservative one of the same, where nothing has changed, answers the same.
 
-        Tried once in a run; what is kept stays as it is.
+        Tried once in a run; what is kept stays as it is. Raises StoreFullError where memory ends meanwhile.
         """
         if _key(call) not in self._replayed and torch.isfinite(answer).all():
             trial = replace(full, linears=None, given=None, rests=frozenset(), on_enter=lambda _call: None, is_trial=True)
             try:
                 call.starting(Kind.CONSERVATIVE)
-                with own_random_numbers(), untouched(call.model, self._places.bookkeeping), uncompiled(), conservative(trial, store):
+                alone = untouched(call.model, self._places.bookkeeping)
+                with _memory_ends(), own_random_numbers(), alone, uncompiled(), conservative(trial, store):
                     again = compute()
                 kept_in = store.format.dtype or full.dtype  # what is kept in fewer digits answers no better than those
                 same = is_equal(answer, again, full.dtype, _REPLAY_SLACK) or is_equal(answer, again, kept_in)
             except UnsupportedCallError:  # said when a conservative evaluation is asked for
                 call.abandoned()
                 same = True
+            except FAILURES as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                call.abandoned()
+                same = False
             with self._lock:
                 self._replayed[_key(call)] = same
         return self.may_replay(call)

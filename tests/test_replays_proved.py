@@ -50,3 +50,15 @@ def test_trying_a_replay_leaves_what_is_kept_as_it_is(monkeypatch):
     tried = run(load_demo_model())[0]
     monkeypatch.setattr(Placing, "prove_replays", lambda *_args: True)
     assert torch.equal(tried, run(load_demo_model())[0])
+
+
+def test_a_replay_that_does_not_run_is_not_used_either(monkeypatch):
+    """As after a host has renamed a layer that the replay calls."""
+    double, single = FLUX.stacks
+
+    def failing(block, call, cached):
+        raise AttributeError("img_mlp")
+
+    monkeypatch.setattr(families, "FAMILIES", (replace(FLUX, stacks=(replace(double, replay=failing), single)),))
+    _, seen, said = run(load_demo_model())
+    assert seen == "FFFFaF" and len(said) == 1
