@@ -52,7 +52,7 @@ class Placing:
         self._proved: dict[_Key, int] = {}  # in which evaluation
         self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, for this run alone
         self._replayed: dict[_Key, bool] = {}
-        self._sketches: dict[_Key, Mapping[Path, Tensor]] = {}
+        self._sketches: dict[_Key, tuple[int, Mapping[Path, Tensor]]] = {}  # and of which evaluation
         self._failed: dict[_Key, int] = {}  # evaluation in which no place inside was found first
         self._lock = threading.Lock()
 
@@ -65,9 +65,10 @@ class Placing:
         """Whether no proof is due: one in a run, and one more the first time, as a first noise level may show nothing of what blocks do."""
         return _key(call) in self._proved and (known.is_confirmed or self._proved[_key(call)] == evaluation)
 
-    def sketches(self, call: ModelCall) -> Mapping[Path, Tensor]:
-        """Of the last proof, for the first skip after it."""
-        return self._sketches.pop(_key(call), {})
+    def sketches(self, call: ModelCall, evaluation: int) -> Mapping[Path, Tensor]:
+        """Of a proof in the evaluation before, for the first skip. One further back tells nothing: what is embedded is another latent."""
+        proved, sketches = self._sketches.pop(_key(call), (evaluation, {}))
+        return sketches if evaluation - proved <= 1 else {}
 
     def refuse(self, call: ModelCall, reason: str) -> None:
         """From here on in this run, nothing of such calls is cached."""
@@ -105,7 +106,7 @@ class Placing:
             discovered.known = self._described(call, watched, found, prover.rows)
             discovered.known.sublayers = tuple((tokens // prover.rows, channels) for tokens, channels in sublayers)
             self._places.remember(*_key(call), discovered.known)
-            self._sketches[_key(call)] = prover.sketches
+            self._sketches[_key(call)] = evaluation, prover.sketches
             if given is None:  # else it must still be seen whether a skip leaves the embedded input as it is
                 self._proved[_key(call)] = evaluation
         discovered.hidden = [tensor.clone() for tensor in found.hidden]
@@ -130,7 +131,7 @@ class Placing:
                 return False
             engine.known.is_confirmed |= self._proved.get(_key(call), evaluation) != evaluation
             self._proved[_key(call)] = evaluation
-            self._sketches[_key(call)] = prover.sketches
+            self._sketches[_key(call)] = evaluation, prover.sketches
         self._narrow(call, engine.known, engine.given, given)
         return True
 

@@ -375,7 +375,7 @@ class CacheRun:
         engine.unrecorded = self.store.unrecorded
         engine.keeps_sublayers = is_full and self.plan.has(Kind.CONSERVATIVE, step)
         engine.keeps_hidden = is_full and not engine.place.is_whole and not self._placing.is_proved(call, known, self._evaluation.index)
-        engine.sketches = self._placing.sketches(call) if kind is Kind.AGGRESSIVE else {}
+        engine.sketches = self._placing.sketches(call, self._evaluation.index) if kind is Kind.AGGRESSIVE else {}
         if strategy.predictor.uses_input:
             engine.given = ModelInput(self.family, call.model, self.store.unrecorded)
         if kind is Kind.CALIBRATED or (is_full and self.plan.has(Kind.CALIBRATED, step)):

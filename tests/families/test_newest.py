@@ -80,13 +80,13 @@ def test_ltx_2_without_sound_is_cached_too():
 # -- HiDream-O1 -----------------------------------------------------------------------------------------------
 
 
-def test_of_hidream_o1_with_a_reference_only_what_looks_at_that_is_skipped():
-    """The host fills its own cache of the text anew in every evaluation, which skipped blocks cannot. The reference stays what it is."""
+def test_hidream_o1_with_a_reference_is_computed_in_full():
+    """The host fills its own cache of the text anew in every evaluation: it is seen to remember, and left alone."""
     case = case_of("HiDreamO1", "hidream_o1")._replace(cond=ids(reference_latents=[normal(3, 1, 96, 128, 3).sigmoid()]))
     model = hidream_o1()
     plain, patched = sample(case, model), cached(model, PLAN)
-    assert torch.equal(sample(case, patched), plain) and kinds(patched) == PLAN
-    assert report_of(patched).place == "found and proved: skips visual.blocks" and not report_of(patched).notices
+    assert torch.equal(sample(case, patched), plain) and kinds(patched) == "F" * len(PLAN)
+    assert "it remembers what it saw (_kv_cache_entries" in report_of(patched).place and report_of(patched).notices
 
 
 # -- Stable Audio 3 -------------------------------------------------------------------------------------------
