@@ -83,8 +83,9 @@ def test_a_noisy_sampler_is_computed_in_full_and_said(model, settings):
 
 def test_er_sde_is_served(model):
     patched = cached(model, speedup=2.0)
-    result = sample(patched, steps=STEPS, sampler="er_sde")
-    assert kinds(last_report(patched)).count("F") == STEPS // 2 and not last_report(patched).notices
+    for _ in range(2):  # in a later run the place is proved once, at a noise level far from that of the first skip
+        result = sample(patched, steps=STEPS, sampler="er_sde")
+        assert kinds(last_report(patched)).count("F") == STEPS // 2 and not last_report(patched).notices
     assert psnr(result, sample(model, steps=STEPS, sampler="er_sde")) > 27
 
 
