@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -21,8 +22,19 @@ def _int_mm(a: Any, b: Any, *_args: Any, **_kwargs: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-# what torch's table lacks: attention on the CPU, and int8 layers
-_MORE = MappingProxyType({_ATEN._scaled_dot_product_flash_attention_for_cpu: _attention, _ATEN._int_mm: _int_mm})
+def _linear(x: Any, weight: Any, *_args: Any, **_kwargs: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+# What torch's table lacks: attention on the CPU, int8 layers, and linear layers as a whole, which it would take apart into slower products.
+_MORE = MappingProxyType(
+    {
+        _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+        _ATEN._int_mm: _int_mm,
+        _ATEN.linear: _linear,
+        _ATEN.linear.default: _linear,  # by this name it is looked up before it is taken apart
+    }
+)
 
 
 class _Everywhere:
