@@ -49,7 +49,7 @@ class Accounts:
 
     def past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
         """The answer of a call that the cache has no part in, and its multiply-adds: 0 where another node answered for the model."""
-        key = call.model, call.signature, call.given, call.variant, len(call.conds)
+        key = call.model, call.likeness
         if key in self._past:
             return compute(), self._past[key]
         with uncompiled(), counted() as macs:

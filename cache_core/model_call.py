@@ -33,3 +33,8 @@ class ModelCall:
     is_copy: bool = False
     starting: Callable[[Kind], None] = lambda _kind: None
     abandoned: Callable[[], None] = lambda: None
+
+    @property
+    def likeness(self) -> Hashable:
+        """What is found out about a call of a network holds for those of it for which this is equal."""
+        return self.signature, self.given, self.variant, len(self.conds)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .discovery.layers import linear_layers, token_layers
 from .discovery.places import Known, Places
-from .discovery.proof import FAILURES, Found, Prover, is_equal, own_random_numbers
+from .discovery.proof import FAILURES, Found, Prover, is_equal, is_finite, own_random_numbers
 from .discovery.state import untouched
-from .discovery.trees import Path, tensors
+from .discovery.trees import Path
 from .discovery.watch import Watched, lists_of, watching
 from .engine import EngineCall, conservative
 from .engine.inputs import ModelInput
@@ -119,7 +119,7 @@ class Placing:
         Raises StoreFullError where memory ends meanwhile.
         """
         prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded, self._places.bookkeeping)
-        if not all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(answer)):
+        if not is_finite(answer):
             return True  # it tells nothing; what was kept is given up anyway
         given = self._input(call.model)
         with _memory_ends(), forward_overrides(given.overrides() if given is not None else ()):
@@ -140,7 +140,7 @@ class Placing:
 
         Tried once in a run; what is kept stays as it is. Raises StoreFullError where memory ends meanwhile.
         """
-        if _key(call) not in self._replayed and torch.isfinite(answer).all():
+        if _key(call) not in self._replayed and is_finite(answer):
             trial = replace(full, linears=None, given=None, rests=frozenset(), on_enter=lambda _call: None, is_trial=True)
             try:
                 call.starting(Kind.CONSERVATIVE)
@@ -225,7 +225,7 @@ def _memory_ends() -> Iterator[None]:
 
 
 def _key(call: ModelCall) -> _Key:
-    return call.model, (call.signature, call.given, call.variant, len(call.conds))
+    return call.model, call.likeness
 
 
 def _again(call: ModelCall, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -45,6 +45,11 @@ class Found(NamedTuple):
     is_lasting: bool = True
 
 
+def is_finite(answer: Any) -> bool:
+    """Whether all numbers of an answer are. Waits for the device."""
+    return all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(answer))
+
+
 def is_equal(one: Any, other: Any, dtype: torch.dtype, slack: float = 1.0) -> bool:
     """Whether two answers differ by no more than rounding in `dtype`, measured against their spread. Waits for the device.
 
@@ -130,7 +135,7 @@ class Prover:
         if watched.changed or watched.appeared:  # what only appeared may be a table that is made once: that is seen next time
             reason = f"it remembers what it saw ({watched.changed or watched.appeared})"
             return Found(None, reason=reason, is_lasting=bool(watched.changed))
-        if not all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(self._answer)):
+        if not is_finite(self._answer):
             return Found(None, reason="its answer is not finite", is_lasting=False)
         stacks = [stack for entry in watched.lists if (stack := stack_of(entry)) is not None]
         if not stacks:
