@@ -44,19 +44,24 @@ class Planned:
         return Plan.parse(self.text)
 
 
-def make_network() -> Flux:
+def make_network(config: dict = CONFIG) -> Flux:
     torch.manual_seed(0)
-    network = Flux(**CONFIG, dtype=torch.bfloat16, device="cpu", operations=comfy.ops.disable_weight_init)
+    network = Flux(**config, dtype=torch.bfloat16, device="cpu", operations=comfy.ops.disable_weight_init)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return network.eval()
 
 
 class Overhead:
+    """latent: rows and columns, of which 2x2 make a token. text: tokens."""
+
+    config = CONFIG
+    latent, text = 64, 256
+
     def __init__(self) -> None:
-        self.network = make_network()
-        self.x = torch.randn(1, 16, 64, 64, dtype=torch.bfloat16)
-        self.context, self.y = torch.randn(1, 256, 4096, dtype=torch.bfloat16), torch.randn(1, 768, dtype=torch.bfloat16)
+        self.network = make_network(self.config)
+        self.x = torch.randn(1, 16, self.latent, self.latent, dtype=torch.bfloat16)
+        self.context, self.y = torch.randn(1, self.text, 4096, dtype=torch.bfloat16), torch.randn(1, 768, dtype=torch.bfloat16)
 
     def compute(self) -> torch.Tensor:
         t = torch.tensor([0.7], dtype=torch.bfloat16)
