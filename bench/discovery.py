@@ -69,10 +69,13 @@ class Finding(Overhead):
         return self.timed(work)
 
 
+SMALL = {**CONFIG, "hidden_size": 128, "num_heads": 1}
+
+
 class SmallFinding(Finding):
     """The same operations, with next to nothing to compute."""
 
-    config = {**CONFIG, "hidden_size": 128, "num_heads": 1}
+    config = SMALL
     latent, text = 4, 4
 
 
@@ -140,8 +143,8 @@ def main() -> None:
     ]
     spread = statistics.quantiles(times["plain"], n=4)
     about = (
-        f"As shares of a plain full evaluation ({plain:.2f} s) of these {BLOCKS} blocks, and reckoned for {REAL}, from parts measured one by "
-        f"one; the last column is the whole evaluation timed, of which the middle half of {rounds} plain rounds lay "
+        f"As shares of a plain full evaluation ({plain:.2f} s) of these {BLOCKS} blocks, and reckoned for {REAL}, from parts measured one "
+        f"by one; the last column is the whole evaluation timed, of which the middle half of {rounds} plain rounds lay "
         f"{100 * (spread[2] / spread[0] - 1):.0f} % apart; lower quartiles; {machine()}."
     )
     publish("discovery", f"{about}\n\n{table(['what', f'{BLOCKS} blocks', f'{REAL} blocks', f'{BLOCKS} blocks, timed whole'], rows)}")
