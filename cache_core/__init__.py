@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from .discovery.places import Places
 from .families import FAMILIES, find_family
-from .kinds import Kind, Plan
 from .meter import RunReport
 from .model_call import ModelCall
-from .opening import Opening
+from .planning.kinds import Kind
+from .planning.plan import Plan
+from .planning.timeline import Timeline
 from .run import CacheRun
+from .run_start import RunStart
 from .store import StoreFormat
 from .strategy import Settings
-from .timeline import Timeline
 
 __all__ = [
     "FAMILIES",
     "CacheRun",
     "Kind",
     "ModelCall",
-    "Opening",
     "Places",
     "Plan",
     "RunReport",
+    "RunStart",
     "Settings",
     "StoreFormat",
     "Timeline",

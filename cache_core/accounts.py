@@ -13,10 +13,11 @@ from .costs import anchor_key, cost_key, slot_bytes
 from .discovery.flops import counted
 from .discovery.places import CallShape
 from .engine import EngineCall, Slot, SlotTable
-from .kinds import Kind, Plan
 from .meter import Evaluation, RunReport
 from .model_call import ModelCall
 from .overrides import uncompiled
+from .planning.kinds import Kind
+from .planning.plan import Plan
 from .store import FeatureStore
 from .strategy import Strategy
 
@@ -59,10 +60,10 @@ class Accounts:
 
     def predict(self, engine: EngineCall, new: Sequence[Slot], slots: SlotTable, strategy: Strategy, step: int) -> None:
         """Foretells the bytes of slots that are new, and chooses a device for the first."""
-        known, linears = engine.known, 0
-        if engine.linears is not None:
-            linears = known.rows // len(engine.slots) * engine.linears.bytes(engine.dtype, strategy.storage)
-        shape = CallShape(known, len(slots), engine.given.channels if engine.given is not None else 0, linears)
+        known, layer_bytes = engine.known, 0
+        if engine.layers is not None:
+            layer_bytes = known.rows // len(engine.slots) * engine.layers.bytes(engine.dtype, strategy.storage)
+        shape = CallShape(known, len(slots), engine.given.channels if engine.given is not None else 0, layer_bytes)
         for slot in new:
             slot.predicted_bytes = slot_bytes(strategy, self._plan, shape, step)
         self._report.predicted_bytes = max(self._report.predicted_bytes, slots.predicted_bytes)
@@ -73,7 +74,7 @@ class Accounts:
 
 
 def _key(engine: EngineCall, strategy: Strategy, kind: Kind) -> Hashable:
-    """See `costs.cost_key`; a full evaluation costs more where it keeps what calibrated ones need, and less where sublayers rest."""
-    if kind is Kind.FULL and engine.linears is not None:
+    """See `costs.cost_key`; a full evaluation costs more where it keeps what incremental ones need, and less where sublayers rest."""
+    if kind is Kind.FULL and engine.layers is not None:
         return anchor_key(strategy)
     return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)

@@ -28,7 +28,7 @@ def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {name} {_shown(value)}: use one of {', '.join(options)}")
 
 
-def check_kind(name: str, value: Any, kind: type, source: str) -> None:
+def check_type(name: str, value: Any, kind: type, source: str) -> None:
     """Raises ValueError unless `value` is None or a `kind`; source: which node gives one."""
     if value is not None and not isinstance(value, kind):
         raise ValueError(f"{name} takes what {source} gives, not {_shown(value)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .kinds import Kind, Plan
 from .meter import Evaluation
-from .timeline import Timeline
+from .planning.kinds import Kind
+from .planning.plan import Plan
+from .planning.timeline import Timeline
 
 
 class Corrector:

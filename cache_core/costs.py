@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .discovery.places import CallShape, Known
-from .engine.linear_sites import weight_share
-from .kinds import Kind, Plan
-from .schedule import CONSERVATIVE_COST
+from .engine.linear_sites import Factors, weight_share
+from .planning.kinds import Kind
+from .planning.plan import Plan
 from .store import StoreFormat
-from .strategy import ATTENTION_COST, Strategy
 
-# As shares of a full evaluation, for a model not known yet: FLUX.1 at 1024x1024, counted; calibrated ones at rank 128.
-_USUAL = MappingProxyType({Kind.FULL: 1.0, Kind.CALIBRATED: 0.2, Kind.AGGRESSIVE: 0.0002})
+if TYPE_CHECKING:
+    from .strategy import Strategy
+
+# For a model that was not sampled yet, as shares of a full evaluation, counted on FLUX.1 at 1024x1024.
+_CONSERVATIVE = 0.7  # per share of tokens: 0.071 at share 0.1
+_INCREMENTAL = 0.2  # at rank 128
+_ATTENTION = 0.1  # of an incremental evaluation, beyond what its factors cost; counted 0.15
+_SKIPPED = 0.0002
 
 
 class Costs(NamedTuple):
@@ -28,11 +32,18 @@ class Costs(NamedTuple):
     is_counted: bool
 
 
+def assumed_costs(token_share: float, factors: Factors | None = None) -> dict[Kind, float]:
+    """What an evaluation of each kind costs, in full ones, before anything is counted. Skipped ones cost next to nothing.
+
+    token_share: recomputed by conservative evaluations, 0..1. factors: of incremental ones, where they are known.
+    """
+    incremental = _INCREMENTAL if factors is None else weight_share(factors) + _ATTENTION
+    return {Kind.FULL: 1.0, Kind.INCREMENTAL: incremental, Kind.CONSERVATIVE: _CONSERVATIVE * token_share}
+
+
 def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> Costs:
     """shape: of calls that were made before, None where there were none. What was not counted in them is taken from the usual."""
-    usual = {**_USUAL, Kind.CONSERVATIVE: CONSERVATIVE_COST * strategy.token_share}
-    if strategy.factors is not None:
-        usual[Kind.CALIBRATED] = weight_share(strategy.factors) + ATTENTION_COST
+    usual = {**assumed_costs(strategy.token_share, strategy.factors), Kind.SKIPPED: _SKIPPED}
     if shape is None or shape.known.place is None:
         return Costs(_share(plan, usual), None, False)
     counted = {kind: shape.known.costs.get(cost_key(kind, strategy)) for kind in Kind}
@@ -40,25 +51,25 @@ def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> C
     share = _share(plan, shares)
     anchor = shape.known.costs.get(anchor_key(strategy))
     if anchor is not None:
-        keeping = sum(kind is Kind.FULL and plan.has(Kind.CALIBRATED, step) for step, kind in enumerate(plan.kinds))
+        keeping = sum(kind is Kind.FULL and plan.has(Kind.INCREMENTAL, step) for step, kind in enumerate(plan.kinds))
         share += keeping * (anchor / shape.known.macs - shares[Kind.FULL]) / len(plan)
     return Costs(share, shape.slots * slot_bytes(strategy, plan, shape), True)
 
 
 def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
     """Evaluations of this kind, by strategies with the same key, have the same number of multiply-adds."""
-    if kind is Kind.AGGRESSIVE and strategy.predictor.uses_input:
+    if kind is Kind.SKIPPED and strategy.predictor.uses_input:
         return kind, "corrected"
     if kind is Kind.CONSERVATIVE:
         return kind, strategy.token_share
-    if kind is Kind.CALIBRATED and strategy.factors is not None:
+    if kind is Kind.INCREMENTAL and strategy.factors is not None:
         return kind, weight_share(strategy.factors)
     return kind
 
 
 def anchor_key(strategy: Strategy) -> Hashable:
-    """The same of full evaluations that keep what calibrated ones need, which costs more."""
-    return Kind.FULL, cost_key(Kind.CALIBRATED, strategy)
+    """The same of full evaluations that keep what incremental ones need, which costs more."""
+    return Kind.FULL, cost_key(Kind.INCREMENTAL, strategy)
 
 
 def slot_bytes(strategy: Strategy, plan: Plan, shape: CallShape, first_step: int = 0) -> int:
@@ -68,7 +79,7 @@ def slot_bytes(strategy: Strategy, plan: Plan, shape: CallShape, first_step: int
     """
     known, fmt = shape.known, strategy.storage
     assert known.place is not None, "nothing is kept where there is no place"
-    writes = 1 + sum(kind is not Kind.AGGRESSIVE for kind in plan.kinds[first_step + 1 :])
+    writes = 1 + sum(kind is not Kind.SKIPPED for kind in plan.kinds[first_step + 1 :])
     kept = sum(kept.rows_and_tokens * fmt.bytes_per_token(kept.shape[-1], kept.dtype) for kept in known.place.kept)
     if strategy.predictor.uses_input and shape.input_channels:
         first = known.place.kept[0]
@@ -77,7 +88,7 @@ def slot_bytes(strategy: Strategy, plan: Plan, shape: CallShape, first_step: int
     if plan.has(Kind.CONSERVATIVE, first_step):
         total += known.rows * _sublayer_bytes(known, fmt)
     total //= 1 if known.place.is_joint else known.conds
-    return total + (shape.linear_bytes if plan.has(Kind.CALIBRATED, first_step) else 0)
+    return total + (shape.layer_bytes if plan.has(Kind.INCREMENTAL, first_step) else 0)
 
 
 def _sublayer_bytes(known: Known, fmt: StoreFormat) -> int:

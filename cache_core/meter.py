@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .discovery.places import CallShape
-from .kinds import Kind
-from .timeline import Timeline
+from .planning.kinds import Kind
+from .planning.timeline import Timeline
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Evaluation:
     cache_bytes: int = 0
 
     def add_call(self, kind: Kind, macs: float, full_macs: float) -> None:
-        cheapest_first = (Kind.AGGRESSIVE, Kind.CONSERVATIVE, Kind.CALIBRATED, Kind.FULL)
+        cheapest_first = (Kind.SKIPPED, Kind.CONSERVATIVE, Kind.INCREMENTAL, Kind.FULL)
         self.kind = kind if self.kind is None else max(self.kind, kind, key=cheapest_first.index)
         self.calls += 1
-        self.skipped += kind is Kind.AGGRESSIVE
+        self.skipped += kind is Kind.SKIPPED
         self.macs += macs
         self.full_macs += full_macs
 

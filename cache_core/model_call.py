@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .kinds import Kind
+from .planning.kinds import Kind
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from .families import ModelFamily
-from .kinds import Kind, Plan
 from .model_call import ModelCall
+from .planning.kinds import Kind
+from .planning.plan import Plan
 from .strategy import Strategy
 
 
@@ -15,7 +16,7 @@ class Networks:
 
     def __init__(self, strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
         self._family = family
-        self._is_calibrated = strategy.predictor.uses_input or plan.has(Kind.CALIBRATED)
+        self._is_calibrated = strategy.predictor.uses_input or plan.has(Kind.INCREMENTAL)
         self._unfit: dict[nn.Module, str] = {}
 
     def unfit(self, call: ModelCall) -> str:
@@ -41,8 +42,8 @@ def check(strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
     """Raises ValueError, with a remedy, for what this family or this strategy cannot do."""
     if plan.has(Kind.CONSERVATIVE) and not family.is_conservative:
         raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
-    if plan.has(Kind.CALIBRATED) and strategy.factors is None:
+    if plan.has(Kind.INCREMENTAL) and strategy.factors is None:
         raise ValueError(
             f"the strategy {strategy.name!r} has no calibration factors: calibrate this model with low-rank factors first, "
-            "or choose a plan without calibrated evaluations"
+            "or choose a plan without incremental evaluations"
         )

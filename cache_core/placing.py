@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .discovery.layers import linear_layers, token_layers
 from .discovery.places import Known, Places
-from .discovery.proof import FAILURES, Found, Prover, is_equal, is_finite, own_random_numbers
+from .discovery.proof import Found, Prover, is_equal, is_finite, own_random_numbers
 from .discovery.state import untouched
 from .discovery.trees import Path
 from .discovery.watch import Watched, lists_of, watching
 from .engine import EngineCall, conservative
 from .engine.inputs import ModelInput
 from .families import ModelFamily
-from .kinds import Kind
 from .model_call import ModelCall
 from .overrides import Override, around, forward_overrides, uncompiled
-from .refusals import UnsupportedCallError
-from .store import FeatureStore, StoreFullError, Unrecorded
+from .planning.kinds import Kind
+from .refusals import ModelFailedError, UnsupportedCallError, failures_refused
+from .store import FeatureStore, Unrecorded, memory_ends
 
 _Key = tuple[nn.Module, Hashable]
 _REPLAY_SLACK = 10.0  # a replay has the same arithmetic for fewer tokens at a time, in every block
@@ -84,7 +82,7 @@ class Placing:
         """Computes the call in full, watched, and finds its place. A place inside is looked for in two evaluations of a run before the
         whole output is taken for it: some hosts compute something else the first time. Raises StoreFullError where memory ends meanwhile.
         """
-        with _memory_ends():
+        with memory_ends():  # what is done here is done for the cache; the host's own evaluation is made again without
             return self._discovered(call, compute, evaluation)
 
     def _discovered(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
@@ -100,7 +98,7 @@ class Placing:
         prover = Prover(call.model, _again(call, compute), result, len(call.conds), self._unrecorded, self._places.bookkeeping)
         found = prover.find(watched)
         with self._lock:
-            is_inside = found.place is not None and not found.place.is_whole
+            is_inside = found.place is not None and not found.place.is_whole_output
             if not found.is_lasting or (not is_inside and self._failed.setdefault(_key(call), evaluation) == evaluation):
                 return discovered
             discovered.known = self._described(call, watched, found, prover.rows)
@@ -122,7 +120,7 @@ class Placing:
         if not is_finite(answer):
             return True  # it tells nothing; what was kept is given up anyway
         given = self._input(call.model)
-        with _memory_ends(), forward_overrides(given.overrides() if given is not None else ()):
+        with memory_ends(), forward_overrides(given.overrides() if given is not None else ()):
             holds = prover.holds(engine.place, engine.hidden)
         with self._lock:
             if not holds:
@@ -141,22 +139,17 @@ class Placing:
         Tried once in a run; what is kept stays as it is. Raises StoreFullError where memory ends meanwhile.
         """
         if _key(call) not in self._replayed and is_finite(answer):
-            trial = replace(full, linears=None, given=None, rests=frozenset(), on_enter=lambda _call: None, is_trial=True)
+            trial = replace(full, layers=None, given=None, rests=frozenset(), on_enter=lambda _call: None, is_trial=True)
             try:
                 call.starting(Kind.CONSERVATIVE)
                 alone = untouched(call.model, self._places.bookkeeping)
-                with _memory_ends(), own_random_numbers(), alone, uncompiled(), conservative(trial, store):
+                with memory_ends(), own_random_numbers(), alone, uncompiled(), failures_refused(), conservative(trial, store):
                     again = compute()
                 kept_in = store.format.dtype or full.dtype  # what is kept in fewer digits answers no better than those
                 same = is_equal(answer, again, full.dtype, _REPLAY_SLACK) or is_equal(answer, again, kept_in)
-            except UnsupportedCallError:  # said when a conservative evaluation is asked for
+            except UnsupportedCallError as reason:  # one that the replay raises itself is said when it is asked for
                 call.abandoned()
-                same = True
-            except FAILURES as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                call.abandoned()
-                same = False
+                same = not isinstance(reason, ModelFailedError)
             with self._lock:
                 self._replayed[_key(call)] = same
         return self.may_replay(call)
@@ -206,22 +199,13 @@ class Placing:
         place = found.place
         known = Known(place, found.reason, len(call.conds), rows, watched.macs)
         known.costs[Kind.FULL] = watched.macs
-        if place is None or place.is_whole:
+        if place is None or place.is_whole_output:
             return known
-        known.costs[Kind.AGGRESSIVE] = found.skip_macs
+        known.costs[Kind.SKIPPED] = found.skip_macs
         paths = {passed.path for passed in place.passed}
         inside = {key: specs for key, specs in watched.inputs.items() if key[0] in paths}
-        known.linears = {} if place.is_joint else token_layers(inside, rows, place.kept[0].rows)
+        known.layer_calls = {} if place.is_joint else token_layers(inside, rows, place.kept[0].rows)
         return known
-
-
-@contextmanager
-def _memory_ends() -> Iterator[None]:
-    """What is done here is done for the cache; the host's own evaluation is made again without."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise StoreFullError from error
 
 
 def _key(call: ModelCall) -> _Key:
@@ -232,7 +216,7 @@ def _again(call: ModelCall, compute: Callable[[], Tensor]) -> Callable[[], Tenso
     """Runs the call once more, as one that skips."""
 
     def again() -> Tensor:
-        call.starting(Kind.AGGRESSIVE)
+        call.starting(Kind.SKIPPED)
         try:
             return compute()
         except BaseException:

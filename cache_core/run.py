@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,40 +14,44 @@ from torch import Tensor
 from .accounts import Accounts
 from .corrector import Corrector
 from .discovery.places import Known, Places
-from .discovery.proof import FAILURES, own_random_numbers
+from .discovery.proof import own_random_numbers
 from .engine import (
     EngineCall,
     Slot,
     SlotTable,
-    TokenChoice,
-    calibrated,
+    TokenSelection,
     conservative,
+    incremental,
     listening,
     resting,
     skipping,
 )
 from .engine.bound_layers import BoundLayers
 from .engine.inputs import ModelInput
-from .families import ModelFamily
-from .kinds import Kind
+from .job import Job, possible_kind
 from .meter import Evaluation, RunReport, Stopwatch, unsaid
 from .model_call import ModelCall
 from .networks import Networks, check
 from .placing import Discovered, Placing
-from .refusals import UnknownInputError, UnsteadyError, UnsupportedCallError
-from .store import FeatureStore, StoreFullError, Unrecorded
+from .planning.kinds import Kind
+from .refusals import UnknownInputError, UnsteadyError, UnsupportedCallError, failures_refused
+from .run_start import RunStart
+from .store import FeatureStore, StoreFullError
 from .strategy import Strategy
-from .timeline import Timeline
 
 
 class CacheRun:
     """State of one sampling run. Make one when sampling starts and `close` it when sampling ends, however it ends.
 
-    strategy: what to do. timeline: the sampler's noise levels. window: steps in which skipping is allowed.
-    family: of the model. device: where the model runs. say: told every notice once, in words for the user.
-    choose_device: for storage left to us: given the bytes needed, the device to keep them on (None: the model's).
-    told: hears of every evaluation when it is over; its time is known only at the end of the run. is_euler: see Opening.
-    unrecorded: around every allocation of what outlives a block (see `store.Unrecorded`). places: what was found out in this process.
+    Args:
+        strategy: What to do.
+        start: What is known of the model and the sampler.
+        say: Is told every notice once, in words for the user.
+        choose_device: Where to keep features, given their bytes; None is the model's device. Left out, `strategy.storage` says it.
+        on_evaluation: Is told every evaluation when it is over. Its time is known only at the end of the run.
+
+    Raises:
+        ValueError: For a plan that the model or the strategy cannot carry out, with a remedy.
 
     Model calls of one evaluation may come in several threads at once, each with a network of its own.
     """
@@ -55,30 +59,26 @@ class CacheRun:
     def __init__(
         self,
         strategy: Strategy,
-        timeline: Timeline,
-        window: range,
-        family: ModelFamily,
-        device: torch.device,
+        start: RunStart,
         say: Callable[[str], None] = lambda _text: None,
         choose_device: Callable[[int], torch.device | None] | None = None,
-        told: Callable[[Evaluation], None] = lambda _evaluation: None,
-        is_euler: bool = False,
-        unrecorded: Unrecorded = nullcontext,
-        places: Places | None = None,
+        on_evaluation: Callable[[Evaluation], None] = lambda _evaluation: None,
     ) -> None:
-        self.plan = strategy.policy.plan(timeline.steps, window)
+        timeline, family, unrecorded = start.timeline, start.family, start.unrecorded
+        self.plan = strategy.policy.plan(timeline.steps, start.window)
         check(strategy, self.plan, family)
         self.report = RunReport(strategy.name, str(self.plan), family.name)
         self.store = FeatureStore(strategy.storage, unrecorded)
         self.family = family
         self._strategy, self._timeline = strategy, timeline
-        self._choice = TokenChoice(strategy.token_share, strategy.seed)
-        self._stopwatch = Stopwatch(device)
-        self._say, self._told = say, told
-        self._corrector = Corrector(timeline, self.plan) if strategy.corrects and is_euler else None
+        self._selection = TokenSelection(strategy.token_share, strategy.seed)
+        self._stopwatch = Stopwatch(start.device)
+        self._say, self._on_evaluation = say, on_evaluation
+        self._corrector = Corrector(timeline, self.plan) if strategy.corrects and start.is_euler else None
         self._slots = SlotTable(self.store, strategy.predictor.history)
         self._networks = Networks(strategy, self.plan, family)
-        self._placing = Placing(family, Places() if places is None else places, strategy.predictor.uses_input, unrecorded)
+        places = Places() if start.places is None else start.places
+        self._placing = Placing(family, places, strategy.predictor.uses_input, unrecorded)
         self._layers = BoundLayers(family, strategy.factors, unrecorded)
         self._accounts = Accounts(self.plan, self.report, self.store, choose_device)
         self._marks: list[tuple[Any, Any]] = []
@@ -100,7 +100,7 @@ class CacheRun:
         self._look_back()
         self._kind = self.plan[step]
         if self._strategy.first_only and self.report.evaluations and before == step:
-            self._kind = Kind.AGGRESSIVE
+            self._kind = Kind.SKIPPED
         if self._is_owed or any(self.plan[missed] is Kind.FULL for missed in range(before + 1, step)):
             self._kind = Kind.FULL
         if sigma > self._sigma * (1 + 1e-6):
@@ -111,7 +111,7 @@ class CacheRun:
         self._evaluation = Evaluation(len(self.report.evaluations), step, sigma, planned=self.plan[step])
         self.report.evaluations.append(self._evaluation)
         self._slots.begin(self._evaluation.index)
-        self._choice.begin(self._evaluation.index)
+        self._selection.begin(self._evaluation.index)
         start = self._stopwatch.mark()
         try:
             yield
@@ -119,7 +119,7 @@ class CacheRun:
             self._marks.append((start, self._stopwatch.mark()))
             self._is_owed = self._kind is Kind.FULL and self._evaluation.kind is not Kind.FULL
             self._evaluation.cache_bytes = self.store.bytes
-            self._told(self._evaluation)
+            self._on_evaluation(self._evaluation)
 
     def corrected(self, latent: Tensor, denoised: Tensor) -> Tensor:
         """After an evaluation of `latent`, for all conds and guidance together: what the sampler is to get for its answer."""
@@ -134,19 +134,9 @@ class CacheRun:
         if not self._may_cache(call):
             return self._past_the_cache(call, compute)
         try:
-            found = None if self._placing.known(call) is not None else self._placing.discover(call, compute, self._evaluation.index)
-            known = self._placing.known(call)
-            slots = None if known is None else self._slots_for(call, known)
-            if known is None or slots is None:
-                return self._past_the_cache(call, compute, found)
-            kind = self._possible_kind(slots) if found is None else Kind.FULL
-            if kind is Kind.CONSERVATIVE and not self._placing.may_replay(call):
-                kind = Kind.FULL
-            result = self._carry_out(kind, call, slots, compute, known, found)
-            if result is None:
-                result = self._carry_out(Kind.FULL, call, slots, compute, known)
-            assert result is not None, "a full evaluation always has an answer"
-            return result
+            watched = None if self._placing.known(call) is not None else self._placing.discover(call, compute, self._evaluation.index)
+            job = self._decided(call, compute, watched)
+            return self._past_the_cache(call, compute, watched) if job is None else self._answer(job)
         except StoreFullError:
             call.abandoned()
             self._disable()
@@ -213,6 +203,17 @@ class CacheRun:
                 self._bypass(bypass)
             return not (self._is_disabled or bypass)
 
+    def _decided(self, call: ModelCall, compute: Callable[[], Tensor], watched: Discovered | None) -> Job | None:
+        """What to do for a call. None, said to the user, where it must go past the cache."""
+        known = self._placing.known(call)
+        slots = None if known is None else self._slots_for(call, known)
+        if known is None or slots is None:
+            return None
+        kind = possible_kind(self._kind, slots) if watched is None else Kind.FULL
+        if kind is Kind.CONSERVATIVE and not self._placing.may_replay(call):
+            kind = Kind.FULL
+        return Job(kind, call, compute, known, slots, watched)
+
     def _slots_for(self, call: ModelCall, known: Known) -> list[Slot] | None:
         """The slots of a call's conds, one for all where they cannot be told apart; None, said to the user, where there are none."""
         with self._lock:
@@ -238,7 +239,7 @@ class CacheRun:
         """Says in the report where the hidden state is, and to the user where only the last resort is left."""
         assert known.place is not None
         self.report.place = known.place.text
-        if known.place.is_whole and (self.plan.has(Kind.AGGRESSIVE) or self._strategy.first_only):
+        if known.place.is_whole_output and (self.plan.has(Kind.SKIPPED) or self._strategy.first_only):
             self.notify(
                 "of this model only the whole output can be cached: skipped evaluations do not see the present latent "
                 f"({known.place.reason})"
@@ -254,57 +255,40 @@ class CacheRun:
             if changed:
                 self.notify(f"the option {', '.join(changed)} of the network changes while sampling: computed in full after every change")
 
-    def _possible_kind(self, slots: list[Slot]) -> Kind:
-        """This evaluation's kind, or full where a cond has nothing to go by yet."""
-        if self._kind is Kind.AGGRESSIVE and all(slot.anchors for slot in slots):
-            return Kind.AGGRESSIVE
-        if self._kind is Kind.CONSERVATIVE and all(slot.sublayers for slot in slots):
-            return Kind.CONSERVATIVE
-        if self._kind is Kind.CALIBRATED and all(slot.linears for slot in slots):
-            return Kind.CALIBRATED
-        return Kind.FULL
-
-    def _carry_out(
-        self,
-        kind: Kind,
-        call: ModelCall,
-        slots: list[Slot],
-        compute: Callable[[], Tensor],
-        known: Known,
-        found: Discovered | None = None,
-    ) -> Tensor | None:
-        """The model's output, or None where it must be computed in full instead. found: a full evaluation that was watched already."""
-        strategy = self._strategy  # another thread may replace it
-        try:
-            engine = self._engine_call(kind, call, slots, strategy, known)
-            if found is not None and not engine.keeps_sublayers and engine.linears is None:
-                result = self._kept(engine, found)
+    def _answer(self, job: Job) -> Tensor:
+        """Runs the call and judges its answer: as decided, else in full, else past the cache. Every turn comes nearer to the last."""
+        while True:
+            strategy = self._strategy  # another thread may replace it
+            try:
+                engine, result = self._run(job, strategy)
+            except UnknownInputError as reason:
+                job.call.abandoned()
+                self._fill_without_input(job.slots, str(reason))
+            except UnsupportedCallError as reason:
+                self._refuse(job.call, reason)
+                if job.kind is Kind.FULL:
+                    return self._past_the_cache(job.call, job.compute)
             else:
-                call.starting(kind)
-                again = nullcontext() if found is None else own_random_numbers()  # what was watched has drawn them already
-                with again, self._accounts.counting(engine, strategy, kind), self._engine_for(kind, engine, strategy):
-                    result = compute()
-        except UnknownInputError as reason:
-            call.abandoned()
-            self._fill_without_input(slots, str(reason))
-            return self._carry_out(Kind.FULL, call, slots, compute, known)
-        except UnsupportedCallError as reason:
-            if isinstance(reason, UnsteadyError):
-                self._placing.refuse(call, str(reason))
-            return self._refused(kind, call, compute, str(reason))
-        except FAILURES as error:
-            if kind is not Kind.AGGRESSIVE or isinstance(error, torch.OutOfMemoryError):
-                raise
-            return self._refused(kind, call, compute, f"{type(error).__name__}: {error}")
-        if not self._judged(kind, call, compute, result, engine):
-            return None
-        with self._lock:
-            self._accounts.add(self._evaluation, engine, strategy, kind)
-        return result
+                if self._judged(job, engine, result):
+                    with self._lock:
+                        self._accounts.add(self._evaluation, engine, strategy, job.kind)
+                    return result
+            job = job.in_full
 
-    def _judged(self, kind: Kind, call: ModelCall, compute: Callable[[], Tensor], result: Tensor, engine: EngineCall) -> bool:
+    def _run(self, job: Job, strategy: Strategy) -> tuple[EngineCall, Tensor]:
+        """The call as the engine saw it, and its answer. Raises UnsupportedCallError where the host's model does not run that way."""
+        engine = self._engine_call(job, strategy)
+        if job.watched is not None and not engine.keeps_sublayers and engine.layers is None:
+            return engine, self._kept(engine, job.watched)
+        job.call.starting(job.kind)
+        again = nullcontext() if job.watched is None else own_random_numbers()  # what was watched has drawn them already
+        mended = failures_refused() if job.kind is Kind.SKIPPED else nullcontext()
+        with mended, again, self._accounts.counting(engine, strategy, job.kind), self._engine_for(job.kind, engine, strategy):
+            return engine, job.compute()
+
+    def _judged(self, job: Job, engine: EngineCall, result: Tensor) -> bool:
         """Whether an answer is to be used. Of a full evaluation also whether what it kept is: that is proved where it is due."""
-        is_full, keeps = kind is Kind.FULL, True
+        call, compute, is_full, keeps = job.call, job.compute, job.kind is Kind.FULL, True
         if not engine.is_touched:
             self.notify("another node answered for the model in some evaluations; the cache does not see those")
         elif not engine.is_finished:
@@ -321,20 +305,22 @@ class CacheRun:
                 slot.reset(slot.signature)
         return is_full or keeps
 
-    def _kept(self, engine: EngineCall, found: Discovered) -> Tensor:
+    def _kept(self, engine: EngineCall, watched: Discovered) -> Tensor:
         """The answer of an evaluation that was watched, with what it showed kept."""
-        engine.given, engine.hidden, engine.is_touched = found.given, found.hidden, True
+        engine.given, engine.hidden, engine.is_touched = watched.given, watched.hidden, True
         self._entered(engine)
-        engine.keep(found.hidden)
-        return found.result
+        engine.keep(watched.hidden)
+        return watched.result
 
-    def _refused(self, kind: Kind, call: ModelCall, compute: Callable[[], Tensor], reason: str) -> Tensor | None:
+    def _refuse(self, call: ModelCall, reason: UnsupportedCallError) -> None:
+        """Says that a use of the model is not known; of one that would go wrong again, nothing is skipped any more."""
         call.abandoned()
+        if isinstance(reason, UnsteadyError):
+            self._placing.refuse(call, str(reason))
         self._is_explained = True
         self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
-        return None if kind is not Kind.FULL else self._past_the_cache(call, compute)
 
-    def _fill_without_input(self, slots: list[Slot], reason: str) -> None:
+    def _fill_without_input(self, slots: Sequence[Slot], reason: str) -> None:
         """From here on. What was kept lacks the embedded input: that of these slots goes now, of others before the next evaluation."""
         with self._lock:
             self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
@@ -347,12 +333,12 @@ class CacheRun:
                 slot.predicted_bytes = 0
             self.report.predicted_bytes = self._slots.predicted_bytes
 
-    def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor], found: Discovered | None = None) -> Tensor:
-        """found: where that was computed already."""
+    def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor], watched: Discovered | None = None) -> Tensor:
+        """watched: where that was computed already."""
         call.starting(Kind.FULL)
         if not self._networks.is_known(call.model):
             return compute()
-        result, macs = (found.result, found.macs) if found is not None else self._accounts.past_the_cache(call, compute)
+        result, macs = (watched.result, watched.macs) if watched is not None else self._accounts.past_the_cache(call, compute)
         if macs:
             with self._lock:
                 self._evaluation.add_call(Kind.FULL, macs, macs)
@@ -361,27 +347,29 @@ class CacheRun:
         return result
 
     def _engine_for(self, kind: Kind, engine: EngineCall, strategy: Strategy) -> AbstractContextManager[None]:
-        if kind is Kind.AGGRESSIVE:
+        if kind is Kind.SKIPPED:
             return skipping(engine, strategy.predictor, self.store)
         if kind is Kind.CONSERVATIVE:
             return conservative(engine, self.store)
-        return calibrated(engine, self.store) if kind is Kind.CALIBRATED else listening(engine)
+        return incremental(engine, self.store) if kind is Kind.INCREMENTAL else listening(engine)
 
-    def _engine_call(self, kind: Kind, call: ModelCall, slots: list[Slot], strategy: Strategy, known: Known) -> EngineCall:
-        """A call of this kind. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
+    def _engine_call(self, job: Job, strategy: Strategy) -> EngineCall:
+        """The call as the engine sees it. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
+        kind, call, known = job.kind, job.call, job.known
         step, is_full = self._evaluation.step, kind is Kind.FULL
-        engine = EngineCall(call.model, known, self.family, slots, self._time, self._choice)
+        engine = EngineCall(call.model, known, self.family, job.slots, self._time, self._selection)
         engine.on_enter = self._entered
         engine.unrecorded = self.store.unrecorded
         engine.keeps_sublayers = is_full and self.plan.has(Kind.CONSERVATIVE, step)
-        engine.keeps_hidden = is_full and not engine.place.is_whole and not self._placing.is_proved(call, known, self._evaluation.index)
-        engine.sketches = self._placing.sketches(call, self._evaluation.index) if kind is Kind.AGGRESSIVE else {}
+        index = self._evaluation.index
+        engine.keeps_hidden = is_full and not engine.place.is_whole_output and not self._placing.is_proved(call, known, index)
+        engine.sketches = self._placing.sketches(call, index) if kind is Kind.SKIPPED else {}
         if strategy.predictor.uses_input:
             engine.given = ModelInput(self.family, call.model, self.store.unrecorded)
-        if kind is Kind.CALIBRATED or (is_full and self.plan.has(Kind.CALIBRATED, step)):
+        if kind is Kind.INCREMENTAL or (is_full and self.plan.has(Kind.INCREMENTAL, step)):
             with self._lock:
-                engine.linears = self._layers.of(call.model, known)
-        if is_full and self._kind is kind and engine.keeps_sublayers and engine.linears is None and self._follows_a_skip(step):
+                engine.layers = self._layers.of(call.model, known)
+        if is_full and self._kind is kind and engine.keeps_sublayers and engine.layers is None and self._follows_a_skip(step):
             engine.rests = resting(engine)
         return engine
 
@@ -392,7 +380,7 @@ class CacheRun:
     def _entered(self, engine: EngineCall) -> None:
         """When a call reaches its first block: puts the factors in place, and foretells the bytes of slots that are new."""
         new = [slot for slot in engine.slots if not slot.predicted_bytes]
-        if engine.linears is None and not new:  # without the lock, which torch.compile cannot trace
+        if engine.layers is None and not new:  # without the lock, which torch.compile cannot trace
             return
         with self._lock:
             self._layers.put_in_place(engine)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,15 @@ Unrecorded = Callable[[], AbstractContextManager[None]]
 
 class StoreFullError(Exception):
     """The device has no room for another feature."""
+
+
+@contextmanager
+def memory_ends() -> Iterator[None]:
+    """Around what is done for the cache alone: a lack of memory there becomes StoreFullError, as the model can do without."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StoreFullError from error
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,9 @@ class FeatureStore:
 
     def put(self, tensor: Tensor) -> Feature:
         """Keeps a copy of `tensor` (B, L, C). Raises StoreFullError where the device has no room for it."""
-        try:
-            with self.unrecorded():
-                values, scale = self._encode(tensor)
-                return Feature(self._copy(values), self._copy(scale) if scale is not None else None)
-        except torch.OutOfMemoryError as error:
-            raise StoreFullError from error
+        with memory_ends(), self.unrecorded():
+            values, scale = self._encode(tensor)
+            return Feature(self._copy(values), self._copy(scale) if scale is not None else None)
 
     def load(self, feature: Feature, like: Tensor) -> Tensor:
         """The feature in the dtype and on the device of `like`. Not to be written to: it may be the kept memory itself."""

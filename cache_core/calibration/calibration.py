@@ -10,23 +10,24 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..kinds import Kind, Plan
+from ..planning.kinds import Kind
+from ..planning.plan import Plan
 from .fingerprint import Fingerprint
 from .sidecar import About, Sidecar
 from .statistics import ForecastModel
 
-STARTS = ("general", "even gaps")  # of searches for plans
-_SEARCHED_FROM = ("", *STARTS)  # by their number in a sidecar's results
-_KINDS = (Kind.AGGRESSIVE, Kind.FULL, Kind.CALIBRATED)  # by their number in a sidecar's plans
+ORIGINS = ("general", "even gaps")  # of searches for plans
+_SEARCHED_FROM = ("", *ORIGINS)  # by their number in a sidecar's results
+_KINDS = (Kind.SKIPPED, Kind.FULL, Kind.INCREMENTAL)  # by their number in a sidecar's plans
 
 
 @dataclass(frozen=True)
-class Choice:
+class TriedPlan:
     """What did best with one number of full evaluations.
 
     plan: over the steps of the calibrated schedule. share: of calibrated weights in its predictor; None is the uncalibrated one.
     psnr, uncalibrated: mean over the calibration prompts against the uncached latents, in dB, of this and of the uncalibrated setting.
-    searched_from: where the search for the plan began, one of STARTS; "" for the plan that does best in general.
+    searched_from: where the search for the plan began, one of ORIGINS; "" for the plan that does best in general.
     """
 
     plan: Plan
@@ -40,19 +41,19 @@ class Choice:
 class Forecast:
     """model: statistics with sensitivities. step_times: the model's time at every step of the calibrated schedule.
 
-    choices: by number of full evaluations, most first. plans, orders: what was searched for runs, by their times: a page asks often.
+    tried: by number of full evaluations, most first. plans, orders: what was searched for runs, by their times: a page asks often.
     """
 
     model: ForecastModel
     step_times: tuple[float, ...]
-    choices: tuple[Choice, ...]
+    tried: tuple[TriedPlan, ...]
     plans: dict[tuple, Plan] = field(default_factory=dict, repr=False)
     orders: dict[tuple, list[int]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Low-rank factors of every linear layer (see engine.linears) and the share 0..1 of each part's square norm that they keep."""
+    """Low-rank factors of every linear layer (see engine.layers) and the share 0..1 of each part's square norm that they keep."""
 
     tensors: Mapping[str, Tensor]
     energy: Mapping[str, float]
@@ -102,12 +103,10 @@ def _parts(names: Iterable[str]) -> list[str]:
 
 
 def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
-    model, choices = forecast.model, forecast.choices
+    model, tried = forecast.model, forecast.tried
     sensitivity = model.sensitivity if model.sensitivity is not None else torch.ones(len(model.times), dtype=torch.float64)
-    numbers = [[_KINDS.index(kind) for kind in choice.plan.kinds] for choice in choices]
-    results = [
-        [-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated, float(_SEARCHED_FROM.index(c.searched_from))] for c in choices
-    ]
+    numbers = [[_KINDS.index(kind) for kind in each.plan.kinds] for each in tried]
+    results = [[-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated, float(_SEARCHED_FROM.index(c.searched_from))] for c in tried]
     return {
         "gram": model.gram,
         "uu": F.pad(model.uu, (0, 1, 0, 1)) if model.has_no_input else model.uu,  # the file has no room for an input without channels
@@ -125,12 +124,12 @@ def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
     if uu.shape[-1] == 1 and not uu.any():  # one channel of zeros stands for none: see `_from_forecast`
         uu, uz = uu[..., :0, :0], uz[..., :0, :]
     model = ForecastModel(about.times, tensors["gram"], uu, uz, tensors["basis"], tensors["sensitivity"])
-    choices = []
-    for numbers, (share, psnr, uncalibrated, start) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
+    tried = []
+    for numbers, (share, psnr, uncalibrated, origin) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
         if not all(number in range(len(_KINDS)) for number in numbers):
             raise ValueError("a plan of this calibration has kinds that this version does not know")
-        if start not in range(len(_SEARCHED_FROM)):
+        if origin not in range(len(_SEARCHED_FROM)):
             raise ValueError("a plan of this calibration was found in a way that this version does not know")
         plan = Plan(tuple(_KINDS[int(number)] for number in numbers))
-        choices.append(Choice(plan, None if share < 0 else share, psnr, uncalibrated, _SEARCHED_FROM[int(start)]))
-    return Forecast(model, tuple(tensors["step_times"].tolist()), tuple(choices))
+        tried.append(TriedPlan(plan, None if share < 0 else share, psnr, uncalibrated, _SEARCHED_FROM[int(origin)]))
+    return Forecast(model, tuple(tensors["step_times"].tolist()), tuple(tried))

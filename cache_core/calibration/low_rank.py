@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.linear_sites import LinearSite
-from ..families.linears import LinearPart
+from ..families.fused import LinearPart
 from ..overrides import Forward, forward_overrides
 
 METHODS = ("svd", "ca_svd", "cd_svd")

@@ -124,10 +124,10 @@ class ForecastModel:
         first, second, last, before = self.times[0], self.times[1], self.times[-1], self.times[-2]
         return last - (before - last) <= time <= first + (first - second)
 
-    def harm(self, times: Sequence[float]) -> list[float]:
+    def sensitivities(self, times: Sequence[float]) -> list[float]:
         """Sensitivity of every evaluation of a run at `times`, interpolated over time; 1 where none was measured.
 
-        An evaluation that stands for a shorter stretch of time moves the latent less, and harms by the square of that.
+        An evaluation that stands for a shorter stretch of time moves the latent less, and sensitivities by the square of that.
         """
         if self.sensitivity is None:
             return [1.0] * len(times)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import blocks_at
 from ..overrides import Forward, Override
 from ..refusals import UnsupportedCallError
 from ..store import Unrecorded
@@ -37,10 +37,7 @@ class Passed:
     last: int = 0
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
-        if not self.path:
-            return [network]
-        found = attrgetter(self.path)(network)
-        return list(found.values() if isinstance(found, nn.ModuleDict) else found)
+        return blocks_at(network, self.path) if self.path else [network]
 
 
 @dataclass(frozen=True)
@@ -113,14 +110,14 @@ class Place:
         return Position(self.passed[-1].path, self.passed[-1].last)
 
     @property
-    def is_whole(self) -> bool:
+    def is_whole_output(self) -> bool:
         """Whether nothing but the network's output is kept: the last resort, which the user is told of."""
         return not self.passed[-1].path
 
     @property
     def text(self) -> str:
         """For reports."""
-        if self.is_whole:
+        if self.is_whole_output:
             return f"whole output ({self.reason})"
         return f"found and proved: skips {', '.join(passed.path for passed in self.passed)}"
 
@@ -173,7 +170,7 @@ class Place:
 
     def _check_control(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """A ControlNet may be switched on or off between evaluations; a network that is answered for as a whole would not see it."""
-        if self.is_whole and any(_is_control(value) for value in (kwargs.get("control"), *args)):
+        if self.is_whole_output and any(_is_control(value) for value in (kwargs.get("control"), *args)):
             raise UnsupportedCallError("a ControlNet, which a skipped evaluation would not see")
 
 

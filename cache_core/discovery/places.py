@@ -22,7 +22,7 @@ class Known:
 
     place: None where nothing may be cached, with the `reason`. conds: in a call. rows: of the batch, of all conds together.
     macs: multiply-adds of a full evaluation, all rows together. costs: of other evaluations, by what they are like; filled in as they
-    are first carried out. linears: layers inside the place's stacks that are given tokens. sublayers: tokens and channels, of every
+    are first carried out. layer_calls: layers inside the place's stacks that are given tokens. sublayers: tokens and channels, of every
     batch row, of what conservative evaluations keep. is_confirmed: whether the place was proved in a later evaluation of a run too.
     """
 
@@ -32,7 +32,7 @@ class Known:
     rows: int
     macs: float
     costs: dict[Hashable, float] = field(default_factory=dict)
-    linears: Mapping[LayerKey, LayerCall] = field(default_factory=dict)
+    layer_calls: Mapping[LayerKey, LayerCall] = field(default_factory=dict)
     sublayers: tuple[tuple[int, int], ...] = ()
     is_confirmed: bool = False
 
@@ -53,13 +53,13 @@ class Known:
 
 class CallShape(NamedTuple):
     """What a run's calls were like. known: as found out for one of them. slots: of all conds together. input_channels: of the model's
-    input, where it was kept. linear_bytes: kept of every slot for calibrated evaluations.
+    input, where it was kept. layer_bytes: kept of every slot for incremental evaluations.
     """
 
     known: Known
     slots: int
     input_channels: int = 0
-    linear_bytes: int = 0
+    layer_bytes: int = 0
 
 
 class Places:

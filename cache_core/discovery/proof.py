@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..overrides import forward_overrides, uncompiled
-from ..refusals import UnsupportedCallError
+from ..refusals import UnsupportedCallError, failures_refused
 from ..store import Unrecorded
 from .flops import counted
 from .persistence import sketches
@@ -29,7 +29,6 @@ _MOST_AXES = 6  # places of the batch that are tried
 _PEAK = 16  # times the root of the mean square that rounding may be off at most
 _EXACT = 1e-5  # what counts as equal in any dtype
 Hidden = dict[Path, Tensor]  # what the answering block gave, by path
-FAILURES = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, NotImplementedError, UnsupportedCallError)
 
 
 class Found(NamedTuple):
@@ -145,8 +144,7 @@ class Prover:
             found = self._found(chosen, watched.macs, lengths)
             if found is not None:
                 return found
-        with own_random_numbers(), untouched(self._network, self._bookkeeping):
-            again = self._run_again()
+        again = self._attempt(self._compute)
         if again is None or not is_equal(self._answer, again, torch.float32):
             return Found(None, reason="it does not answer the same twice")
         if not self._is_tried:
@@ -259,21 +257,14 @@ class Prover:
 
     def _tried(self, place: Place, hidden: Sequence[Tensor]) -> Any:
         """The answer, None where the network does not run so."""
-        try:
-            with own_random_numbers(), untouched(self._network, self._bookkeeping), uncompiled():
-                return self.skipped(place, hidden)
-        except torch.OutOfMemoryError:
-            raise
-        except FAILURES:
-            return None
+        return self._attempt(lambda: self.skipped(place, hidden))
 
-    def _run_again(self) -> Any:
-        """The answer without a skip, None where the network does not run twice on the same inputs."""
+    def _attempt(self, run: Callable[[], Any]) -> Any:
+        """What `run` answers, None where the network fails in it. It leaves no trace."""
         try:
-            return self._compute()
-        except torch.OutOfMemoryError:
-            raise
-        except FAILURES:
+            with own_random_numbers(), untouched(self._network, self._bookkeeping), uncompiled(), failures_refused():
+                return run()
+        except UnsupportedCallError:
             return None
 
     def _is_same(self, answer: Any, hidden: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import blocks_of
 from ..overrides import Forward, Override, forward_overrides, uncompiled
 from ..store import Unrecorded
 from .flops import Macs, counted
@@ -80,7 +81,6 @@ class Watched:
     inputs: dict[Any, list[Spec]] = field(default_factory=dict)
     changed: str = ""
     appeared: str = ""
-
     plain: set[int] = field(default_factory=set)
 
     def compare(self, before: Facts, after: Facts, strict: Collection[str] = ("",)) -> None:
@@ -95,10 +95,10 @@ def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
     for name, module in network.named_modules():
         if not name or any(name.startswith(f"{other}.") for other in found):
             continue
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            blocks = [block for block in module._modules.values() if block is not None]  # whatever a node makes of going through it
-        elif isinstance(module, nn.Sequential) and len(module) > 1 and len({type(block) for block in module}) == 1:
-            blocks = list(module)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or (
+            isinstance(module, nn.Sequential) and len(module) > 1 and len({type(block) for block in module}) == 1
+        ):
+            blocks = blocks_of(module)
         else:
             continue
         if blocks and not all(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks):
@@ -143,14 +143,14 @@ def _noting(watched: Watched, entry: ListCalls, index: int, macs: Macs, unrecord
             if entry._before is not None:
                 entry.links.append({out: _path_of(tensor, given) for out, tensor in tensors(entry._before)})
                 entry._before = None
-            call = BlockCall(index, {path: _kind(tensor) for path, tensor in given}, starts=macs.so_far)
+            call = BlockCall(index, {path: _spec(tensor) for path, tensor in given}, starts=macs.so_far)
             entry.calls.append(call)
             plain = {f"{entry.path} writes at {path[1]}": tensor for path, tensor in given if id(tensor) in watched.plain}
             before = {name: fact_of(tensor) for name, tensor in plain.items()}
             result = forward(*args, **kwargs)
             watched.compare(before, {name: fact_of(tensor) for name, tensor in plain.items()})
             call.ends = macs.so_far
-            call.gave = mapped(result, lambda _path, leaf: _kind(leaf) if isinstance(leaf, Tensor) else leaf)
+            call.gave = mapped(result, lambda _path, leaf: _spec(leaf) if isinstance(leaf, Tensor) else leaf)
             call.same = {out: path for out, tensor in tensors(result) if (path := _path_of(tensor, given)) is not None}
             if 2 * len(entry.calls) >= len(entry.blocks) and entry.macs >= _LEAST * macs.so_far:
                 with unrecorded():
@@ -171,7 +171,7 @@ def _copy(kept: dict[Path, Tensor], result: Any) -> None:
     for path in kept.keys() - found.keys():
         del kept[path]
     for path, tensor in found.items():
-        if path in kept and _kind(kept[path]) == _kind(tensor) and kept[path].device == tensor.device:
+        if path in kept and _spec(kept[path]) == _spec(tensor) and kept[path].device == tensor.device:
             kept[path].copy_(tensor)
         else:
             kept[path] = tensor.clone()
@@ -197,7 +197,7 @@ def _noting_input(inputs: dict[Any, list[Spec]], key: Any) -> Callable[[Forward]
     def make(forward: Forward) -> Forward:
         def noted(*args: Any, **kwargs: Any) -> Any:
             if args and isinstance(args[0], Tensor):
-                inputs.setdefault(key, []).append(_kind(args[0]))
+                inputs.setdefault(key, []).append(_spec(args[0]))
             return forward(*args, **kwargs)
 
         return noted
@@ -205,7 +205,7 @@ def _noting_input(inputs: dict[Any, list[Spec]], key: Any) -> Callable[[Forward]
     return make
 
 
-def _kind(tensor: Tensor) -> Spec:
+def _spec(tensor: Tensor) -> Spec:
     return Spec(tensor.shape, tensor.dtype)
 
 

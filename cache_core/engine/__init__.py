@@ -5,20 +5,20 @@ from __future__ import annotations
 from .call import EngineCall
 from .conservative import conservative
 from .full import listening, resting
-from .linear_sites import CalibratedLinears
-from .linears import calibrated
+from .incremental import incremental
+from .linear_sites import FactorisedLayers
 from .skip import skipping
 from .slot import Slot, SlotTable
-from .tokens import TokenChoice
+from .tokens import TokenSelection
 
 __all__ = [
-    "CalibratedLinears",
     "EngineCall",
+    "FactorisedLayers",
     "Slot",
     "SlotTable",
-    "TokenChoice",
-    "calibrated",
+    "TokenSelection",
     "conservative",
+    "incremental",
     "listening",
     "resting",
     "skipping",

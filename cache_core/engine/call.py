@@ -15,11 +15,11 @@ from ..discovery.places import Known
 from ..discovery.trees import Path, tensors
 from ..families.base import ModelFamily
 from ..overrides import Override, around
-from ..store import StoreFullError, Unrecorded
+from ..store import Unrecorded, memory_ends
 from .inputs import ModelInput
-from .linear_sites import CalibratedLinears
+from .linear_sites import FactorisedLayers
 from .slot import Slot
-from .tokens import TokenChoice
+from .tokens import TokenSelection
 
 
 @dataclass
@@ -27,10 +27,10 @@ class EngineCall:
     """A model call over the rows of one or more conds, in order; every cond has the same number of rows.
 
     known: what was found out about such calls, the place of the hidden state first of all. family: what is known of the model beside it.
-    slots: of every cond, or one of all where the place
-    is joint. time: the model's time coordinate of this evaluation. keeps_sublayers: whether a full evaluation keeps them.
+    slots: of every cond, or one of all where the place is joint. time: the model's time coordinate of this evaluation.
+    keeps_sublayers: whether a full evaluation keeps them.
     given: the model's input, where hidden states are kept without what it is embedded as and it is kept beside them; else None.
-    linears: of a calibrated evaluation, or of a full one that keeps what those need; None for all others.
+    layers: of an incremental evaluation, or of a full one that keeps what those need; None for all others.
     rests: sublayers that a full evaluation leaves out, by name, as they are computed in only some of them.
     on_enter: told this call when the first block is reached. unrecorded: around the allocation of what outlives a block (see
     `store.Unrecorded`). keeps_hidden: whether copies of the last hidden state stay here too, for a proof.
@@ -46,11 +46,11 @@ class EngineCall:
     family: ModelFamily
     slots: Sequence[Slot]
     time: float
-    choice: TokenChoice
+    selection: TokenSelection
     on_enter: Callable[[EngineCall], None] = lambda _call: None
     keeps_sublayers: bool = False
     given: ModelInput | None = None
-    linears: CalibratedLinears | None = None
+    layers: FactorisedLayers | None = None
     rests: frozenset[str] = frozenset()
     unrecorded: Unrecorded = nullcontext
     keeps_hidden: bool = False
@@ -88,11 +88,8 @@ class EngineCall:
         self.is_touched = True
         hidden = self.place.hidden(result)
         if self.keeps_hidden:
-            try:
-                with self.unrecorded():
-                    self.hidden = [tensor.clone() for tensor in hidden]
-            except torch.OutOfMemoryError as error:
-                raise StoreFullError from error
+            with memory_ends(), self.unrecorded():
+                self.hidden = [tensor.clone() for tensor in hidden]
         self.keep(hidden)
 
     def is_answered(self, _result: Any) -> None:

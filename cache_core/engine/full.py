@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..families.base import Site, Stack
 from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .call import EngineCall
-from .linears import linear_taps
+from .fused import keeping_layers
 from .slot import SiteKey
 
 
 @contextmanager
 def listening(call: EngineCall) -> Iterator[None]:
     """Keeps the last hidden state and what the call asks for: every sublayer's output for conservative evaluations to
-    come, every linear layer's output and projected input for calibrated ones."""
+    come, every linear layer's output and projected input for incremental ones."""
     overrides: list[Override] = [*call.entry(), (call.last_block, around(after=call.remember_hidden))]
     if call.keeps_sublayers:
         for stack, index, block in call.family.placed(call.model):
@@ -29,8 +29,8 @@ def listening(call: EngineCall) -> Iterator[None]:
                 overrides.append(_tap(call, stack, site, key, block))
                 if site.name in call.rests:
                     overrides.append((attrgetter(site.module)(block), _resting(call, key)))
-    overrides += linear_taps(call)
-    with nullcontext() if call.linears is None else uncompiled(), forward_overrides(overrides):
+    overrides += keeping_layers(call)
+    with nullcontext() if call.layers is None else uncompiled(), forward_overrides(overrides):
         yield
 
 

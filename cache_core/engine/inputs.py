@@ -33,7 +33,7 @@ class ModelInput:
 
         def note_input(args: tuple, _kwargs: dict[str, Any]) -> None:
             with self._unrecorded():
-                self._given = self._family.tokens(embed, args[0]).clone()  # some linears clamp what they are given in place
+                self._given = self._family.tokens(embed, args[0]).clone()  # some linear layers clamp what they are given in place
 
         def note_embedded(args: tuple, kwargs: dict[str, Any]) -> None:
             with self._unrecorded():

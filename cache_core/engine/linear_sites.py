@@ -9,9 +9,10 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from ..blocks import blocks_at
 from ..discovery.layers import LayerCall, LayerKey
 from ..families.base import ModelFamily
-from ..families.linears import WHOLE, LinearPart
+from ..families.fused import UNSPLIT, LinearPart
 from ..refusals import UnsupportedCallError
 from ..store import StoreFormat
 from .slot import SiteKey
@@ -73,7 +74,7 @@ class LinearSite:
 
 
 @dataclass(frozen=True, eq=False)
-class CalibratedLinears:
+class FactorisedLayers:
     """The linear layers of one model and the factors of all of them. Made by `bind`.
 
     place: device and dtype of all factors, None while they are as they were given. Compared by identity: it holds tensors.
@@ -84,18 +85,18 @@ class CalibratedLinears:
     place: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
-    def bind(cls, sites: Iterable[LinearSite], factors: Factors) -> CalibratedLinears:
+    def bind(cls, sites: Iterable[LinearSite], factors: Factors) -> FactorisedLayers:
         """Those of the sites that there are factors for; others are left to the host.
 
         Raises UnsupportedCallError where there are none at all, ValueError for factors of another model's shapes.
         """
         own = [site for site in sites if all(f"{site.key(part)}.{side}" in factors for part in site.parts for side in "AB")]
         if not own:
-            raise UnsupportedCallError("none of the calibrated layers is given tokens")
+            raise UnsupportedCallError("none of the layers that there are factors for is given tokens")
         check_shapes(own, factors)
         return cls(tuple(own), factors)
 
-    def placed(self, device: torch.device, dtype: torch.dtype, ready: Factors) -> CalibratedLinears:
+    def placed(self, device: torch.device, dtype: torch.dtype, ready: Factors) -> FactorisedLayers:
         """The same with the factors of these layers on that device in that dtype, so that no evaluation converts them.
 
         ready: factors that are there already.
@@ -118,19 +119,18 @@ def weight_share(factors: Factors) -> float:
     return sum(b.shape[0] * (a.shape[0] + b.shape[1]) for a, b in pairs) / max(dense, 1)
 
 
-def find_linears(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], network: nn.Module) -> list[LinearSite]:
+def linear_sites(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], network: nn.Module) -> list[LinearSite]:
     """The linear layers that were found to be given tokens, as the network has them now.
 
     family: says which of them are several matrices in one.
     """
     sites = []
     for (path, index, layer), call in calls.items():
-        blocks = attrgetter(path)(network)
-        block = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)[index]
+        block = blocks_at(network, path)[index]
         block = getattr(block, "_orig_mod", block)
         module = attrgetter(layer)(block) if layer else block
         split = family.fused.get(path, {}).get(layer)
-        parts = (WHOLE,) if split is None else split(block)
+        parts = (UNSPLIT,) if split is None else split(block)
         sites.append(
             LinearSite(path, index, layer, module, parts, call.tokens, int(module.in_features), int(module.out_features), call.batch)
         )

@@ -2,7 +2,7 @@
 
 Embedding, ControlNet additions to the last block and the final layer stay the host's and run at the current
 noise level. What ControlNet adds to passed-through tensors vanishes with them: the forecast hidden already
-contains its effect, so nothing is counted twice. Where the model itself is the only block (`Place.is_whole`)
+contains its effect, so nothing is counted twice. Where the model itself is the only block (`Place.is_whole_output`)
 nothing of it runs.
 """
 

@@ -31,7 +31,7 @@ class Anchor(NamedTuple):
 
 class Slot:
     """The features of one cond: past hidden states, oldest first, sublayer outputs for conservative evaluations, and what
-    calibrated ones need of the linear layers.
+    incremental ones need of the linear layers.
 
     signature: shape, dtype and so on of the calls the features came from; another one starts anew.
     history: hidden states that are kept at most. last_used: index of the evaluation that last asked for it, in_pass: in which pass.
@@ -44,7 +44,7 @@ class Slot:
         self.predicted_bytes = 0
         self.anchors: list[Anchor] = []
         self.sublayers: dict[SiteKey, Feature] = {}
-        self.linears: dict[SiteKey, Feature] = {}
+        self.layers: dict[SiteKey, Feature] = {}
         self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
         self._kept: list[Tensor] = []  # a sum of each hidden state not checked yet, finite where all of it is; reading it now would
         self._answered: list[Tensor] = []  # make a GPU wait. The same of answers
@@ -105,15 +105,15 @@ class Slot:
         self._rests[key] += 1
         return self._store.load(self.sublayers[key], like)
 
-    def remember_linear(self, key: SiteKey, value: Tensor) -> None:
+    def remember_layer(self, key: SiteKey, value: Tensor) -> None:
         """Keeps the output or the projected input (rows, L, C) of a linear layer in place of the last one."""
-        self._replace(self.linears, key, value)
+        self._replace(self.layers, key, value)
 
     def reset(self, signature: Hashable = None) -> None:
         """Gives every feature up."""
         for anchor in self.anchors:
             self._drop(anchor)
-        for features in (self.sublayers, self.linears):
+        for features in (self.sublayers, self.layers):
             for feature in features.values():
                 self._store.drop(feature)
             features.clear()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class TokenChoice:
+class TokenSelection:
     """Random tokens per block and stream, the same for every cond of one evaluation, whatever the batching.
 
     share: of the tokens of a stream, 0..1; at least one token unless it is 0. seed: makes runs repeatable.

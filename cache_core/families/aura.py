@@ -36,7 +36,7 @@ def _renormalised(cached: Cached, stream: str, x: Tensor, modulation: Sequence[T
     _, _, gate_attn, shift, scale, gate_mlp = modulation
 
     def fresh(at: Tensor) -> Tensor:
-        attended = x[:, at] + gate_attn * cached.chosen(f"{stream}.attn", at)
+        attended = x[:, at] + gate_attn * cached.some_tokens(f"{stream}.attn", at)
         return mlp(modulate(norm(attended), shift, scale))
 
     return x + gate_mlp * renewed(cached, f"{stream}.mlp", cached.choose(stream, x.shape[1]), fresh)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import blocks_at
 from ..refusals import UnknownInputError, UnsupportedCallError
 from .as_read import has
-from .linears import LinearPart
+from .fused import LinearPart
 
 Fused = Mapping[str, Mapping[str, Callable[[Any], tuple[LinearPart, ...]]]]
 
@@ -39,9 +39,9 @@ class Site:
 class Cached(Protocol):
     """The kept features of one block as its replay sees them: whole batch, the call's dtype and device."""
 
-    def whole(self, site: str) -> Tensor: ...
+    def all_tokens(self, site: str) -> Tensor: ...
 
-    def chosen(self, site: str, tokens: Tensor) -> Tensor: ...
+    def some_tokens(self, site: str, tokens: Tensor) -> Tensor: ...
 
     def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor: ...
 
@@ -76,8 +76,7 @@ class Stack:
     why_not: Callable[[Mapping[str, Any]], str] = lambda _call: ""
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        found = attrgetter(self.path)(model)
-        return list(found.values() if isinstance(found, nn.ModuleDict) else found)
+        return blocks_at(model, self.path)
 
     def sites_of(self, block: nn.Module) -> list[Site]:
         """Not every block of a list has every sublayer. Asked by attributes: the names of a compiled block's modules are others."""

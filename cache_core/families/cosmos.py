@@ -28,7 +28,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
         options = call.get("transformer_options", {})
         return cross.block.attn(asking, call["crossattn_emb"], call.get("crossattn_mask"), transformer_options=options).transpose(0, 1)
 
-    x = x + gate_self * cached.whole(SELF)
+    x = x + gate_self * cached.all_tokens(SELF)
     x = x + of_cross[2] * renewed(cached, CROSS, tokens, look)
     x = x + of_feed[2] * renewed(cached, MLP, tokens, lambda at: feed.block(_modulated(feed, of_feed, x[:, at])))
     return (in_grid(x, call["x"], _STACK.batch),)

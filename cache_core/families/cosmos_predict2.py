@@ -30,7 +30,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     def gated(vectors: tuple[Tensor, ...], sublayer: Tensor) -> Tensor:
         return spread(vectors[2], x.shape[1]).to(x.dtype) * sublayer
 
-    x = x + gated(of_self, cached.whole(SELF))
+    x = x + gated(of_self, cached.all_tokens(SELF))
     x = x + gated(of_cross, renewed(cached, CROSS, tokens, look))
     x = x + gated(of_mlp, renewed(cached, MLP, tokens, lambda at: block.mlp(_modulated(block.layer_norm_mlp, of_mlp, x, at))))
     return (in_grid(x, given),)

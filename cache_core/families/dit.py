@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Stack
-from .linears import equal_parts
+from .fused import equal_parts
 from .patches import patches
 from .replaying import gated, stream_sites
 

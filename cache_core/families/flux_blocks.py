@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..refusals import UnsupportedCallError
 from .base import Cached, ModelFamily, Site, Stack, modulate
-from .flux_linears import FLUX_FUSED
+from .flux_fused import FLUX_FUSED
 from .replaying import finite
 
 
@@ -79,10 +79,10 @@ def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
 def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cached: Cached) -> Tensor:
     """One stream of a double block: cached attention, MLP recomputed for the chosen tokens. x (B, L, C)."""
     (attn_mod, mlp_mod), rows = mods, _rows(dims, x)
-    x = x + _taken(attn_mod.gate, rows) * cached.whole(f"{name}_attn")
+    x = x + _taken(attn_mod.gate, rows) * cached.all_tokens(f"{name}_attn")
     tokens = cached.choose(name, x.shape[1])
     if tokens is None:
-        mlp = cached.whole(f"{name}_mlp")
+        mlp = cached.all_tokens(f"{name}_mlp")
     else:
         norm, layer = getattr(block, f"{name}_norm2"), getattr(block, f"{name}_mlp")
         fresh = layer(_modulated(norm(x[:, tokens]), mlp_mod, rows, tokens))
@@ -98,12 +98,12 @@ def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cach
     rows = _rows(call.get("modulation_dims"), x)
     tokens = cached.choose(joint, x.shape[1])
     if tokens is None:
-        output = cached.whole("output")
+        output = cached.all_tokens("output")
     else:
         # linear1 is fused: its q, k and v of the chosen tokens are computed too and dropped (weights are never sliced)
         projected = block.linear1(_modulated(block.pre_norm(x[:, tokens]), mod, rows, tokens))
         mlp = block.mlp_act(projected[..., 3 * block.hidden_size :])
-        fresh = block.linear2(torch.cat((cached.chosen("attn", tokens), mlp), dim=-1))
+        fresh = block.linear2(torch.cat((cached.some_tokens("attn", tokens), mlp), dim=-1))
         output = cached.refreshed("output", tokens, fresh)
     return (finite(x + _taken(mod.gate, rows) * output),)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Site, Stack
-from .linears import equal_parts
+from .fused import equal_parts
 from .patches import patches
 from .replaying import renewed
 
@@ -30,7 +30,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x, text, places = call["x"], call["text_states"], call["freq_cis_img"]  # cosines and sines, each (L, d)
     if block.skip_linear is not None:
         x = block.skip_linear(block.skip_norm(torch.cat((x, call["skip"]), dim=-1).to(x.dtype)))
-    attended = x + cached.whole("attn1")
+    attended = x + cached.all_tokens("attn1")
     tokens = cached.choose("img", x.shape[1])
 
     def look(at: Tensor) -> Tensor:

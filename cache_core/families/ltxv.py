@@ -36,7 +36,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
         y = F.rms_norm(x[:, at], x.shape[-1:], eps=1e-6)
         return block.ff(torch.addcmul(y, y, spread(scale, length, at)) + spread(shift, length, at))
 
-    x = torch.addcmul(x, cached.whole(SELF), spread(gate_attn, length))
+    x = torch.addcmul(x, cached.all_tokens(SELF), spread(gate_attn, length))
     options = call.get("transformer_options", {})
     x = x + renewed(cached, CROSS, tokens, lambda at: block.attn2(x[:, at], **seen, transformer_options=options))
     return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Stack
-from .linears import LinearPart
+from .fused import LinearPart
 from .replaying import sandwiched, stream_sites
 
 _JOINT = "txt+img+padding"

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Stack
-from .linears import equal_parts
+from .fused import equal_parts
 from .patches import patches
 from .replaying import renewed, stream_sites
 
@@ -38,7 +38,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 def _refreshed(stream: str, x: Tensor, vectors: Tensor, mlp: Callable[[Tensor], Tensor], cached: Cached) -> Tensor:
     """One stream x (B, L, C); vectors (B, 4·C)."""
     _, gate_attn, scale, gate_mlp = vectors.unsqueeze(1).chunk(4, dim=-1)
-    x = x + _norm(cached.whole(f"{stream}.attn")) * gate_attn.tanh()
+    x = x + _norm(cached.all_tokens(f"{stream}.attn")) * gate_attn.tanh()
     tokens = cached.choose(stream, x.shape[1])
     fresh = renewed(cached, f"{stream}.mlp", tokens, lambda at: mlp(_norm(x[:, at]) * (1 + scale)))
     return x + _norm(fresh) * gate_mlp.tanh()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..refusals import UnsupportedCallError
 from .as_read import takes
 from .base import Cached, ModelFamily, Site, Stack
-from .linears import equal_parts
+from .fused import equal_parts
 from .patches import patches
 
 _PARAMETERS = ("x", "y", "t", "mask", "x_mask", "t0", "T", "S")
@@ -66,11 +66,11 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x = call["x"]
     rows, length, _ = x.shape
     gate_attn, shift, scale, gate_mlp = _modulation(block, call)
-    x = x + gate_attn * _in_order(block, cached.whole("attn"), rows, call)
-    x = x + cached.whole("cross_attn")
+    x = x + gate_attn * _in_order(block, cached.all_tokens("attn"), rows, call)
+    x = x + cached.all_tokens("cross_attn")
     tokens = cached.choose("img", length)
     if tokens is None:
-        return (x + gate_mlp * cached.whole("mlp"),)
+        return (x + gate_mlp * cached.all_tokens("mlp"),)
     fresh = block.mlp(block.norm2(x[:, tokens]) * (1 + _of(scale, tokens)) + _of(shift, tokens))
     return (x + gate_mlp * cached.refreshed("mlp", tokens, fresh),)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .base import Cached, modulate
 from .flux_blocks import flux_like, has_flux_blocks
-from .linears import LinearPart
+from .fused import LinearPart
 
 _JOINT = "txt+img"
 
@@ -54,10 +54,10 @@ def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
     x, mod = call["x"], block.modulation(call["vec"])[0]
     tokens = cached.choose(_JOINT, x.shape[1])
     if tokens is None:
-        return (x + mod.gate * cached.whole("output"),)
+        return (x + mod.gate * cached.all_tokens("output"),)
     projected = block.v_mlp(modulate(block.pre_norm(x[:, tokens]), mod.shift, mod.scale))  # v of the chosen tokens is dropped
     mlp = block.mlp_act(projected[..., block.hidden_size :])
-    fresh = block.linear2(torch.cat((cached.chosen("attn", tokens), mlp), dim=-1))
+    fresh = block.linear2(torch.cat((cached.some_tokens("attn", tokens), mlp), dim=-1))
     return (x + mod.gate * cached.refreshed("output", tokens, fresh),)
 
 

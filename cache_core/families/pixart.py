@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Site, Stack
-from .linears import equal_parts
+from .fused import equal_parts
 from .patches import patches
 
 
@@ -31,9 +31,9 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     table = block.scale_shift_table[None].to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
     _, _, gate_attn, shift, scale, gate_mlp = (table + t.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
     tokens = cached.choose("img", x.shape[1])
-    x = x + gate_attn * cached.whole("attn")
+    x = x + gate_attn * cached.all_tokens("attn")
     if tokens is None:
-        return (x + cached.whole("cross_attn") + gate_mlp * cached.whole("mlp"),)
+        return (x + cached.all_tokens("cross_attn") + gate_mlp * cached.all_tokens("mlp"),)
     x = x + cached.refreshed("cross_attn", tokens, block.cross_attn(x[:, tokens], call["y"], call.get("mask")))
     fresh = block.mlp(block.norm2(x[:, tokens]) * (1 + scale) + shift)
     return (x + gate_mlp * cached.refreshed("mlp", tokens, fresh),)

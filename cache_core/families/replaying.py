@@ -20,7 +20,7 @@ def stream_sites(stream: str, attention: str, mlp: str) -> tuple[Site, Site]:
 
 def renewed(cached: Cached, site: str, tokens: Tensor | None, sublayer: Layer) -> Tensor:
     """A sublayer's results (B, L, C): those kept, but of `tokens` (k,) what `sublayer` makes of these indices."""
-    return cached.whole(site) if tokens is None else cached.refreshed(site, tokens, sublayer(tokens))
+    return cached.all_tokens(site) if tokens is None else cached.refreshed(site, tokens, sublayer(tokens))
 
 
 def gated(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], norm: Layer, mlp: Layer) -> Tensor:
@@ -29,7 +29,7 @@ def gated(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], 
     x (B, L, C). modulation: shift, scale and gate (B, 1, C) of the attention, then of the MLP.
     """
     _, _, gate_attn, shift, scale, gate_mlp = modulation
-    x = x + gate_attn * cached.whole(f"{stream}.attn")
+    x = x + gate_attn * cached.all_tokens(f"{stream}.attn")
     tokens = cached.choose(stream, x.shape[1])
     return x + gate_mlp * renewed(cached, f"{stream}.mlp", tokens, lambda at: mlp(modulate(norm(x[:, at]), shift, scale)))
 
@@ -41,7 +41,7 @@ def sandwiched(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tens
     kept comes before these norms, as newer hosts run norm and gate in one kernel and do not call the module.
     """
     _, gate_attn, scale, gate_mlp = modulation
-    x = x + gate_attn.tanh() * norm(finite(cached.whole(f"{stream}.attn")))
+    x = x + gate_attn.tanh() * norm(finite(cached.all_tokens(f"{stream}.attn")))
     tokens = cached.choose(stream, x.shape[1])
     mlp = renewed(cached, f"{stream}.mlp", tokens, lambda at: block.feed_forward(block.ffn_norm1(x[:, at]) * (1 + scale)))
     return x + gate_mlp.tanh() * block.ffn_norm2(finite(mlp))

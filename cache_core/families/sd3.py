@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..refusals import UnsupportedCallError
 from .base import Cached, ModelFamily, Site, Stack
-from .linears import equal_parts
+from .fused import equal_parts
 from .patches import patches
 from .replaying import gated, stream_sites
 
@@ -37,7 +37,7 @@ def _half(block: Any, stream: str, x: Tensor, c: Tensor, cached: Cached) -> Tens
         raise UnsupportedCallError("blocks without shifts")
     modulation = block.adaLN_modulation(c)[:, None].chunk(9 if block.x_block_self_attn else 6, dim=-1)
     if block.x_block_self_attn:
-        x = x + modulation[8] * cached.whole("attn2")
+        x = x + modulation[8] * cached.all_tokens("attn2")
     return gated(cached, stream, x, modulation[:6], block.norm2, block.mlp)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..refusals import UnsupportedCallError
 from .base import Cached, ModelFamily, Site, Stack
-from .linears import LinearPart, equal_parts
+from .fused import LinearPart, equal_parts
 from .replaying import renewed
 
 _PATH, _FRAMES = "transformer.layers", "time+audio"
@@ -57,7 +57,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     if call.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
         raise UnsupportedCallError("masked frames, convolutions or means over frames")
     text, options, modulation = call["context"], call.get("transformer_options", {}), _modulation(block, call)
-    attention = cached.whole("self_attn")
+    attention = cached.all_tokens("self_attn")
     x = attended = call["x"] + (attention if modulation is None else attention * (1 - modulation[2]).sigmoid())
     tokens = cached.choose(_FRAMES, x.shape[1])
 
@@ -67,7 +67,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     if text is not None:
         x = x + renewed(cached, "cross_attn", tokens, look)
     if call.get("local_add_cond") is not None and getattr(block, "to_local_embed", None) is not None:
-        beside = cached.whole("local")
+        beside = cached.all_tokens("local")
         x = x + F.pad(beside, (0, 0, x.shape[1] - beside.shape[1], 0))
 
     def feed(at: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ def replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]
     def feed_forward(at: Tensor) -> Tensor:
         return block.ffn(modulate(block.norm2(x[:, at]), spread(shift, length, at), spread(scale, length, at)))
 
-    x = torch.addcmul(x, cached.whole(SELF), spread(gate_attn, length))
+    x = torch.addcmul(x, cached.all_tokens(SELF), spread(gate_attn, length))
     x = x + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(block.norm3(x[:, at]), call["context"], **seen))
     if call.get("audio") is not None:
-        x = x + cached.whole(_AUDIO)
+        x = x + cached.all_tokens(_AUDIO)
     return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)

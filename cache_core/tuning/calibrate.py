@@ -17,19 +17,20 @@ from ..calibration.low_rank import Magnitudes, factorise_sites, measuring
 from ..calibration.statistics import ForecastModel, Moments, stretches
 from ..calibration.use import error_of
 from ..engine.linear_sites import LinearSite
-from ..kinds import Kind, Plan
 from ..model_call import ModelCall
-from ..opening import Opening
-from ..policies import AlwaysCompute, Given
+from ..planning.kinds import Kind
+from ..planning.plan import Plan
+from ..planning.policies import AlwaysCompute, Given
 from ..predictors import AUTO, Predictor, Reuse
+from ..run_start import RunStart
 from ..strategy import Strategy
 from .tape import Sample, Tape, TapedRun
 from .trials import Trials
 
 _NODES = 32  # evaluations whose statistics are kept at most: they enter squared, and vary slowly
 _TOKENS = 1024  # of every cond, chosen at random
-_HARM_PROMPTS = 8  # whose pictures tell what an error does to them: four can mislead a search by 2 dB, eight hardly
-_HARM_STRIDE = 3  # steps from one that is measured to the next
+_SENSITIVITY_PROMPTS = 8  # whose pictures tell what an error does to them: four can mislead a search by 2 dB, eight hardly
+_SENSITIVITY_STRIDE = 3  # steps from one that is measured to the next
 _SEED = 0
 
 
@@ -89,16 +90,16 @@ class Calibrator:
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
         self._references: list[Tensor] = []
         self._times: tuple[float, ...] = ()
-        self._opening: Opening | None = None
+        self._start: RunStart | None = None
         self._dtype = torch.float32  # what the blocks compute in
 
     def run(self) -> Learned:
         """Raises ValueError where the model's calls cannot be recorded."""
         self._record()
-        assert self._opening is not None, "recording has opened runs"
-        forecast = self._forecast(self._opening) if self._wishes.forecast else None
-        factors = self._factors(self._opening) if self._wishes.method else None
-        return Learned(self._times, self._opening.timeline.steps, forecast, factors)
+        assert self._start is not None, "recording has opened runs"
+        forecast = self._forecast(self._start) if self._wishes.forecast else None
+        factors = self._factors(self._start) if self._wishes.method else None
+        return Learned(self._times, self._start.timeline.steps, forecast, factors)
 
     # -- stages -----------------------------------------------------------------------------------------
 
@@ -137,17 +138,17 @@ class Calibrator:
         self._times = times
         generator = torch.Generator().manual_seed(_SEED)
         for u, z in trajectories:
-            chosen = torch.randperm(u.shape[1], generator=generator)[:_TOKENS]
-            moments.add(u[nodes][:, chosen], z[nodes][:, chosen])
+            rows = torch.randperm(u.shape[1], generator=generator)[:_TOKENS]
+            moments.add(u[nodes][:, rows], z[nodes][:, rows])
 
-    def _forecast(self, opening: Opening) -> Forecast:
-        halves = [self._measured(half, opening) for half in range(len(self._halves))]
-        harms = torch.stack([half.sensitivity for half in halves if half.sensitivity is not None])
+    def _forecast(self, start: RunStart) -> Forecast:
+        halves = [self._measured(half, start) for half in range(len(self._halves))]
+        sensitivities = torch.stack([half.sensitivity for half in halves if half.sensitivity is not None])
         moments = self._halves[0]
         for other in self._halves[1:]:
             moments.absorb(other)
-        model = replace(moments.compress(self._times, self._wishes.directions), sensitivity=harms.log().mean(0).exp())
-        step_times = opening.timeline.times[:-1]
+        model = replace(moments.compress(self._times, self._wishes.directions), sensitivity=sensitivities.log().mean(0).exp())
+        step_times = start.timeline.times[:-1]
         budgets = _budgets(len(step_times), self._wishes.speedups)
         done = 0
 
@@ -157,13 +158,13 @@ class Calibrator:
             self._told("trying out", done, total)
 
         total = len(budgets) * self._prompts * Trials.COUNT
-        trials = Trials(halves, model, opening, self._sample, self._references, told)
-        choices = tuple(trials.choose(full) for full in budgets)
-        if not choices:
+        trials = Trials(halves, model, start, self._sample, self._references, told)
+        tried = tuple(trials.best(budget) for budget in budgets)
+        if not tried:
             raise ValueError(f"with {len(step_times)} steps there is nothing to skip: calibrate with more")
-        return Forecast(model, step_times, choices)
+        return Forecast(model, step_times, tried)
 
-    def _measured(self, half: int, opening: Opening) -> ForecastModel:
+    def _measured(self, half: int, start: RunStart) -> ForecastModel:
         """Of one half of the prompts, with its sensitivity.
 
         s_i = ‖x_final − x_final,full‖² / e_i with only step i forecast, uncalibrated, at every third step, and e_i what that misses
@@ -171,12 +172,12 @@ class Calibrator:
         interpolated on a log scale, per square of the time that a step stands for: recorded nodes may be further apart than steps.
         """
         model = self._halves[half].compress(self._times, self._wishes.directions)
-        times, steps = opening.timeline.times[:-1], opening.timeline.steps
-        measured = sorted({*range(1, steps, _HARM_STRIDE), steps - 1} & set(opening.window) - {0})
+        times, steps = start.timeline.times[:-1], start.timeline.steps
+        measured = sorted({*range(1, steps, _SENSITIVITY_STRIDE), steps - 1} & set(start.window) - {0})
         if not measured:
             return replace(model, sensitivity=torch.ones(len(model.times), dtype=torch.float64))
         halves = len(self._halves)
-        prompts = range(half, self._prompts, halves)[: _HARM_PROMPTS // halves]
+        prompts = range(half, self._prompts, halves)[: _SENSITIVITY_PROMPTS // halves]
         total = halves * len(prompts) * len(measured)
         logs = np.zeros(len(measured))
         for number, prompt in enumerate(prompts):
@@ -184,7 +185,7 @@ class Calibrator:
             for place, step in enumerate(measured):
                 done = (half * len(prompts) + number) * len(measured) + place
                 self._told("measuring sensitivity", min(done, total), total)
-                plan = Plan(tuple(Kind.AGGRESSIVE if other == step else Kind.FULL for other in range(steps)))
+                plan = Plan(tuple(Kind.SKIPPED if other == step else Kind.FULL for other in range(steps)))
                 strategy = Strategy(Given(plan), AUTO, name="sensitivity")
                 latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
                 square = float((latent.float() - self._references[prompt].float()).square().mean())
@@ -195,14 +196,14 @@ class Calibrator:
         over_time = np.interp(model.times, [times[step] for step in reversed(measured)], logs[::-1])
         return replace(model, sensitivity=torch.from_numpy(np.exp(over_time) * np.square(stretches(model.times))))
 
-    def _factors(self, opening: Opening) -> Factors:
+    def _factors(self, start: RunStart) -> Factors:
         tensors, energy = factorise_sites(
             self._sites,
             self._wishes.rank,
             self._wishes.method,
             self._magnitudes,
             torch.bfloat16 if self._dtype is torch.bfloat16 else torch.float16,
-            opening.device,
+            start.device,
             lambda done, total: self._told("factorising layers", done, total),
             call_dtype=self._dtype,
         )
@@ -220,9 +221,9 @@ class Calibrator:
     ) -> tuple[Tensor, Tape]:
         runs: list[TapedRun] = []
 
-        def make(opening: Opening) -> TapedRun:
-            self._opening = opening
-            runs.append(TapedRun(strategy, opening, before, until, listen))
+        def make(start: RunStart) -> TapedRun:
+            self._start = start
+            runs.append(TapedRun(strategy, start, before, until, listen))
             return runs[-1]
 
         latent = self._sample(prompt, make)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..discovery.places import Known
 from ..engine import Slot
-from ..engine.linear_sites import LinearSite, find_linears
-from ..kinds import Kind
+from ..engine.linear_sites import LinearSite, linear_sites
+from ..job import Job
 from ..model_call import ModelCall
-from ..opening import Opening
-from ..placing import Discovered
 from ..run import CacheRun
+from ..run_start import RunStart
 from ..strategy import Strategy
 
 
 class Sample(Protocol):
     """Samples prompt number `prompt` with the run that `make` gives, and returns the final latent (1, …) in system memory."""
 
-    def __call__(self, prompt: int, make: Callable[[Opening], CacheRun]) -> Tensor: ...
+    def __call__(self, prompt: int, make: Callable[[RunStart], CacheRun]) -> Tensor: ...
 
 
 class _Kept(NamedTuple):
@@ -84,54 +82,47 @@ class TapedRun(CacheRun):
     def __init__(
         self,
         strategy: Strategy,
-        opening: Opening,
+        start: RunStart,
         before: Tape | None = None,
         until: int = 0,
         listen: Callable[[ModelCall, list[LinearSite]], AbstractContextManager[None]] | None = None,
     ) -> None:
-        super().__init__(
-            strategy,
-            opening.timeline,
-            opening.window,
-            opening.family,
-            opening.device,
-            unrecorded=opening.unrecorded,
-            places=opening.places,
-        )
+        super().__init__(strategy, start)
         self.tape = Tape()
-        self._device = opening.device
+        self._device = start.device
         self._before, self._until, self._listen = before, until, listen
 
-    def _carry_out(
-        self,
-        kind: Kind,
-        call: ModelCall,
-        slots: list[Slot],
-        compute: Callable[[], Tensor],
-        known: Known,
-        found: Discovered | None = None,
-    ) -> Tensor | None:
+    def _answer(self, job: Job) -> Tensor:
         evaluation = self._evaluation.index
         while len(self.tape.entries) <= evaluation:
             self.tape.entries.append([])
             self.tape.times.append(self._time)
-        entry = self._recorded(evaluation, len(slots))
-        if entry is not None:
-            for slot, kept in zip(slots, entry.kept):
-                hidden, given = [tensor.to(self._device) for tensor in kept.hidden], kept.input
-                slot.remember_hidden(self._time, hidden, None if given is None else given.to(self._device))
-            self.tape.entries[evaluation].append(entry)
-            self._evaluation.add_call(kind, 0.0, 0.0)  # played back is not answered by another node
-            return entry.output.to(self._device)
-        if self._listen is not None:  # what was watched already went unheard
-            with self._listen(call, find_linears(self.family, known.linears, call.model)):
-                result = super()._carry_out(kind, call, slots, compute, known)
+        entry = self._recorded(evaluation, len(job.slots))
+        if entry is None:
+            before = [slot.anchors[-1] if slot.anchors else None for slot in job.slots]
+            result = self._computed(job)
+            is_computed = all(slot.anchors and slot.anchors[-1] is not old for slot, old in zip(job.slots, before))
+            entry = _Entry(len(job.slots), _copy(result), [_kept(slot) for slot in job.slots] if is_computed else [])
         else:
-            result = super()._carry_out(kind, call, slots, compute, known, found)
-        if result is not None:
-            is_computed = kind is not Kind.AGGRESSIVE and all(slot.anchors and slot.anchors[-1].time == self._time for slot in slots)
-            self.tape.entries[evaluation].append(_Entry(len(slots), _copy(result), [_kept(slot) for slot in slots] if is_computed else []))
+            result = self._played_back(job, entry)
+        self.tape.entries[evaluation].append(entry)
         return result
+
+    def _played_back(self, job: Job, entry: _Entry) -> Tensor:
+        for slot, kept in zip(job.slots, entry.kept):
+            hidden, given = [tensor.to(self._device) for tensor in kept.hidden], kept.input
+            slot.remember_hidden(self._time, hidden, None if given is None else given.to(self._device))
+        self._evaluation.add_call(job.kind, 0.0, 0.0)  # so that it does not seem to be answered by another node
+        return entry.output.to(self._device)
+
+    def _computed(self, job: Job) -> Tensor:
+        if self._listen is None:
+            return super()._answer(job)
+        with self._listen(job.call, linear_sites(self.family, job.known.layer_calls, job.call.model)):
+            return super()._answer(replace(job, watched=None))  # what was watched already went unheard
+
+    def _fill_without_input(self, _slots: Sequence[Slot], reason: str) -> None:
+        raise ValueError(f"a forecast of this model cannot be calibrated as it is sampled here: {reason}")
 
     def _recorded(self, evaluation: int, conds: int) -> _Entry | None:
         """What to play back; nothing where the host, short of memory, now calls for other numbers of conds at a time."""

@@ -1,11 +1,13 @@
-"""DuCa's cycle (arXiv 2412.18911): full once, then conservative and aggressive in turn."""
+"""DuCa's cycle (arXiv 2412.18911): full once, then conservative and skipped in turn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..kinds import Kind, Plan
-from .base import check_cycle, cycle
+from ..kinds import Kind
+from ..plan import Plan
+from .base import Request, check_cycle, cycle
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,9 @@ class DucaCycle:
     warmup, tail: full steps at the beginning and the end of the run.
     """
 
+    about: ClassVar[str] = "full, conservative and skipped in turn"
+    takes: ClassVar[frozenset[str]] = frozenset({"speedup", "cycle_length", "costs"})
+
     cycle_length: int = 5
     between: str = "ca"
     warmup: int = 3
@@ -24,8 +29,13 @@ class DucaCycle:
 
     def __post_init__(self) -> None:
         check_cycle(self.cycle_length, self.warmup, self.tail)
-        if not self.between or set(self.between) - {Kind.CONSERVATIVE.value, Kind.AGGRESSIVE.value}:
+        if not self.between or set(self.between) - {Kind.CONSERVATIVE.value, Kind.SKIPPED.value}:
             raise ValueError(f"a cycle is filled with c and a, not {self.between!r}")
+
+    @classmethod
+    def asked(cls, request: Request) -> DucaCycle:
+        length = request.length(lambda n: cls(n, warmup=request.warmup, tail=request.tail))
+        return cls(length, warmup=request.warmup, tail=request.tail)
 
     def plan(self, steps: int, window: range) -> Plan:
         return cycle(steps, window, self.cycle_length, self.between, self.warmup, self.tail)

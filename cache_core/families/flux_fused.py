@@ -6,7 +6,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-from .linears import WHOLE, LinearPart
+from .fused import UNSPLIT, LinearPart
 
 
 def _qkv(block: Any) -> tuple[LinearPart, ...]:
@@ -17,7 +17,7 @@ def _qkv(block: Any) -> tuple[LinearPart, ...]:
 def _mlp_in(layers: tuple[Any, Any]) -> tuple[LinearPart, ...]:
     """Of an MLP's first layer, given both: gate and value where it makes twice what the second takes (FLUX.2)."""
     first, second = layers
-    return _gate_and_value(0, second.in_features) if first.out_features == 2 * second.in_features else (WHOLE,)
+    return _gate_and_value(0, second.in_features) if first.out_features == 2 * second.in_features else (UNSPLIT,)
 
 
 def _qkv_and_mlp(block: Any) -> tuple[LinearPart, ...]:

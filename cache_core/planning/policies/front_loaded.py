@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..kinds import Plan
-from .base import check_counts
+from ..plan import Plan
+from .base import Request, check_counts
 
 _COARSE = 4  # steps between the full evaluations that a run is given first of all
 _LAST = 0.1  # how far the even steps have come, as a part of the run, when its last step is computed as well
@@ -27,6 +28,9 @@ class FrontLoaded:
     Raises ValueError for a speedup below 1 or a negative count.
     """
 
+    about: ClassVar[str] = "more full steps at the beginning; a higher speed only takes some of them away"
+    takes: ClassVar[frozenset[str]] = frozenset({"speedup"})
+
     speedup: float = 2.0
     warmup: int = 1
     tail: int = 0
@@ -35,6 +39,10 @@ class FrontLoaded:
         if self.speedup < 1:
             raise ValueError(f"speedup must be at least 1, not {self.speedup}")
         check_counts(self.warmup, self.tail)
+
+    @classmethod
+    def asked(cls, request: Request) -> FrontLoaded:
+        return cls(request.speedup, request.warmup, request.tail)
 
     def plan(self, steps: int, window: range) -> Plan:
         first = max(window.start, self.warmup - 1, 0)  # the last of the leading full steps starts the gaps

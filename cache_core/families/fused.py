@@ -26,4 +26,4 @@ def equal_parts(layer: str, names: Sequence[str]) -> dict[str, Callable[[Any], t
     return {layer: parts}
 
 
-WHOLE = LinearPart("all")
+UNSPLIT = LinearPart("all")

@@ -10,11 +10,11 @@ from torch import nn
 
 from .discovery.places import Places
 from .families import ModelFamily
+from .planning.timeline import Timeline
 from .store import Unrecorded
-from .timeline import Timeline
 
 
-class Opening(NamedTuple):
+class RunStart(NamedTuple):
     """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
 
     is_euler: whether the sampler takes plain steps along the direction of one evaluation each. adds_noise: whether it adds noise that

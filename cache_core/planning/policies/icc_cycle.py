@@ -1,11 +1,12 @@
-"""ICC's schedule (arXiv 2505.05829): full every N steps, calibrated between."""
+"""ICC's schedule (arXiv 2505.05829): full every N steps, incremental between."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kinds import Kind, Plan
-from .base import check_cycle, cycle
+from ..kinds import Kind
+from ..plan import Plan
+from .base import Request, check_cycle, cycle
 
 
 @dataclass(frozen=True)
@@ -22,5 +23,9 @@ class IccCycle:
     def __post_init__(self) -> None:
         check_cycle(self.interval, self.warmup, self.tail)
 
+    @classmethod
+    def asked(cls, request: Request) -> IccCycle:
+        return cls(request.length(lambda n: cls(n, request.warmup, request.tail)), request.warmup, request.tail)
+
     def plan(self, steps: int, window: range) -> Plan:
-        return cycle(steps, window, self.interval, Kind.CALIBRATED.value, self.warmup, self.tail)
+        return cycle(steps, window, self.interval, Kind.INCREMENTAL.value, self.warmup, self.tail)

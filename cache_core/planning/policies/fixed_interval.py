@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..kinds import Plan
-from .base import check_cycle, cycle
+from ..plan import Plan
+from .base import Request, check_cycle, cycle
 
 
 @dataclass(frozen=True)
 class FixedInterval:
     """interval: steps from one full evaluation to the next; warmup, tail: full steps at both ends of the run."""
+
+    about: ClassVar[str] = "full every N steps"
+    takes: ClassVar[frozenset[str]] = frozenset({"speedup", "cycle_length"})
 
     interval: int = 4
     warmup: int = 3
@@ -18,6 +22,10 @@ class FixedInterval:
 
     def __post_init__(self) -> None:
         check_cycle(self.interval, self.warmup, self.tail)
+
+    @classmethod
+    def asked(cls, request: Request) -> FixedInterval:
+        return cls(request.length(lambda n: cls(n, request.warmup, request.tail)), request.warmup, request.tail)
 
     def plan(self, steps: int, window: range) -> Plan:
         return cycle(steps, window, self.interval, "a", self.warmup, self.tail)

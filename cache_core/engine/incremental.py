@@ -1,6 +1,6 @@
 """Increment-calibrated caching (ICC, arXiv 2505.05829) of every linear layer inside the blocks.
 
-A full evaluation keeps, of every layer y = Wx + b, its output y_c and z_c = B·x_c. A calibrated one answers
+A full evaluation keeps, of every layer y = Wx + b, its output y_c and z_c = B·x_c. An incremental one answers
 y_t = y_c + A·(B·x_t - z_c) in the layer's place, W ≈ A·B; all else in the block is the host's and runs as it is.
 That is the paper's y_c + A·B·(x_t - x_c), rewritten exactly so that rank instead of input channels are kept.
 
@@ -29,24 +29,24 @@ from .linear_sites import Factors, LinearSite
 from .slot import SiteKey
 
 
-def linear_taps(call: EngineCall) -> list[Override]:
-    """For a full evaluation that also notes the stream lengths: keeps y_c and z_c of every layer of `call.linears`.
+def keeping_layers(call: EngineCall) -> list[Override]:
+    """For a full evaluation that also notes the stream lengths: keeps y_c and z_c of every layer of `call.layers`.
 
-    A layer called in a way that `calibrated` would refuse is left out. The host's results are not changed.
+    A layer called in a way that `incremental` would refuse is left out. The host's results are not changed.
     """
-    return [(site.module, _keeping(call, site)) for site in call.linears.sites] if call.linears is not None else []
+    return [(site.module, _keeping(call, site)) for site in call.layers.sites] if call.layers is not None else []
 
 
 @contextmanager
-def calibrated(call: EngineCall, store: FeatureStore) -> Iterator[None]:
-    """A calibrated evaluation: every layer answers from what the last full one kept. Only the hidden state is written.
+def incremental(call: EngineCall, store: FeatureStore) -> Iterator[None]:
+    """An incremental evaluation: every layer answers from what the last full one kept. Only the hidden state is written.
 
-    call.linears must be set, best with factors in the call's dtype and on its device by the time the first block is
+    call.layers must be set, best with factors in the call's dtype and on its device by the time the first block is
     entered; others are converted at every use. Inside, a layer that was not kept, or is called with another shape than
     (B, L, in_features) of the anchor, raises UnsupportedCallError.
     """
-    assert call.linears is not None, "plans with calibrated evaluations are refused without factors"
-    overrides: list[Override] = [(site.module, _calibrating(call, site, store)) for site in call.linears.sites]
+    assert call.layers is not None, "plans with incremental evaluations are refused without factors"
+    overrides: list[Override] = [(site.module, _calibrating(call, site, store)) for site in call.layers.sites]
     overrides += call.entry()
     overrides.append((call.last_block, around(after=call.remember_hidden)))
     with uncompiled(), forward_overrides(overrides):
@@ -55,8 +55,8 @@ def calibrated(call: EngineCall, store: FeatureStore) -> Iterator[None]:
 
 def _factors(call: EngineCall) -> Factors:
     """Those of the call as they are now: a run's first call puts them in place when it reaches the first block."""
-    assert call.linears is not None
-    return call.linears.factors
+    assert call.layers is not None
+    return call.layers.factors
 
 
 def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]:
@@ -72,8 +72,8 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
             result = forward(*args, **kwargs)
             output = site.ordered(result).reshape(*tokens.shape[:2], result.shape[-1])
             for slot, y, z in zip(call.slots, call.rows(output), call.rows(projection)):
-                slot.remember_linear(_numbered(site.output_key, number), y)
-                slot.remember_linear(_numbered(site.projection_key, number), z)
+                slot.remember_layer(_numbered(site.output_key, number), y)
+                slot.remember_layer(_numbered(site.projection_key, number), z)
             return result
 
         return kept
@@ -143,7 +143,7 @@ def _features(call: EngineCall, site: LinearSite, key: SiteKey, store: FeatureSt
     """What each slot keeps under `key`, in row order, in the dtype and on the device of the input."""
     features: list[Feature] = []
     for slot in call.slots:
-        feature = slot.linears.get(key)
+        feature = slot.layers.get(key)
         if feature is None or feature.data.shape[:2] != (like.shape[0] // len(call.slots), like.shape[1]):
             raise UnsupportedCallError(f"nothing of this shape is kept of {site.name}")
         features.append(feature)

@@ -1,23 +1,12 @@
-"""The kinds of model evaluation and how a schedule of them is written."""
+"""A plan: the kind of evaluation at every step of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from enum import Enum
 
-
-class Kind(Enum):
-    """What one model evaluation does. The value is its letter in a schedule's text."""
-
-    FULL = "F"  # every block runs: the host's own code, listened to
-    CALIBRATED = "i"  # blocks run over low-rank increments of their linear layers (ICC)
-    CONSERVATIVE = "c"  # attention from the cache, MLP for a share of the tokens (DuCa)
-    AGGRESSIVE = "a"  # no block runs: the stack's output is reused or forecast
-
-    @property
-    def label(self) -> str:
-        return self.name.lower()
+from .kinds import Kind
+from .text import ScheduleTextError, parse
 
 
 @dataclass(frozen=True)
@@ -36,21 +25,19 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Reads the letters F, i, c and a; spaces do not count. Raises ValueError on any other."""
-        kinds = []
-        for position, letter in enumerate(text):
-            if letter.isspace():
-                continue
-            try:
-                kinds.append(Kind(letter))
-            except ValueError:
-                raise ValueError(f"unknown kind {letter!r} at character {position + 1} of {text!r}: use F, i, c or a") from None
-        return cls(tuple(kinds))
+        """Reads a schedule's text (see `planning.text`) once through, so that its letters are the plan.
+
+        Raises ScheduleTextError, a ValueError, for what cannot be read or has a part that is repeated to the end of a run.
+        """
+        pattern = parse(text)
+        if pattern.head or pattern.tail:
+            raise ScheduleTextError("a plan names every step: it has no *", text, text.index("*"))
+        return cls(pattern.loop)
 
     @classmethod
     def with_full(cls, full: Collection[int], steps: int) -> Plan:
-        """Full at the given steps, aggressive at all others."""
-        return cls(tuple(Kind.FULL if step in full else Kind.AGGRESSIVE for step in range(steps)))
+        """Full at the given steps, skipped at all others."""
+        return cls(tuple(Kind.FULL if step in full else Kind.SKIPPED for step in range(steps)))
 
     def __str__(self) -> str:
         return "".join(kind.value for kind in self.kinds)

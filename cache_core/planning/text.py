@@ -11,10 +11,10 @@ cycle. X may be written for F. Spaces do not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import cycle, groupby, islice
+from itertools import cycle, islice
 from types import MappingProxyType
 
-from .kinds import Kind, Plan
+from .kinds import Kind
 
 _LETTERS = MappingProxyType({**{kind.value: kind for kind in Kind}, "X": Kind.FULL})
 _MOST = 10_000  # letters that a text may stand for: no run is that long
@@ -42,13 +42,13 @@ class Pattern:
     loop: tuple[Kind, ...]
     tail: tuple[Kind, ...] = ()
 
-    def fit(self, steps: int) -> Plan:
-        """For a run of `steps` steps. In one too short for head and tail, the head is cut first. The first step is full in any case."""
+    def fit(self, steps: int) -> tuple[Kind, ...]:
+        """The kind of each of `steps` steps. In a run too short for head and tail, the head is cut first. The first step is always full."""
         tail = self.tail[max(0, len(self.tail) - steps) :]
         head = self.head[: steps - len(tail)]
         between = steps - len(tail) - len(head)
         kinds = (*head, *islice(cycle(self.loop), between), *tail)
-        return Plan((Kind.FULL, *kinds[1:]) if steps else ())
+        return (Kind.FULL, *kinds[1:]) if steps else ()
 
     def has(self, kind: Kind) -> bool:
         return kind in (*self.head, *self.loop, *self.tail)
@@ -69,12 +69,6 @@ def parse(text: str) -> Pattern:
     if len(text) > _LONGEST:
         raise ScheduleTextError(f"a schedule has at most {_LONGEST} characters", text, _LONGEST)
     return _Reader(text).pattern()
-
-
-def text_of(plan: Plan) -> str:
-    """The shortest way of writing a plan without groups: F 2a F 3a. `parse(text).fit(len(plan))` gives the plan again."""
-    runs = [(kind, len(list(run))) for kind, run in groupby(plan.kinds)]
-    return " ".join(f"{count if count > 1 else ''}{kind.value}" for kind, count in runs)
 
 
 class _Reader:
@@ -148,7 +142,7 @@ class _Reader:
     def _letter(self) -> Kind:
         letter = self._text[self._at]
         if letter not in _LETTERS:
-            raise self._error("use the letters F (full), i (calibrated), c (conservative), a (aggressive), numbers, ( ) and *", self._at)
+            raise self._error("use the letters F (full), i (incremental), c (conservative), a (skipped), numbers, ( ) and *", self._at)
         self._at += 1
         return _LETTERS[letter]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kinds import Plan
+from ..plan import Plan
 from .always_compute import AlwaysCompute
 from .base import Policy
 

@@ -17,7 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..kinds import Kind, Plan
+from .kinds import Kind
+from .plan import Plan
 
 _REACH = 1500  # how far a full evaluation is moved at most in one exchange, times steps: anywhere in a run of 38, by 7 in one of 200
 
@@ -25,7 +26,7 @@ _REACH = 1500  # how far a full evaluation is moved at most in one exchange, tim
 class PlanSearch:
     """Plans for a run at the given times (one per step, noisiest first) with `window` as the steps that may be skipped.
 
-    gram (n, n): ⟨z_a, z_b⟩ of the hidden states at the n steps. harm: s, square of the final latent's move per square of error.
+    gram (n, n): ⟨z_a, z_b⟩ of the hidden states at the n steps. sensitivity: s, square of the final latent's move per square of error.
     weights: of a forecast, from (anchor times, time). history: anchors that it sees. made_up: share 0..1 of a forecast's error for
     which the full evaluation behind its gap makes up, so that a line between both ends is left (see Corrector); none behind the last.
     """
@@ -33,75 +34,75 @@ class PlanSearch:
     def __init__(
         self,
         gram: np.ndarray,
-        harm: Sequence[float],
+        sensitivity: Sequence[float],
         weights: Callable[[Sequence[float], float], Sequence[float]],
         times: Sequence[float],
         window: range,
         history: int,
         made_up: float,
     ) -> None:
-        self._gram, self._moves = gram, np.sqrt(harm)
+        self._gram, self._moves = gram, np.sqrt(sensitivity)
         self._times, self._history, self._made_up = tuple(times), history, made_up
         self._free = [step for step in window if step > 0]
         self._weights = lru_cache(maxsize=None)(lambda anchors, step: weights([self._times[a] for a in anchors], self._times[step]))
         self._gap = lru_cache(maxsize=None)(self._new_gap)
 
-    def plan(self, start: Plan) -> Plan:
-        """From `start`, the best exchange of a full evaluation for a skipped one, again and again while that helps."""
-        chosen = start.steps_of(Kind.FULL)
-        cost, reach = self.cost(chosen), max(_REACH // len(start), 1)
+    def plan(self, origin: Plan) -> Plan:
+        """From `origin`, the best exchange of a full evaluation for a skipped one, again and again while that helps."""
+        full = origin.steps_of(Kind.FULL)
+        cost, reach = self.cost(full), max(_REACH // len(origin), 1)
         while True:
             exchanged = (
-                chosen - {step} | {other}
+                full - {step} | {other}
                 for step in self._free
                 for other in self._free
-                if step in chosen and other not in chosen and abs(step - other) <= reach
+                if step in full and other not in full and abs(step - other) <= reach
             )
             best_cost, best = min(((self.cost(plan), sorted(plan)) for plan in exchanged), default=(cost, []))
             if best_cost >= cost * (1 - 1e-9):
-                return Plan.with_full(chosen, len(start))
-            chosen, cost = frozenset(best), best_cost
+                return Plan.with_full(full, len(origin))
+            full, cost = frozenset(best), best_cost
 
-    def order(self, start: Plan) -> list[int]:
-        """All steps, so that the first of them make good plans whatever their number: out from the best plan found from `start`.
+    def order(self, origin: Plan) -> list[int]:
+        """All steps, so that the first of them make good plans whatever their number: out from the best plan found from `origin`.
 
         Of its steps the least missed are given up one at a time, the best of the others come one at a time.
         """
-        middle = self.plan(start).steps_of(Kind.FULL)
-        fixed = set(range(len(start))).difference(self._free)
+        middle = self.plan(origin).steps_of(Kind.FULL)
+        fixed = set(range(len(origin))).difference(self._free)
         given_up: list[int] = []
         added: list[int] = []
-        chosen = middle
-        while droppable := sorted(chosen - fixed):
-            given_up.append(min(droppable, key=lambda step: self.cost(chosen - {step})))
-            chosen -= {given_up[-1]}
-        chosen = middle
-        while left := [step for step in self._free if step not in chosen]:
-            added.append(min(left, key=lambda step: self.cost(chosen | {step})))
-            chosen |= {added[-1]}
+        full = middle
+        while droppable := sorted(full - fixed):
+            given_up.append(min(droppable, key=lambda step: self.cost(full - {step})))
+            full -= {given_up[-1]}
+        full = middle
+        while left := [step for step in self._free if step not in full]:
+            added.append(min(left, key=lambda step: self.cost(full | {step})))
+            full |= {added[-1]}
         return [*sorted(fixed), *reversed(given_up), *added]
 
     def cost(self, full: Collection[int]) -> float:
         """Expected square of the final latent's move."""
-        chosen, c = sorted(full), np.zeros(len(self._times))
-        for place, step in enumerate(chosen):
-            after = chosen[place + 1] if place + 1 < len(chosen) else len(self._times)
+        steps, c = sorted(full), np.zeros(len(self._times))
+        for place, step in enumerate(steps):
+            after = steps[place + 1] if place + 1 < len(steps) else len(self._times)
             if after > step + 1:
-                c += self._gap(tuple(chosen[max(0, place + 1 - self._history) : place + 1]), after, place + 2 < len(chosen))
+                c += self._gap(tuple(steps[max(0, place + 1 - self._history) : place + 1]), after, place + 2 < len(steps))
         return float(c @ self._gram @ c)
 
     def _new_gap(self, anchors: tuple[int, ...], end: int, is_made_up: bool) -> np.ndarray:
         """Of c, what the steps between the last anchor and `end` bring. is_made_up: whether two full evaluations are behind them."""
-        c, start = np.zeros(len(self._times)), anchors[-1]
-        span = self._times[start] - self._times[end] if is_made_up else 0.0
+        c, first = np.zeros(len(self._times)), anchors[-1]
+        span = self._times[first] - self._times[end] if is_made_up else 0.0
         made_up = self._made_up if span else 0.0  # models with discrete timesteps have one for several small noise levels
-        for step in range(start + 1, end):
+        for step in range(first + 1, end):
             move = self._moves[step]
             c[step] += move
             for anchor, weight in zip(anchors, self._weights(anchors, step)):
                 c[anchor] -= (1 - made_up) * move * weight
             if made_up:
-                part = (self._times[start] - self._times[step]) / span
-                c[start] -= made_up * move * (1 - part)
+                part = (self._times[first] - self._times[step]) / span
+                c[first] -= made_up * move * (1 - part)
                 c[end] -= made_up * move * part
         return c

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..kinds import Kind, Plan
-from ..schedule_text import Pattern
-from .base import check_counts
+from ..kinds import Kind
+from ..plan import Plan
+from ..text import Pattern, parse
+from .base import Request, check_counts
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class Patterned:
     Raises ValueError for a negative count.
     """
 
+    about: ClassVar[str] = "your own"
+    takes: ClassVar[frozenset[str]] = frozenset({"text"})
+
     pattern: Pattern = Pattern((), (Kind.FULL,))
     warmup: int = 0
     tail: int = 0
@@ -23,6 +28,11 @@ class Patterned:
     def __post_init__(self) -> None:
         check_counts(self.warmup, self.tail)
 
+    @classmethod
+    def asked(cls, request: Request) -> Patterned:
+        """Raises ScheduleTextError for a text that cannot be read."""
+        return cls(parse(request.text), request.warmup, request.tail)
+
     def plan(self, steps: int, window: range) -> Plan:
         free = range(max(self.warmup, window.start), min(steps - self.tail, window.stop))
-        return Plan(tuple(kind if step in free else Kind.FULL for step, kind in enumerate(self.pattern.fit(steps).kinds)))
+        return Plan(tuple(kind if step in free else Kind.FULL for step, kind in enumerate(self.pattern.fit(steps))))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kinds import Kind, Plan
+from ..kinds import Kind
+from ..plan import Plan
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,26 @@
+"""Plans that a calibration's search found to move the picture least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Request
+from .given import Given
+
+
+@dataclass(frozen=True)
+class Searched(Given):
+    """A plan that was searched for the run."""
+
+    about: ClassVar[str] = "full where a calibration expects it to help the picture most"
+    takes: ClassVar[frozenset[str]] = frozenset({"speedup", "searched"})
+
+    @classmethod
+    def asked(cls, request: Request) -> Searched:
+        """Raises ValueError where no calibration can be searched."""
+        if request.searched is None:
+            raise ValueError(
+                "a searched schedule needs a calibrated forecast of this model: run SVD Calibrator first, or choose another kind"
+            )
+        return cls(request.searched(max(2, round(request.steps / request.speedup))))

@@ -1,0 +1,134 @@
+"""A schedule as a user asks for it: which steps are full, apart from what the others are filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..calibration.calibration import Calibration
+from ..calibration.use import NotCoveredError, nested_plan
+from ..checks import check_count, check_number, check_one_of, check_type
+from ..run_start import RunStart
+from .kinds import Kind
+from .policies import POLICIES, FrontLoaded, Policy, Request, Within
+from .text import parse
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a user asks of Cache Schedule.
+
+    Args:
+        policy: A name in `POLICIES`.
+        speedup: Wanted number of steps per full evaluation, at least 1. Cycles follow it where `cycle_length` is 0.
+        cycle_length: Steps from one full evaluation to the next.
+        text: The schedule itself, for policy "custom text"; see `planning.text`.
+        unit: What `skip_from` and `skip_to` count: "percent" of the sampling (0..100) or "steps" (from 0; 0 for skip_to is the end).
+        skip_from, skip_to: Steps between these may be skipped.
+        warmup, tail: Full steps at both ends.
+        first_only: Where a sampler evaluates a step several times, only the first of these computes.
+        calibration: For policy "searched".
+
+    Raises:
+        ValueError: For what cannot be; a ScheduleTextError for the text.
+    """
+
+    UNITS: ClassVar[tuple[str, ...]] = ("percent", "steps")
+
+    policy: str = "front-loaded"
+    speedup: float = 2.0
+    cycle_length: int = 0
+    text: str = "3F (Fca)* F"
+    unit: str = "percent"
+    skip_from: float = 0.0
+    skip_to: float = 100.0
+    warmup: int = 1
+    tail: int = 0
+    first_only: bool = False
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of("schedule", self.policy, POLICIES)
+        check_one_of("unit", self.unit, self.UNITS)
+        check_number("speedup", self.speedup, 1)
+        for name, steps in (("cycle length", self.cycle_length), ("warm-up", self.warmup), ("tail", self.tail)):
+            check_count(name, steps)
+        check_number("skip_from", self.skip_from, 0)
+        check_number("skip_to", self.skip_to, 0)
+        if self.unit == "percent" and not self.skip_from <= self.skip_to <= 100:
+            raise ValueError(f"skip_from and skip_to are percent with skip_from <= skip_to, not {self.skip_from:g} and {self.skip_to:g}")
+        if self.unit == "steps" and 0 < self.skip_to < self.skip_from:
+            raise ValueError(f"skip_from and skip_to are steps with skip_from <= skip_to, not {self.skip_from:g} and {self.skip_to:g}")
+        check_type("calibration", self.calibration, Calibration, "SVD Calibrator or Load Calibration")
+        if self._takes("text"):
+            parse(self.text)
+
+    @property
+    def part(self) -> tuple[float, float]:
+        """The part 0..1 of the sampling in which evaluations may be skipped; all of it where that is said in steps."""
+        return (self.skip_from / 100, self.skip_to / 100) if self.unit == "percent" else (0.0, 1.0)
+
+    @property
+    def needs_forecast(self) -> bool:
+        """Whether it cannot do without a calibrated forecast."""
+        return self._takes("searched")
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether it cannot do without low-rank factors."""
+        return self._takes("text") and parse(self.text).has(Kind.INCREMENTAL)
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        if self._takes("text"):
+            return f"custom {self.text.strip()}"
+        in_cycles = self.cycle_length and self._takes("cycle_length")
+        return f"{self.policy} {f'N={self.cycle_length}' if in_cycles else f'{self.speedup:g}x'}"
+
+    def policy_for(self, start: RunStart, costs: Mapping[Kind, float], calibration: Calibration | None) -> tuple[Policy, tuple[str, ...]]:
+        """The policy of a run, and what to tell the user about it.
+
+        Args:
+            costs: Of an evaluation of each kind, in full ones.
+            calibration: Of the checkpoint, where the schedule has none of its own.
+
+        Raises:
+            ValueError: For policy "searched" without a calibrated forecast.
+        """
+        notices: tuple[str, ...] = ()
+        try:
+            policy = POLICIES[self.policy].asked(self._request(start, costs, self.calibration or calibration))
+        except NotCoveredError as reason:
+            policy = FrontLoaded(self.speedup, self.warmup, self.tail)
+            notices = (f"no schedule can be searched, a front-loaded one is used: {reason}",)
+        if self.unit == "steps":
+            policy = Within(policy, round(self.skip_from), round(self.skip_to) or None)
+        return policy, notices
+
+    def _takes(self, field: str) -> bool:
+        """Whether the policy goes by this field of a request."""
+        return field in POLICIES[self.policy].takes
+
+    def _request(self, start: RunStart, costs: Mapping[Kind, float], calibration: Calibration | None) -> Request:
+        forecast = calibration.forecast if calibration is not None else None
+        times, window = start.timeline.times[:-1], self._window(start)
+        return Request(
+            steps=start.timeline.steps,
+            speedup=self.speedup,
+            cycle_length=self.cycle_length,
+            warmup=self.warmup,
+            tail=self.tail,
+            text=self.text,
+            costs=costs,
+            searched=None if forecast is None else lambda full: nested_plan(forecast, times, window, full, start.is_euler),
+        )
+
+    def _window(self, start: RunStart) -> range:
+        """The steps that a search may skip."""
+        steps = start.timeline.steps
+        window = range(max(start.window.start, self.warmup), min(start.window.stop, steps - self.tail))
+        if self.unit == "steps":
+            window = range(max(window.start, round(self.skip_from)), min(window.stop, round(self.skip_to) or steps))
+        return window
