@@ -196,6 +196,17 @@ class Settings:
         return FrontLoaded(self.speedup, warmup=1 if self.warmup is None else self.warmup, tail=self.tail)
 
 
+@dataclass(frozen=True)
+class FixedSettings(Settings):
+    """One strategy for every run, whatever it is like: for experiments."""
+
+    mode: str = "forecast"  # which looks for no calibration
+    fixed: Strategy = Strategy()
+
+    def strategy(self, start: RunStart) -> Strategy:
+        return self.fixed
+
+
 def _warnings(plan: Plan) -> tuple[str, ...]:
     """What a user should know of a plan that leaves little to forecast from."""
     full, computed = plan.count(Kind.FULL), len(plan) - plan.count(Kind.SKIPPED)

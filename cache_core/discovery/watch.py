@@ -95,12 +95,10 @@ def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
     for name, module in network.named_modules():
         if not name or any(name.startswith(f"{other}.") for other in found):
             continue
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or (
-            isinstance(module, nn.Sequential) and len(module) > 1 and len({type(block) for block in module}) == 1
-        ):
-            blocks = blocks_of(module)
-        else:
+        is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if not is_list and not (isinstance(module, nn.Sequential) and len(module) > 1 and len({type(block) for block in module}) == 1):
             continue
+        blocks = blocks_of(module)
         if blocks and not all(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks):
             found[name] = blocks
     return found

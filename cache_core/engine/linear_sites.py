@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,9 +125,9 @@ def linear_sites(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], netwo
 
     family: says which of them are several matrices in one.
     """
-    sites = []
+    sites: list[LinearSite] = []
     for (path, index, layer), call in calls.items():
-        block = blocks_at(network, path)[index]
+        block: Any = blocks_at(network, path)[index]
         block = getattr(block, "_orig_mod", block)
         module = attrgetter(layer)(block) if layer else block
         split = family.fused.get(path, {}).get(layer)
