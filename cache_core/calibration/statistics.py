@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 _RIDGE_W, _RIDGE_A = 1e-3, 1e-3  # of the mean square; w's is worth up to 0.5 dB against 1e-6 (eight prompts, 2.8x)
@@ -34,16 +35,16 @@ class Moments:
         """One trajectory: u (n, T, d) and z (n, T, C) for the same T tokens at every evaluation."""
         n, tokens, d = u.shape
         u, z = u.float(), z.float()
-        flat = z.flatten(1).double()
-        stacked = u.transpose(1, 2).reshape(n * d, tokens)  # (n·d, T)
+        flat = rearrange(z, "n T C -> n (T C)").double()
+        stacked = rearrange(u, "n T d -> (n d) T")
         if self.gram is None or self.uu is None or self.uz is None:
             self.gram = torch.zeros(n, n, dtype=torch.float64)
             self.uu = torch.zeros(n, n, d, d, dtype=torch.float64)
             self.uz = torch.zeros(n, n, d, z.shape[-1])
         self.gram += flat @ flat.T
-        self.uu += (stacked.double() @ stacked.double().T).view(n, d, n, d).transpose(1, 2)
+        self.uu += rearrange(stacked.double() @ stacked.double().T, "(a d) (b e) -> a b d e", a=n, b=n)
         for b in range(n):  # one at a time: all together would take as much memory again
-            self.uz[:, b] += (stacked @ z[b]).view(n, d, z.shape[-1])
+            self.uz[:, b] += rearrange(stacked @ z[b], "(n d) C -> n d C", n=n)
         self.tokens += tokens
 
     def absorb(self, other: Moments) -> None:
@@ -79,7 +80,7 @@ def _shared_directions(uz: Tensor, rank: int) -> Tensor:
         return torch.eye(channels)
     products = torch.zeros(channels, channels, dtype=torch.float64)
     for own in uz:  # in parts, for the sake of memory
-        moves = (own[1:] - own[:-1]).reshape(-1, channels)
+        moves = rearrange(own[1:] - own[:-1], "n d C -> (n d) C")
         products += moves.T @ moves
     _, vectors = torch.linalg.eigh(products)
     return vectors[:, -rank:].flip(1).float()

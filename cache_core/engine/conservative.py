@@ -26,31 +26,31 @@ class BlockFeatures:
         self._call, self._store, self._like = call, store, like
         self._stack, self._index, self._blocks = stack, index, blocks
 
-    def all_tokens(self, site: str) -> Tensor:
+    def all_tokens(self, key: str) -> Tensor:
         """All tokens (B, L, C)."""
-        return _join([self._store.load(feature, self._like) for feature in self._features(site)])
+        return _join([self._store.load(feature, self._like) for feature in self._features(key)])
 
-    def some_tokens(self, site: str, tokens: Tensor) -> Tensor:
+    def some_tokens(self, key: str, tokens: Tensor) -> Tensor:
         """Chosen tokens (B, k, C)."""
-        return _join([self._store.load_tokens(feature, tokens, self._like) for feature in self._features(site)])
+        return _join([self._store.load_tokens(feature, tokens, self._like) for feature in self._features(key)])
 
-    def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor:
+    def refreshed(self, key: str, tokens: Tensor, fresh: Tensor) -> Tensor:
         """Writes `fresh` (B, k, C) over the chosen tokens, for good, and returns all tokens."""
         if self._call.is_trial:  # a sublayer may be shorter than the stream that it is added to
-            return self.all_tokens(site).index_copy(1, tokens, fresh.to(self._like.dtype))
-        for feature, rows in zip(self._features(site), self._call.rows(fresh)):
+            return self.all_tokens(key).index_copy(1, tokens, fresh.to(self._like.dtype))
+        for feature, rows in zip(self._features(key), self._call.rows(fresh)):
             self._store.write_tokens(feature, tokens, rows)
-        return self.all_tokens(site)
+        return self.all_tokens(key)
 
     def choose(self, stream: str, length: int) -> Tensor | None:
         """The tokens this block recomputes in a stream; None for none."""
         return self._call.selection.tokens(stream, self._index, self._blocks, length, self._like.device)
 
-    def _features(self, site: str) -> list[Feature]:
-        key = (self._stack.path, self._index, site)
-        if not all(key in slot.sublayers for slot in self._call.slots):  # the host went past the module, into a kernel of its own
-            raise UnsupportedCallError(f"nothing is kept of {site} in {self._stack.path}.{self._index}")
-        return [slot.sublayers[key] for slot in self._call.slots]
+    def _features(self, key: str) -> list[Feature]:
+        place = (self._stack.path, self._index, key)
+        if not all(place in slot.sublayers for slot in self._call.slots):  # the host went past the module, into a kernel of its own
+            raise UnsupportedCallError(f"nothing is kept of {key} in {self._stack.path}.{self._index}")
+        return [slot.sublayers[place] for slot in self._call.slots]
 
 
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:

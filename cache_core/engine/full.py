@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..families.base import Site, Stack
 from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .call import EngineCall
-from .fused import keeping_layers
+from .incremental import keeping_layers
 from .slot import SiteKey
 
 
@@ -25,9 +25,9 @@ def listening(call: EngineCall) -> Iterator[None]:
     if call.keeps_sublayers:
         for stack, index, block in call.family.placed(call.model):
             for site in stack.sites_of(block):
-                key = (stack.path, index, site.name)
+                key = (stack.path, index, site.key)
                 overrides.append(_tap(call, stack, site, key, block))
-                if site.name in call.rests:
+                if site.key in call.rests:
                     overrides.append((attrgetter(site.module)(block), _resting(call, key)))
     overrides += keeping_layers(call)
     with nullcontext() if call.layers is None else uncompiled(), forward_overrides(overrides):
@@ -60,11 +60,11 @@ def _resting(call: EngineCall, key: SiteKey) -> Callable[[Forward], Forward]:
 
 
 def resting(call: EngineCall) -> frozenset[str]:
-    """The names of sublayers that may rest in a full evaluation: in all blocks and slots, or in none."""
-    sites = [(site, (stack.path, i, site.name)) for stack, i, block in call.family.placed(call.model) for site in stack.sites_of(block)]
-    names = {site.name for site, _ in sites if site.every > 1}
-    awake = {site.name for site, key in sites for slot in call.slots if site.name in names and not slot.can_rest(key, site.every)}
-    return frozenset(names - awake)
+    """The keys of sublayers that may rest in a full evaluation: in all blocks and slots, or in none."""
+    sites = [(site, (stack.path, i, site.key)) for stack, i, block in call.family.placed(call.model) for site in stack.sites_of(block)]
+    rare = {site.key for site, _ in sites if site.every > 1}
+    awake = {site.key for site, key in sites for slot in call.slots if site.key in rare and not slot.can_rest(key, site.every)}
+    return frozenset(rare - awake)
 
 
 def _first_argument(keep: Callable[[Tensor], None]) -> Callable[[tuple, dict[str, Any]], None]:

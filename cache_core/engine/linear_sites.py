@@ -48,12 +48,12 @@ class LinearSite:
     @property
     def output_key(self) -> SiteKey:
         """Of the kept output y_c, (B, L, out_features)."""
-        return self.stack, self.index, f"{self.layer}#y"
+        return self.stack, self.index, f"{self.layer}.y"
 
     @property
     def projection_key(self) -> SiteKey:
         """Of the kept z_c = B·x_c of all parts side by side, (B, L, sum of ranks)."""
-        return self.stack, self.index, f"{self.layer}#z"
+        return self.stack, self.index, f"{self.layer}.z"
 
     def key(self, part: LinearPart) -> str:
         """Name of a part; its factors add .A and .B to it."""

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..blocks import blocks_at
@@ -22,30 +23,43 @@ Fused = Mapping[str, Mapping[str, Callable[[Any], tuple[LinearPart, ...]]]]
 class Site:
     """One sublayer whose result a full evaluation keeps, before its gate.
 
-    name: key of the feature. module: dotted path inside the block of a submodule that the host calls.
-    tokens: the stream it belongs to. source: which side of that call to keep, "input" or "output".
+    name: of the sublayer: attn, self_attn, cross_attn, mlp, output or the like. module: dotted path inside the block of a submodule
+    that the host calls. stream: whose tokens it gets. source: which side of that call to keep, "input" or "output".
     width: only the first `width(block)` channels are kept; None keeps all.
     every: the module runs in one of so many full evaluations, others are answered with what is kept of it (see `EngineCall.rests`).
     """
 
     name: str
     module: str
-    tokens: str
+    stream: str
     source: str = "output"
     width: Callable[[nn.Module], int] | None = None
     every: int = 1
 
+    @property
+    def key(self) -> str:
+        """Of what is kept of it in a block: "<stream>.<name>"."""
+        return f"{self.stream}.{self.name}"
+
 
 class Cached(Protocol):
-    """The kept features of one block as its replay sees them: whole batch, the call's dtype and device."""
+    """The kept features of one block as its replay sees them: whole batch, the call's dtype and device. key: of a `Site`."""
 
-    def all_tokens(self, site: str) -> Tensor: ...
+    def all_tokens(self, key: str) -> Tensor:
+        """Of all tokens (B, L, C)."""
+        ...
 
-    def some_tokens(self, site: str, tokens: Tensor) -> Tensor: ...
+    def some_tokens(self, key: str, tokens: Tensor) -> Tensor:
+        """Of the tokens with these indices (B, k, C)."""
+        ...
 
-    def refreshed(self, site: str, tokens: Tensor, fresh: Tensor) -> Tensor: ...
+    def refreshed(self, key: str, tokens: Tensor, fresh: Tensor) -> Tensor:
+        """Of all tokens (B, L, C), once `fresh` (B, k, C) was written over those with these indices, for good."""
+        ...
 
-    def choose(self, stream: str, length: int) -> Tensor | None: ...
+    def choose(self, stream: str, length: int) -> Tensor | None:
+        """Indices of the tokens to recompute, of `length`; None for none."""
+        ...
 
 
 Replay = Callable[[nn.Module, Mapping[str, Any], Cached], tuple[Tensor, ...]]
@@ -109,7 +123,7 @@ class Stack:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """The tokens of a stream as (B, L, C), a view where that is possible."""
-        return tensor.movedim(self.batch, 0).flatten(1, -2)
+        return rearrange(tensor.movedim(self.batch, 0), "B ... C -> B (...) C")
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """The streams, in order, in the form the block returns them in."""

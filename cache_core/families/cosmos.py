@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 
 from .base import Cached, ModelFamily, Stack
@@ -58,5 +59,5 @@ COSMOS = ModelFamily(
     matches=lambda model: type(model).__name__ == "GeneralDIT" and getattr(model, "block_x_format", "") == "THWBD",
     stacks=(_STACK,),
     embed="x_embedder.proj.1",
-    tokens=lambda _layer, given: given.flatten(1, -2),
+    tokens=lambda _layer, given: rearrange(given, "B ... C -> B (...) C"),
 )

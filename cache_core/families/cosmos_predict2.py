@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 
 from .base import Cached, ModelFamily, Stack
@@ -63,5 +64,5 @@ COSMOS_PREDICT2 = ModelFamily(
     matches=lambda model: type(model).__name__ == "MiniTrainDIT" and hasattr(model, "blocks"),
     stacks=(_STACK,),
     embed="x_embedder.proj.1",
-    tokens=lambda _layer, given: given.flatten(1, -2),
+    tokens=lambda _layer, given: rearrange(given, "B ... C -> B (...) C"),
 )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..refusals import UnsupportedCallError
 from .base import Cached, ModelFamily, Site, Stack, modulate
 from .flux_fused import FLUX_FUSED
-from .replaying import finite
+from .replaying import finite, renewed, stream_sites
 
 
 def has_flux_blocks(model: nn.Module, class_name: str, own_modulation: bool) -> bool:
@@ -48,10 +48,8 @@ def _stacks(joint: str) -> tuple[Stack, Stack]:
         parameters=("img", "txt", "vec", "pe", "attn_mask", "modulation_dims_img", "modulation_dims_txt"),
         streams={"img": "img", "txt": "txt"},
         sites=(
-            Site("img_attn", "img_attn.proj", "img"),
-            Site("txt_attn", "txt_attn.proj", "txt"),
-            Site("img_mlp", "img_mlp", "img"),
-            Site("txt_mlp", "txt_mlp", "txt"),
+            *stream_sites("img", "img_attn.proj", "img_mlp"),
+            *stream_sites("txt", "txt_attn.proj", "txt_mlp"),
         ),
         replay=_replay_double,
     )
@@ -79,15 +77,14 @@ def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
 def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cached: Cached) -> Tensor:
     """One stream of a double block: cached attention, MLP recomputed for the chosen tokens. x (B, L, C)."""
     (attn_mod, mlp_mod), rows = mods, _rows(dims, x)
-    x = x + _taken(attn_mod.gate, rows) * cached.all_tokens(f"{name}_attn")
+    x = x + _taken(attn_mod.gate, rows) * cached.all_tokens(f"{name}.attn")
     tokens = cached.choose(name, x.shape[1])
-    if tokens is None:
-        mlp = cached.all_tokens(f"{name}_mlp")
-    else:
+
+    def feed_forward(at: Tensor) -> Tensor:
         norm, layer = getattr(block, f"{name}_norm2"), getattr(block, f"{name}_mlp")
-        fresh = layer(_modulated(norm(x[:, tokens]), mlp_mod, rows, tokens))
-        mlp = cached.refreshed(f"{name}_mlp", tokens, fresh)
-    return x + _taken(mlp_mod.gate, rows) * mlp
+        return layer(_modulated(norm(x[:, at]), mlp_mod, rows, at))
+
+    return x + _taken(mlp_mod.gate, rows) * renewed(cached, f"{name}.mlp", tokens, feed_forward)
 
 
 def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
@@ -97,15 +94,14 @@ def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cach
     mod = call["vec"] if block.modulation is None else block.modulation(call["vec"])[0]
     rows = _rows(call.get("modulation_dims"), x)
     tokens = cached.choose(joint, x.shape[1])
-    if tokens is None:
-        output = cached.all_tokens("output")
-    else:
+
+    def fresh(at: Tensor) -> Tensor:
         # linear1 is fused: its q, k and v of the chosen tokens are computed too and dropped (weights are never sliced)
-        projected = block.linear1(_modulated(block.pre_norm(x[:, tokens]), mod, rows, tokens))
+        projected = block.linear1(_modulated(block.pre_norm(x[:, at]), mod, rows, at))
         mlp = block.mlp_act(projected[..., 3 * block.hidden_size :])
-        fresh = block.linear2(torch.cat((cached.some_tokens("attn", tokens), mlp), dim=-1))
-        output = cached.refreshed("output", tokens, fresh)
-    return (finite(x + _taken(mod.gate, rows) * output),)
+        return block.linear2(torch.cat((cached.some_tokens(f"{joint}.attn", at), mlp), dim=-1))
+
+    return (finite(x + _taken(mod.gate, rows) * renewed(cached, f"{joint}.output", tokens, fresh)),)
 
 
 def _rows(dims: Any, x: Tensor) -> Tensor | None:

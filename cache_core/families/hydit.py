@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Site, Stack
+from .base import Cached, ModelFamily, Stack
 from .fused import equal_parts
 from .patches import patches
 from .replaying import renewed
+from .video_blocks import CROSS, MLP, SELF, sites
 
 
 def _is_hydit(model: nn.Module) -> bool:
@@ -30,14 +31,14 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x, text, places = call["x"], call["text_states"], call["freq_cis_img"]  # cosines and sines, each (L, d)
     if block.skip_linear is not None:
         x = block.skip_linear(block.skip_norm(torch.cat((x, call["skip"]), dim=-1).to(x.dtype)))
-    attended = x + cached.all_tokens("attn1")
+    attended = x + cached.all_tokens(SELF)
     tokens = cached.choose("img", x.shape[1])
 
     def look(at: Tensor) -> Tensor:
         return block.attn2(block.norm3(attended[:, at]), text, tuple(waves[at] for waves in places))[0]
 
-    x = attended + renewed(cached, "attn2", tokens, look)
-    return (x + renewed(cached, "mlp", tokens, lambda at: block.mlp(block.norm2(x[:, at]))),)
+    x = attended + renewed(cached, CROSS, tokens, look)
+    return (x + renewed(cached, MLP, tokens, lambda at: block.mlp(block.norm2(x[:, at]))),)
 
 
 HYDIT = ModelFamily(
@@ -48,7 +49,7 @@ HYDIT = ModelFamily(
             path="blocks",
             parameters=("x", "c", "text_states", "freq_cis_img", "skip"),
             streams={"x": "img"},
-            sites=(Site("attn1", "attn1.out_proj", "img"), Site("attn2", "attn2.out_proj", "img"), Site("mlp", "mlp", "img")),
+            sites=sites("attn1.out_proj", "attn2.out_proj", "mlp"),
             replay=_replay,
         ),
     ),

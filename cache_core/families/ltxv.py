@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
 from torch import Tensor
 
 from ..refusals import UnsupportedCallError
@@ -27,7 +28,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     if getattr(block, "cross_attention_adaln", False):
         raise UnsupportedCallError("cross-attention that is modulated")
     table = raw[None, None].to(device=x.device, dtype=x.dtype)  # the host's own cast of this raw parameter
-    vectors = table + timestep.reshape(x.shape[0], timestep.shape[1], raw.shape[0], -1)
+    vectors = table + rearrange(timestep, "B G (vectors C) -> B G vectors C", vectors=raw.shape[0])
     _, _, gate_attn, shift, scale, gate = vectors.unbind(2)
     length, seen = x.shape[1], {"context": call["context"], "mask": call.get("attention_mask")}
     tokens = cached.choose("img", length)

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
 from torch import Tensor, nn
 
 from .base import Cached, ModelFamily, Stack
@@ -24,8 +25,8 @@ _FUSED = equal_parts("attn.qkv_x", "qkv") | equal_parts("attn.qkv_y", "qkv") | e
 
 def _patches(embed: nn.Module, given: Tensor) -> Tensor:
     """Frame by frame, as the embedding does it. given: (B, C, T, H, W)."""
-    frames = given.transpose(1, 2).flatten(0, 1)
-    return patches(embed, frames).unflatten(0, given.shape[:1] + given.shape[2:3]).flatten(1, 2)
+    frames = rearrange(given, "B C T H W -> (B T) C H W")
+    return rearrange(patches(embed, frames), "(B T) L d -> B (T L) d", B=given.shape[0])
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:

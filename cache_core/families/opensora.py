@@ -20,6 +20,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..refusals import UnsupportedCallError
@@ -27,6 +28,8 @@ from .as_read import takes
 from .base import Cached, ModelFamily, Site, Stack
 from .fused import equal_parts
 from .patches import patches
+from .replaying import renewed
+from .video_blocks import CROSS, MLP, SELF
 
 _PARAMETERS = ("x", "y", "t", "mask", "x_mask", "t0", "T", "S")
 _LISTS = ("spatial_blocks", "temporal_blocks")
@@ -66,27 +69,27 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     x = call["x"]
     rows, length, _ = x.shape
     gate_attn, shift, scale, gate_mlp = _modulation(block, call)
-    x = x + gate_attn * _in_order(block, cached.all_tokens("attn"), rows, call)
-    x = x + cached.all_tokens("cross_attn")
+    x = x + gate_attn * _in_order(block, cached.all_tokens(SELF), rows, call)
+    x = x + cached.all_tokens(CROSS)
     tokens = cached.choose("img", length)
-    if tokens is None:
-        return (x + gate_mlp * cached.all_tokens("mlp"),)
-    fresh = block.mlp(block.norm2(x[:, tokens]) * (1 + _of(scale, tokens)) + _of(shift, tokens))
-    return (x + gate_mlp * cached.refreshed("mlp", tokens, fresh),)
+
+    def feed_forward(at: Tensor) -> Tensor:
+        return block.mlp(block.norm2(x[:, at]) * (1 + _of(scale, at)) + _of(shift, at))
+
+    return (x + gate_mlp * renewed(cached, MLP, tokens, feed_forward),)
 
 
 def _in_order(block: Any, attended: Tensor, rows: int, call: Mapping[str, Any]) -> Tensor:
     """What self-attention said, (B·T, S, C) or of a temporal block (B·S, T, C), as (B, T·S, C)."""
-    if block.temporal:
-        attended = attended.unflatten(0, (rows, call["S"])).transpose(1, 2)
-    return attended.reshape(rows, call["T"] * call["S"], -1)
+    pattern = "(B S) T C -> B (T S) C" if block.temporal else "(B T) S C -> B (T S) C"
+    return rearrange(attended, pattern, B=rows)
 
 
 def _modulation(block: Any, call: Mapping[str, Any]) -> list[Tensor]:
     """Gate of the attention, shift, scale and gate of the MLP: (B, 1, C), or (B, T·S, C) where frames are given."""
     given, x_mask = [], call.get("x_mask")
     for time in (call["t"],) if x_mask is None else (call["t"], call["t0"]):
-        vectors = block.scale_shift_table[None] + time.reshape(call["x"].shape[0], 6, -1)
+        vectors = block.scale_shift_table[None] + rearrange(time, "B (six C) -> B six C", six=6)
         given.append(vectors.chunk(6, dim=1)[2:])
     if x_mask is None:
         return list(given[0])
@@ -106,7 +109,7 @@ def _stack(path: str) -> Stack:
         path=path,
         parameters=_PARAMETERS,
         streams={"x": "img"},
-        sites=(Site("attn", "attn", "img"), Site("cross_attn", "cross_attn", "img", every=2), Site("mlp", "mlp", "img")),
+        sites=(Site("self_attn", "attn", "img"), Site("cross_attn", "cross_attn", "img", every=2), Site("mlp", "mlp", "img")),
         replay=_replay,
     )
 

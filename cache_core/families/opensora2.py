@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .base import Cached, modulate
 from .flux_blocks import flux_like, has_flux_blocks
 from .fused import LinearPart
+from .replaying import renewed
 
 _JOINT = "txt+img"
 
@@ -53,12 +54,13 @@ def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
         return fused(block, call, cached)
     x, mod = call["x"], block.modulation(call["vec"])[0]
     tokens = cached.choose(_JOINT, x.shape[1])
-    if tokens is None:
-        return (x + mod.gate * cached.all_tokens("output"),)
-    projected = block.v_mlp(modulate(block.pre_norm(x[:, tokens]), mod.shift, mod.scale))  # v of the chosen tokens is dropped
-    mlp = block.mlp_act(projected[..., block.hidden_size :])
-    fresh = block.linear2(torch.cat((cached.some_tokens("attn", tokens), mlp), dim=-1))
-    return (x + mod.gate * cached.refreshed("output", tokens, fresh),)
+
+    def fresh(at: Tensor) -> Tensor:
+        projected = block.v_mlp(modulate(block.pre_norm(x[:, at]), mod.shift, mod.scale))  # v of the chosen tokens is dropped
+        mlp = block.mlp_act(projected[..., block.hidden_size :])
+        return block.linear2(torch.cat((cached.some_tokens(f"{_JOINT}.attn", at), mlp), dim=-1))
+
+    return (x + mod.gate * renewed(cached, f"{_JOINT}.output", tokens, fresh),)
 
 
 OPENSORA2 = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -13,8 +14,9 @@ def patches(embed: nn.Module, given: Tensor) -> Tensor:
     layer = (
         embed if isinstance(embed, (nn.Conv2d, nn.Conv3d)) else next(m for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     )
-    for dim, side in enumerate(layer.kernel_size, start=2):
-        given = given.unfold(dim, side, side)  # (B, C, cells…, sides…)
-    axes = len(layer.kernel_size)
-    order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
-    return given.permute(order).flatten(1 + axes).flatten(1, axes)
+    sides = layer.kernel_size
+    for dim, side in enumerate(sides, start=2):
+        given = given.narrow(dim, 0, given.shape[dim] // side * side)
+    if len(sides) == 2:
+        return rearrange(given, "B C (H h) (W w) -> B (H W) (C h w)", h=sides[0], w=sides[1])
+    return rearrange(given, "B C (T t) (H h) (W w) -> B (T H W) (C t h w)", t=sides[0], h=sides[1], w=sides[2])

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Site, Stack
+from .base import Cached, ModelFamily, Stack
 from .fused import equal_parts
 from .patches import patches
+from .replaying import renewed
+from .video_blocks import CROSS, MLP, SELF, sites
 
 
 def _is_pixart(model: nn.Module) -> bool:
@@ -29,14 +32,11 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     """Self-attention from the cache; cross-attention and MLP recomputed for the chosen tokens, as DuCa's PixArt does."""
     x, t = call["x"], call["t"]
     table = block.scale_shift_table[None].to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
-    _, _, gate_attn, shift, scale, gate_mlp = (table + t.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
+    _, _, gate_attn, shift, scale, gate_mlp = (table + rearrange(t, "B (six C) -> B six C", six=6)).chunk(6, dim=1)
     tokens = cached.choose("img", x.shape[1])
-    x = x + gate_attn * cached.all_tokens("attn")
-    if tokens is None:
-        return (x + cached.all_tokens("cross_attn") + gate_mlp * cached.all_tokens("mlp"),)
-    x = x + cached.refreshed("cross_attn", tokens, block.cross_attn(x[:, tokens], call["y"], call.get("mask")))
-    fresh = block.mlp(block.norm2(x[:, tokens]) * (1 + scale) + shift)
-    return (x + gate_mlp * cached.refreshed("mlp", tokens, fresh),)
+    attended = x + gate_attn * cached.all_tokens(SELF)
+    x = attended + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(attended[:, at], call["y"], call.get("mask")))
+    return (x + gate_mlp * renewed(cached, MLP, tokens, lambda at: block.mlp(block.norm2(x[:, at]) * (1 + scale) + shift)),)
 
 
 PIXART = ModelFamily(
@@ -47,7 +47,7 @@ PIXART = ModelFamily(
             path="blocks",
             parameters=("x", "y", "t", "mask", "HW"),
             streams={"x": "img"},
-            sites=(Site("attn", "attn", "img"), Site("cross_attn", "cross_attn", "img"), Site("mlp", "mlp", "img")),
+            sites=sites("attn", "cross_attn", "mlp"),
             replay=_replay,
         ),
     ),

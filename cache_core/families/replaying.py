@@ -15,12 +15,12 @@ Layer = Callable[[Tensor], Tensor]
 
 def stream_sites(stream: str, attention: str, mlp: str) -> tuple[Site, Site]:
     """What `gated` and `sandwiched` need of a stream. attention, mlp: paths of the modules that end these sublayers."""
-    return Site(f"{stream}.attn", attention, stream), Site(f"{stream}.mlp", mlp, stream)
+    return Site("attn", attention, stream), Site("mlp", mlp, stream)
 
 
-def renewed(cached: Cached, site: str, tokens: Tensor | None, sublayer: Layer) -> Tensor:
+def renewed(cached: Cached, key: str, tokens: Tensor | None, sublayer: Layer) -> Tensor:
     """A sublayer's results (B, L, C): those kept, but of `tokens` (k,) what `sublayer` makes of these indices."""
-    return cached.all_tokens(site) if tokens is None else cached.refreshed(site, tokens, sublayer(tokens))
+    return cached.all_tokens(key) if tokens is None else cached.refreshed(key, tokens, sublayer(tokens))
 
 
 def gated(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], norm: Layer, mlp: Layer) -> Tensor:

@@ -37,7 +37,7 @@ def _half(block: Any, stream: str, x: Tensor, c: Tensor, cached: Cached) -> Tens
         raise UnsupportedCallError("blocks without shifts")
     modulation = block.adaLN_modulation(c)[:, None].chunk(9 if block.x_block_self_attn else 6, dim=-1)
     if block.x_block_self_attn:
-        x = x + modulation[8] * cached.all_tokens("attn2")
+        x = x + modulation[8] * cached.all_tokens("img.attn2")
     return gated(cached, stream, x, modulation[:6], block.norm2, block.mlp)
 
 

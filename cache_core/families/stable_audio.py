@@ -57,7 +57,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     if call.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
         raise UnsupportedCallError("masked frames, convolutions or means over frames")
     text, options, modulation = call["context"], call.get("transformer_options", {}), _modulation(block, call)
-    attention = cached.all_tokens("self_attn")
+    attention = cached.all_tokens(f"{_FRAMES}.self_attn")
     x = attended = call["x"] + (attention if modulation is None else attention * (1 - modulation[2]).sigmoid())
     tokens = cached.choose(_FRAMES, x.shape[1])
 
@@ -65,16 +65,16 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
         return block.cross_attn(block.cross_attend_norm(attended[:, at]), context=text, transformer_options=options)
 
     if text is not None:
-        x = x + renewed(cached, "cross_attn", tokens, look)
+        x = x + renewed(cached, f"{_FRAMES}.cross_attn", tokens, look)
     if call.get("local_add_cond") is not None and getattr(block, "to_local_embed", None) is not None:
-        beside = cached.all_tokens("local")
+        beside = cached.all_tokens("audio.local")
         x = x + F.pad(beside, (0, 0, x.shape[1] - beside.shape[1], 0))
 
     def feed(at: Tensor) -> Tensor:
         normed = block.ff_norm(x[:, at])
         return block.ff(normed if modulation is None else normed * (1 + modulation[3]) + modulation[4])
 
-    fed = renewed(cached, "ff", tokens, feed)
+    fed = renewed(cached, f"{_FRAMES}.mlp", tokens, feed)
     return (x + (fed if modulation is None else fed * (1 - modulation[5]).sigmoid()),)
 
 
@@ -90,7 +90,7 @@ STABLE_AUDIO = ModelFamily(
                 Site("self_attn", "self_attn", _FRAMES),
                 Site("cross_attn", "cross_attn", _FRAMES),
                 Site("local", "to_local_embed", "audio"),
-                Site("ff", "ff", _FRAMES),
+                Site("mlp", "ff", _FRAMES),
             ),
             replay=_replay,
         ),

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from .base import Site
 
-# self-attention from the cache; the other two anew for the chosen tokens
-SELF, CROSS, MLP = "self-attention", "cross-attention", "feed-forward"
+# Keys of what is kept: self-attention answers from the cache, the other two are renewed for the chosen tokens.
+SELF, CROSS, MLP = "img.self_attn", "img.cross_attn", "img.mlp"
 
 
 def sites(self_attention: str, cross_attention: str, feed_forward: str) -> tuple[Site, Site, Site]:
     """Of blocks of these three modules over one stream."""
-    return Site(SELF, self_attention, "img"), Site(CROSS, cross_attention, "img"), Site(MLP, feed_forward, "img")
+    return Site("self_attn", self_attention, "img"), Site("cross_attn", cross_attention, "img"), Site("mlp", feed_forward, "img")
 
 
 def spread(vectors: Tensor, length: int, tokens: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ from .base import Cached, Site, modulate
 from .replaying import renewed
 from .video_blocks import CROSS, MLP, SELF, sites, spread
 
-_AUDIO = "audio attention"
-SITES = (*sites("self_attn", "cross_attn", "ffn"), Site(_AUDIO, "audio_cross_attn_wrapper.audio_cross_attn", "hearing"))
+_AUDIO = "hearing.cross_attn"
+SITES = (*sites("self_attn", "cross_attn", "ffn"), Site("cross_attn", "audio_cross_attn_wrapper.audio_cross_attn", "hearing"))
 
 
 def replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:

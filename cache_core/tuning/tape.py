@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..engine import Slot
@@ -66,9 +67,10 @@ class Tape:
             return []
         found = []
         for cond in zip(*rows):
-            inputs = [kept.input.flatten(0, 1) for kept in cond if kept.input is not None]
+            inputs = [kept.input for kept in cond if kept.input is not None]
             if len(inputs) == len(cond):
-                found.append((torch.stack(inputs), torch.stack([kept.hidden[0].flatten(0, 1) for kept in cond])))
+                hidden = [kept.hidden[0] for kept in cond]
+                found.append((rearrange(inputs, "n rows L d -> n (rows L) d"), rearrange(hidden, "n rows L C -> n (rows L) C")))
         return found
 
 

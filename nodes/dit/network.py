@@ -14,6 +14,7 @@ import comfy.ldm.common_dit
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from einops import rearrange
 from torch import Tensor, nn
 
 _PERIOD = 10000.0  # of the slowest wave, in the time's embedding and in the places'
@@ -160,12 +161,11 @@ class DiT(nn.Module):
         side = self.shape.patch
         tokens = self.x_embedder(comfy.ldm.common_dit.pad_to_patch_size(x, (side, side)))
         rows, columns = tokens.shape[1:3]
-        tokens = tokens.flatten(1, 2) + self._places(rows, columns, tokens)
+        tokens = rearrange(tokens, "B rows columns C -> B (rows columns) C") + self._places(rows, columns, tokens)
         c = self.t_embedder(timesteps, x.dtype) + self.y_embedder(y, x.dtype)
         for block in self.blocks:
             tokens = block(tokens, c, transformer_options=transformer_options)
-        out = self.final_layer(tokens, c).unflatten(1, (rows, columns)).unflatten(-1, (side, side, self.shape.out_channels))
-        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, channels, rows · side, columns · side)
+        out = rearrange(self.final_layer(tokens, c), "B (H W) (h w C) -> B C (H h) (W w)", H=rows, W=columns, h=side, w=side)
         return out[:, : self.shape.in_channels, :height, :width]
 
     def _places(self, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -185,4 +185,4 @@ def places(rows: int, columns: int, width: int, device: torch.device | None = No
 
     across = waves(columns)[None].expand(rows, -1, -1)
     down = waves(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat((across, down), dim=-1).flatten(0, 1)[None]
+    return rearrange(torch.cat((across, down), dim=-1), "rows columns C -> 1 (rows columns) C")
