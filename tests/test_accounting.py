@@ -1,4 +1,4 @@
-"""Bytes, multiply-adds and reports: predictions against what is allocated, counted and measured (behaviours 18, 24)."""
+"""Bytes, multiply-adds and reports: predictions against what is allocated, counted and measured."""
 
 from __future__ import annotations
 

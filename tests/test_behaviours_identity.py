@@ -1,4 +1,4 @@
-"""What must not change: images with the cache off, later runs, the model itself (peers' behaviours 1-4, 8, 12, 16)."""
+"""What must not change: images with the cache off, later runs, the model itself."""
 
 from __future__ import annotations
 

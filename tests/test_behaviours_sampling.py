@@ -1,4 +1,4 @@
-"""Conditioning, samplers, step counts, ControlNet (peers' behaviours 5-7, 9-11, 14)."""
+"""Conditioning, samplers, step counts, ControlNet."""
 
 from __future__ import annotations
 

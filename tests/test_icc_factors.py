@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def reference_product(weight, rank, method, in_magnitude, out_magnitude):
-    """A·B in float64, written from METHOD section 2."""
+    """A·B in float64, written from docs/method.md, section 3.2."""
     left, right = np.ones(weight.shape[0]), np.ones(weight.shape[1])
     if method != "svd":
         left, right = out_magnitude**0.5, in_magnitude**0.5

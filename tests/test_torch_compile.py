@@ -1,4 +1,4 @@
-"""torch.compile before or after the cache: the same evaluations are skipped and the picture is the same (behaviour 22).
+"""torch.compile before or after the cache: the same evaluations are skipped and the picture is the same.
 
 With dynamo's eager backend: its tracing and its guards are the real ones, only code generation is left out.
 """

@@ -1,8 +1,9 @@
 """Streaming sufficient statistics of how a model's hidden state moves, and what a forecast from them would miss.
 
-METHOD: `ẑ_i = Σ_j w_ij z_j + (u_i − Σ_j w_ij u_j)·A_i`, with u the image tokens as they enter the model (L, d), z the last block's
-output minus the embedded input (L, C), and j the last full evaluations. w is least squares of z_i on {z_j}, A ridge least squares of
-the rest on the input's innovation. Both follow in closed form from inner products, for any choice of anchors.
+`ẑ_i = Σ_j w_ij z_j + (u_i − Σ_j w_ij u_j)·A_i` (docs/method.md, sections 4.2 to 4.4), with u the image tokens as they enter the
+model (L, d), z the last block's output minus the embedded input (L, C), and j the last full evaluations. w is least squares of z_i on
+{z_j}, A ridge least squares of the rest on the input's innovation. Both follow in closed form from inner products, for any choice of
+anchors.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _filled(call: EngineCall, predictor: Predictor, store: FeatureStore, number:
 
 
 def _correction(call: EngineCall, given: ModelInput, predictor: Predictor, store: FeatureStore, hidden: Tensor) -> Tensor:
-    """What the input's innovation adds to the combination of history (METHOD section 3)."""
+    """What the input's innovation adds to the combination of history (docs/method.md, section 4.2)."""
     parts = []
     for slot, tokens in zip(call.slots, call.rows(given.tokens(hidden, call.place))):
         times = [anchor.time for anchor in slot.anchors]

@@ -1,13 +1,14 @@
 """Chooses which evaluations are full, by what forecasting the others is expected to do to the final latent.
 
-METHOD section 3 adds errors up within a gap only, and without their signs. But over a run many cancel: what a forecast gets wrong is made
-of full evaluations that the next gap's is made of too. Here they are added up with their signs over the whole run: every skipped step i
-is off by z_i - Σ_j w_ij z_j and moves the final latent by √s_i of that, so that all together do c'Gc, with G = ⟨z_a, z_b⟩ and
+The gap cost (docs/method.md, section 5.3) adds errors up within a gap only, and without their signs. But over a run many cancel: what a
+forecast gets wrong is made of full evaluations that the next gap's is made of too. Here they are added up with their signs over the whole
+run: every skipped step i is off by z_i - Σ_j w_ij z_j and moves the final latent by √s_i of that, so that all together do c'Gc, with
+G = ⟨z_a, z_b⟩ and
 
     c = Σ_i √s_i (e_i - Σ_j w_ij e_j)
 
-Of 94 plans of the demo model that were sampled, those with equally many full evaluations go with it in PSNR at -0.87, with METHOD's at
--0.69 (docs/benchmarks.md).
+Of 94 plans of the demo model that were sampled, those with equally many full evaluations go with it in PSNR at -0.87, with the gap
+cost at -0.69 (docs/benchmarks.md).
 """
 
 from __future__ import annotations

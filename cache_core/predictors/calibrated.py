@@ -1,4 +1,4 @@
-"""The increment-calibrated forecast: a combination of history, corrected by how the input really moved (METHOD section 3)."""
+"""The increment-calibrated forecast: a combination of history, corrected by how the input really moved (docs/method.md, section 4.2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import Predictor
 from .chebyshev import AUTO
 
-_RECENT = 3  # anchors that calibrated weights go to; more bring nothing (METHOD section 3)
+_RECENT = 3  # anchors that calibrated weights go to; more bring nothing (docs/method.md, section 4.2)
 
 
 class Statistics(Protocol):
