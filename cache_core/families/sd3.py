@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: joint blocks of a text and an image half, with attention over text and image joined in this order.
 
-Source: comfy/ldm/modules/diffusionmodules/mmdit.py (ComfyUI 0.3.75). The text half of the last block ends with its keys and values, and that
-block returns None for text. In SD3.5-medium the image half of some blocks has a second attention, over the image alone (attn2).
+Source: comfy/ldm/modules/diffusionmodules/mmdit.py (ComfyUI 0.3.75). The text half of the last block ends with its keys and values, and
+that block returns None for text. In SD3.5-medium the image half of some blocks has a second attention, over the image alone (attn2).
 """
 
 from __future__ import annotations
