@@ -81,7 +81,7 @@ class Stack:
         parameters: Names of the block's positional parameters, in order.
         streams: Name of the stream that each token-carrying parameter holds; "txt+img" is both, concatenated in this order. A block
             returns its streams as a tuple in the order of this mapping, or as a bare tensor where there is one stream.
-        sites: Sublayers whose outputs a full evaluation keeps for conservative ones. A block without one of them is passed over.
+        sites: Sublayers whose outputs a full evaluation keeps for conservative ones. Those that a block does not have are left out for it.
         replay: Computes a block in a conservative evaluation, from its own submodules and the kept outputs. It is given the block, the
             arguments of the call by name and the kept outputs, and returns the streams in the order of `streams`.
         returns: The parameters of `streams` in the order in which the block returns them, where that is another.
