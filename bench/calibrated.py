@@ -1,7 +1,8 @@
-"""Picture quality with a calibration: the increment-calibrated forecast and ICC beside everything that needs none, all in one run.
+"""Measures picture quality with a calibration: calibrated forecasts and ICC beside the settings that need no calibration, in one run.
 
-Calibrates the demo model on 16 prompts, measures on the 16 others of bench/quality.py; euler, simple, 28 steps, guidance 2.5.
-`--quick` takes 4 of each; `--keep=FOLDER` keeps the calibrations there and takes those it finds. Writes its tables to docs/benchmarks.md.
+Calibrates the demo model on 16 prompts and measures on the 16 others of bench/quality.py; euler, simple, 28 steps, guidance 2.5.
+`--quick` takes 4 prompts of each. `--keep=FOLDER` saves the calibrations in that folder, and uses those that are there already. Writes
+its tables to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ HEADER = ["setting", "full / calibrated / conservative / aggressive", "compute Ã
 
 @dataclass(frozen=True)
 class WeightsOnly(Predictor):
-    """The calibrated weights without the correction."""
+    """Forecasts with the calibrated weights w alone, without the correction A."""
 
     calibrated: Calibrated
     history: int = AUTO.history
@@ -50,7 +51,12 @@ class WeightsOnly(Predictor):
 
 
 def learn(prompts: Sequence[str], method: str = "") -> Calibration:
-    """method: of ICC factors of the highest rank, and no forecast; "" for a forecast alone."""
+    """Calibrates the demo model, or reads the calibration that `--keep` has saved.
+
+    Args:
+        prompts: Prompts to calibrate on.
+        method: A key of METHODS makes ICC factors of the highest rank and no forecast; "" makes a forecast and no factors.
+    """
     sampling = Sampling(
         [encode_prompt(prompt) for prompt in prompts], [encode_prompt("")] * len(prompts), torch.zeros(1, 3, 48, 48),
         "euler", "simple", STEPS, GUIDANCE, 100,
@@ -70,13 +76,14 @@ def learn(prompts: Sequence[str], method: str = "") -> Calibration:
 
 
 def at_rank(calibration: Calibration, rank: int) -> Calibration:
-    """The leading directions of the factors: those of the lower rank."""
+    """Returns a calibration whose factors are cut to a lower rank: their leading directions are the factors of that rank."""
     assert calibration.factors is not None
     cut = {n: t[:, :rank] if n.endswith(".A") else t[:rank] for n, t in calibration.factors.tensors.items()}
     return replace(calibration, about=replace(calibration.about, rank=rank), factors=Factors(cut, calibration.factors.energy))
 
 
 def uncalibrated(full: int) -> dict[str, Settings | None]:
+    """Returns the rows that need no calibration, each with about `full` full evaluations; None stands for fewer steps without a cache."""
     interval, auto = EVEN_INTERVAL[full], FrontLoaded(STEPS / full)
     even = FixedInterval(interval, 3, 1)
     return {
@@ -93,6 +100,7 @@ def uncalibrated(full: int) -> dict[str, Settings | None]:
 
 
 def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
+    """Returns the rows that use the calibration's forecast or its plans, each with `full` full evaluations."""
     forecast = learned.forecast
     assert forecast is not None
     model, auto, times, steps = forecast.model, FrontLoaded(STEPS / full), forecast.step_times, range(STEPS)
@@ -117,6 +125,7 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
 
 
 def icc(speed: float, factors: dict[str, Calibration]) -> dict[str, Settings | None]:
+    """Returns the rows of ICC at one speed, by method and rank."""
     return {
         f"ICC {METHODS[method]} rank {rank}": Settings(mode="icc", speedup=speed, calibration=at_rank(factors[method], rank))
         for rank in (16, 32)
@@ -125,7 +134,7 @@ def icc(speed: float, factors: dict[str, Calibration]) -> dict[str, Settings | N
 
 
 def everything() -> tuple[Calibration, dict[str, Calibration], Sequence[str]]:
-    """A forecast, factors by method, and the prompts to measure on."""
+    """Returns a calibration with a forecast, one with factors for each method, and the prompts to measure on."""
     quick = "--quick" in sys.argv
     learned_from, measured = (LEARNED_FROM[:4], PROMPTS[:4]) if quick else (LEARNED_FROM, PROMPTS)
     learned = learn(learned_from)
@@ -139,7 +148,7 @@ def main() -> None:
     sections = []
     for speed, full in SPEEDS.items():
         rows = [bench.row(name, settings, full) for name, settings in uncalibrated(full).items()]
-        ours = calibrated(full, learned) | (icc(speed, factors) if speed < 3 else {})  # which ICC does not reach
+        ours = calibrated(full, learned) | (icc(speed, factors) if speed < 3 else {})  # ICC reaches no higher speed
         rows += [bench.row(name, settings) for name, settings in ours.items()]
         sections.append(f"\n**about {speed}Ã— ({full} full evaluations of {STEPS})**\n\n{table(HEADER, rows)}")
     prompts = f"{len(measured)} prompts, calibrated on {learned.about.prompt_count} others"

@@ -1,10 +1,10 @@
-"""What finding and proving a place costs, on FLUX blocks of real width: times as ratios in one run.
+"""Measures what finding and proving a place costs on FLUX blocks of real width, as ratios of times in one run.
 
 1 double and 2 single blocks, width 3072, random weights, 1024 image and 256 text tokens, bfloat16, through the host's own Flux class.
-Every round uses the network plainly, in a run that has to find its place (once per network and size in a process), and in one that only
-has to prove it (the first evaluation of every later run). On two shared processors such times differ by more than what is looked for,
-so each part is also measured by itself, where it is most of what is timed: skips; the Python of watching, on blocks of width 128, which
-run as many operations; and copies. Writes its table to docs/benchmarks.md.
+Every round runs the network three times: without a cache, in a run that has to find its place (once per network and size in a process)
+and in a run that only has to prove it (the first evaluation of every later run). On two shared processors such times vary by more than the
+differences between them. So each part is also measured separately, where it makes up most of the time: skips; the Python code of watching,
+on blocks of width 128, which run as many operations; and copies. Writes its table to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from overhead import CONFIG, Overhead
 
 ROUNDS = 12
 SMALL_ROUNDS = 100
-BLOCKS, REAL = 3, 57  # of the bench's network, and of FLUX.1
+BLOCKS, REAL = 3, 57  # numbers of blocks: of the benchmark's network, and of FLUX.1
 
 
 class Finding(Overhead):
-    """Runs a first evaluation, and counts how often it called the network."""
+    """Times first evaluations and counts how often they call the network."""
 
     calls = 0
 
@@ -44,7 +44,7 @@ class Finding(Overhead):
         return super().compute()
 
     def first_evaluation(self, places: Places) -> tuple[float, int]:
-        """Seconds of the first, full evaluation of a run, and how often it called the network."""
+        """Returns the seconds of a run's first evaluation, which is full, and how often it called the network."""
         plan = Plan.parse("Fa")
         run = CacheRun(Strategy(Given(plan), AUTO), Timeline([1.0, 0.5, 0.0]), range(2), FLUX, torch.device("cpu"), places=places)
         before = self.calls
@@ -59,7 +59,7 @@ class Finding(Overhead):
         return seconds, self.calls - before
 
     def watched(self) -> float:
-        """Seconds of a full evaluation that is watched as in a run, without any tries."""
+        """Returns the seconds of a full evaluation that is watched as in a run, without the skips that prove a place."""
         layers = {key: layer for path, blocks in lists_of(self.network).items() for key, layer in linear_layers(path, blocks)}
 
         def work() -> None:
@@ -73,26 +73,26 @@ SMALL = {**CONFIG, "hidden_size": 128, "num_heads": 1}
 
 
 class SmallFinding(Finding):
-    """The same operations, with next to nothing to compute."""
+    """Runs the same operations on blocks so small that computing takes next to no time."""
 
     config = SMALL
     latent, text = 4, 4
 
 
 def least(times: list[float]) -> float:
-    """What other load adds to least: the lower quartile."""
+    """Returns the lower quartile of times, to which other load on the machine has added least; the minimum of fewer than three."""
     return statistics.quantiles(times, n=4)[0] if len(times) > 2 else min(times)
 
 
 def watching_python(rounds: int) -> float:
-    """Seconds that watching adds to a block, beside copies."""
+    """Returns the seconds that watching adds to each block, without copies."""
     small = SmallFinding()
     pairs = [(small.timed(small.compute), small.watched()) for _ in range(rounds)]
     return (least([watched for _, watched in pairs]) - least([plain for plain, _ in pairs])) / BLOCKS
 
 
 def copying(rounds: int) -> float:
-    """Seconds in which what a block gives is copied."""
+    """Returns the seconds that copying the output of one block takes."""
     hidden = torch.randn(1, 1024 + 256, CONFIG["hidden_size"], dtype=torch.bfloat16)
     into = hidden.clone()
 
@@ -125,7 +125,7 @@ def main() -> None:
     python, copy = watching_python(small_rounds), copying(small_rounds)
 
     def parts(blocks: int) -> dict[str, float]:
-        """Of each part, the share of a plain full evaluation of so many blocks. What the last half of them give is copied."""
+        """Returns each part's share of a plain full evaluation of so many blocks. The outputs of the last half of them are copied."""
         full = skip + (plain - skip) * blocks / BLOCKS
         seconds = {"skip": skip, "tries": tries * skip, "python": python * blocks, "copies": copy * blocks / 2}
         return {name: value / full for name, value in seconds.items()} | {"finding": sum(seconds.values()) / full - skip / full}

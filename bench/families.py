@@ -1,7 +1,7 @@
-"""Every model of the test zoo: where its hidden state is, how exactly it is put back, what is kept, what each evaluation costs.
+"""Measures every model of the test zoo: where its hidden state is, how exactly it is put back, what is kept, what evaluations cost.
 
-Writes the tables of docs/families.md and, shorter, that of the README; then what one block of real width costs (real_width.py). Which
-class a model was tried as depends on the host: run it on each, and what the others showed stays.
+Writes the tables of docs/families.md and a shorter one into the README, then measures one block of real width (real_width.py). With which
+class a model is tested depends on the host, so run it on each host: the results of the other hosts stay in the table.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ STAND_IN = "(stand-in)"
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> str:
-    """The largest one, as a share of the picture's range."""
+    """Returns the largest difference of two pictures as a share of the range of values of the second; "0" where they are equal."""
     return "0" if torch.equal(a, b) else f"{float((a - b).abs().max() / (b.max() - b.min())):.0e}"
 
 
 def shares(case: Case, model, plan: str, factors: Factors | None = None) -> tuple[torch.Tensor, dict[str, float]]:
-    """The latent, and each kind's multiply-adds as a share of a full evaluation's."""
+    """Returns the latent of a run and, for each kind of evaluation, its multiply-adds as a share of a full one's."""
     patched = cached(model, plan, factors=factors)
     latent = sample(case, patched)
     return latent, {e.kind.value: e.macs / e.full_macs for e in report_of(patched).evaluations}
 
 
 def row(case: Case) -> list[str]:
+    """Returns the cells of one model's row in the table of families."""
     model = case.make()
     family, known = find_family(network(model)), known_of(case, model)
     plain = sample(case, model)
@@ -56,25 +57,29 @@ def row(case: Case) -> list[str]:
 
 
 def found(known: Known) -> str:
-    """Where, in the words of the report."""
+    """Returns in the words of the report where the hidden state is, or why no place was found."""
     return known.reason if known.place is None else known.place.text
 
 
 def kept(known: Known) -> str:
-    """Bytes per token and anchor, of every stream that is kept."""
+    """Returns the bytes per token and anchor of every tensor that is kept, at 16 bit."""
     return " + ".join(f"{each.shape[-1] * 2}" for each in known.place.kept) if known.place is not None else "-"
 
 
 def tested_on(model: torch.nn.Module) -> str:
-    """A class of ComfyUI's or of this pack's, or one written for the tests in the likeness of one that is not here."""
+    """Returns the name of a network's class, marked as a stand-in where the tests had to write it because this host does not have it."""
     name, home = type(model).__name__, type(model).__module__.split(".")[0]
     return name if home in ("comfy", "comfyui_duca") else f"{name} {STAND_IN}"
 
 
 def proofs(rows: list[list[str]], path: Path) -> dict[str, dict[str, str]]:
-    """For every model, on each host, what was found: on this host by `rows`, on others as the document at `path` has it.
+    """Returns the place that was found for every model on each host, by model and host.
 
-    Only what was bit-identical while the cache listened counts.
+    A place counts only if full evaluations gave the same bits with the cache as without.
+
+    Args:
+        rows: What was found on this host.
+        path: The document that holds what was found on other hosts.
     """
     lines = published("proofs", path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -89,6 +94,7 @@ def proofs(rows: list[list[str]], path: Path) -> dict[str, dict[str, str]]:
 
 
 def modes(family: ModelFamily, known: Known) -> list[str]:
+    """Returns the ways of caching that a model can use."""
     place = known.place
     return [
         name
@@ -104,6 +110,7 @@ def modes(family: ModelFamily, known: Known) -> list[str]:
 
 
 def write(path: Path = ROOT / "docs" / "families.md") -> None:
+    """Writes the tables of the document at `path` and of the README."""
     rows = [row(case) for case in CASES]
     header = [
         "model", "modes", "tested on", "where", "listening: difference", "ICC at full rank: difference",
@@ -123,7 +130,7 @@ def main() -> None:
 
 
 def overview(seen: dict[str, dict[str, str]]) -> str:
-    """The README's table: what a file adds to what every model has, and which models were tried without one."""
+    """Returns the README's table: what was found for each model, what its family's file adds, and which class was tested."""
     described = {family.name: family for family in FAMILIES}
     rows = []
     for name, by_host in seen.items():

@@ -1,9 +1,9 @@
-"""ComfyUI's own EasyCache and LazyCache over their thresholds, beside auto and fewer steps with as many full evaluations.
+"""Measures ComfyUI's own EasyCache and LazyCache over their thresholds, beside auto and fewer steps with as many full evaluations.
 
-The prompts and settings of bench/quality.py, each node in its own range (0.15 to 0.95 of the sampling). All pictures are one batch, for
-which the node decides once. EasyCache adds what it kept to the network's input in place. The demo model is float32, so that this is the
-very tensor from which the host then takes the denoised picture, and the picture is ruined; a model of 16 bit has a tensor of its own
-there. So both are given a copy, which changes nothing for LazyCache: it adds out of place.
+The prompts and settings are those of bench/quality.py; each node works in its own default range (0.15 to 0.95 of the sampling). All
+pictures are one batch, for which the node decides once. EasyCache adds what it kept to the network's input in place. As the demo model is
+float32, this input is the very tensor from which the host then computes the denoised picture, and the picture is ruined; a 16-bit model
+has a separate tensor there. So both nodes are given a copy. It changes nothing for LazyCache, which adds out of place.
 `--quick` takes 4 prompts. Writes its table to docs/benchmarks.md.
 """
 
@@ -27,12 +27,19 @@ HEADER = ["node, threshold", "full", "compute ×", "PSNR dB", "median", "SSIM", 
 
 
 def on_a_copy(executor, latent, *args, **kwargs):
-    """A wrapper that stands around the cache's own: what is added in place to the network's input stays in the copy."""
+    """Gives the cache's own wrapper a copy of the network's input, so that what it adds in place does not reach the host's tensor."""
     return executor(latent.clone(), *args, **kwargs)
 
 
 def sampled(bench: Bench, node: type, threshold: float, copies: bool = True) -> tuple[np.ndarray, int]:
-    """Pictures, and how many evaluations of the network were computed for them."""
+    """Returns the pictures of a sampling with a node, and the number of evaluations that the network computed for them.
+
+    Args:
+        bench: The model, the prompts and the noise.
+        node: EasyCacheNode or LazyCacheNode.
+        threshold: The node's reuse threshold.
+        copies: Whether the node is given a copy of the network's input.
+    """
     model, rows = bench.model.clone(), 0
     if copies:  # before the node adds its wrapper: the first one added is the outermost
         model.add_wrapper(WrappersMP.DIFFUSION_MODEL, on_a_copy)
@@ -53,7 +60,10 @@ def sampled(bench: Bench, node: type, threshold: float, copies: bool = True) -> 
 
 
 def check(bench: Bench) -> None:
-    """The copy changes nothing of what the nodes do, bit for bit: not where nothing is skipped, and else as if they added out of place."""
+    """Checks bit for bit that the copy changes nothing else about the nodes.
+
+    Where they skip nothing, pictures must be the uncached ones. Elsewhere they must be as if the nodes added out of place.
+    """
     add = EasyCacheHolder.apply_cache_diff
     for node in (EasyCacheNode, LazyCacheNode):
         assert np.array_equal(sampled(bench, node, 0.0)[0], bench.reference)
@@ -64,9 +74,11 @@ def check(bench: Bench) -> None:
 
 
 def rows(bench: Bench) -> list[list[str]]:
+    """Returns the table's rows, one per node and threshold."""
+
     @cache
     def others(full: int) -> list[str]:
-        """Mean PSNR and SSIM of auto, then of fewer steps."""
+        """Returns mean PSNR and SSIM of auto, then those of fewer steps, with `full` full evaluations."""
         ours, fewer = bench.row("auto", Settings(speedup=STEPS / full)), bench.row("fewer steps", None, full)
         assert int(ours[1].split(" / ")[0]) == full
         return [ours[3], ours[5], fewer[3], fewer[5]]

@@ -1,8 +1,8 @@
-"""What the cache itself costs, on FLUX blocks of real width: times as ratios in one run.
+"""Measures what the cache itself costs on FLUX blocks of real width, as ratios of times in one run.
 
-1 double and 2 single blocks, width 3072, random weights, 1024 image and 256 text tokens, bfloat16. The model runs
-through the host's own Flux class. Rounds rotate the order of the variants, and every time is the lower quartile over the rounds:
-other load only ever adds to a time. Writes its table to docs/benchmarks.md.
+1 double and 2 single blocks, width 3072, random weights, 1024 image and 256 text tokens, bfloat16, through the host's own Flux class.
+Rounds rotate the order of the variants, and every time is the lower quartile over the rounds, because other load on the machine only ever
+adds to a time. Writes its table to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIG = {
 
 
 class Planned:
-    """A policy with a plan written out."""
+    """A policy whose plan is given as text, one letter per step."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -45,6 +45,7 @@ class Planned:
 
 
 def make_network(config: dict = CONFIG) -> Flux:
+    """Returns the host's Flux in bfloat16 with random weights, the same at every call."""
     torch.manual_seed(0)
     network = Flux(**config, dtype=torch.bfloat16, device="cpu", operations=comfy.ops.disable_weight_init)
     for parameter in network.parameters():
@@ -53,7 +54,13 @@ def make_network(config: dict = CONFIG) -> Flux:
 
 
 class Overhead:
-    """latent: rows and columns, of which 2x2 make a token. text: tokens."""
+    """Times evaluations of one network.
+
+    Attributes:
+        config: Arguments of the network.
+        latent: Rows, and as many columns, of the latent; 2x2 of its values make a token.
+        text: Number of text tokens.
+    """
 
     config = CONFIG
     latent, text = 64, 256
@@ -64,16 +71,18 @@ class Overhead:
         self.context, self.y = torch.randn(1, self.text, 4096, dtype=torch.bfloat16), torch.randn(1, 768, dtype=torch.bfloat16)
 
     def compute(self) -> torch.Tensor:
+        """Runs the network once."""
         t = torch.tensor([0.7], dtype=torch.bfloat16)
         return self.network(self.x, t, self.context, self.y, torch.tensor([3.5], dtype=torch.bfloat16))
 
     def run(self, plan: str, predictor, share: float = 0.1) -> CacheRun:
+        """Opens a run with a plan, a predictor and the share of tokens that conservative evaluations recompute."""
         steps = len(plan)
         timeline = Timeline([1 - i / steps for i in range(steps + 1)])
         return CacheRun(Strategy(Planned(plan), predictor, share), timeline, range(steps), FLUX, torch.device("cpu"))
 
     def known(self) -> Known:
-        """What a run finds out about the network."""
+        """Returns what a run finds out about the network."""
         places = Places()
         run = CacheRun(Strategy(Planned("Fa"), Reuse()), Timeline([1.0, 0.5, 0.0]), range(2), FLUX, torch.device("cpu"), places=places)
         self.evaluate(run, 0)
@@ -82,12 +91,13 @@ class Overhead:
         return found
 
     def timed(self, work) -> float:
+        """Returns the seconds that `work` takes."""
         begin = time.perf_counter()
         work()
         return time.perf_counter() - begin
 
     def evaluate(self, run: CacheRun, step: int) -> float:
-        """Seconds of one evaluation with everything the cache does around and in it."""
+        """Returns the seconds of one evaluation, with everything that the cache does around it and in it."""
         call = ModelCall(self.network, ("cond",), 0)
 
         def work():
@@ -98,18 +108,19 @@ class Overhead:
         return self.timed(work)
 
     def passed_through(self) -> float:
-        """The host's embedding and head alone: blocks return what they are given."""
+        """Returns the seconds of the host's embedding and head alone: blocks return their input."""
         blocks = [(b, lambda _f: lambda img, txt, **_: (img, txt)) for b in self.network.double_blocks]
         blocks += [(b, lambda _f: lambda x, **_: x) for b in self.network.single_blocks]
         with forward_overrides(blocks):
             return self.timed(self.compute)
 
     def measure(self, rounds: int) -> dict[str, list[float]]:
+        """Returns the seconds of every variant in every round."""
         names = ("plain", "floor", "full", "full, sublayers kept", "aggressive", "conservative")
         times: dict[str, list[float]] = {name: [] for name in names}
         forecast = self.run("F" * 5 + "Fa" * (rounds + 1), Chebyshev(taylor_share=0.7, history=5))
         cycle = self.run("F" + "Fc" * (rounds + 1), Reuse())
-        for step in range(5):  # a full history, and allocators warm
+        for step in range(5):  # fills the history and warms the allocators up
             self.evaluate(forecast, step)
         self.evaluate(cycle, 0)
         for i in range(rounds):
@@ -136,7 +147,7 @@ def main() -> None:
     quartile = {name: statistics.quantiles(values, n=4)[0] for name, values in times.items()}
 
     def share(name: str, minus: str | None = None) -> float:
-        """Time as a share of a plain full evaluation, in percent; that of `minus` is taken off first."""
+        """Returns the time of a variant, less that of `minus`, as a share of a plain full evaluation, in percent."""
         return 100 * (quartile[name] - (quartile[minus] if minus else 0.0)) / quartile["plain"]
 
     rows = [

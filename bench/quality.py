@@ -1,6 +1,6 @@
-"""Picture quality at equal compute, uncalibrated: every setting against the uncached 28-step image of the demo model.
+"""Measures picture quality at equal compute, without a calibration, against the uncached 28-step pictures of the demo model.
 
-16 prompts that no setting was chosen on, euler, simple schedule, guidance 2.5, through the host's own sampler.
+16 prompts that were not used to choose any setting; euler, scheduler simple, guidance 2.5, through the host's own sampler.
 `--quick` takes 4 prompts. Writes its table to docs/benchmarks.md.
 """
 
@@ -29,37 +29,44 @@ PROMPTS = (
     "octopus", "hamburger", "snowman", "sports car", "smiling face with sunglasses", "banana", "penguin", "castle",
 )  # fmt: skip
 SPEEDS = {1.4: 20, 2.0: 14, 2.8: 10, 3.5: 8, 4.7: 6, 5.6: 5}  # full evaluations of 28
-EVEN_INTERVAL = {20: 1, 14: 3, 10: 4, 8: 6, 6: 9, 5: 14}  # interval after 3 warm-up steps that comes to about as many
+EVEN_INTERVAL = {20: 1, 14: 3, 10: 4, 8: 6, 6: 9, 5: 14}  # by full evaluations: the interval that gives about as many after 3 warm-up steps
 
 
 def conditioning(prompts) -> list:
-    """All prompts as one cond whose batch rows are the prompts."""
+    """Returns all prompts as one cond whose batch rows are the prompts."""
     parts = [encode_prompt(prompt)[0] for prompt in prompts]
     return [[torch.cat([c for c, _ in parts]), {"pooled_output": torch.cat([extra["pooled_output"] for _, extra in parts])}]]
 
 
 class Bench:
-    kinds: tuple[Kind, ...] = (Kind.FULL, Kind.CONSERVATIVE, Kind.AGGRESSIVE)  # those that a row counts
+    """Samples pictures with the demo model and compares them with the uncached ones.
+
+    Attributes:
+        kinds: Kinds of evaluation that a row counts.
+        psnr: PSNR of every picture of the last row, in dB.
+    """
+
+    kinds: tuple[Kind, ...] = (Kind.FULL, Kind.CONSERVATIVE, Kind.AGGRESSIVE)
 
     def __init__(self, prompts) -> None:
         self.model, self.prompts = load_demo_model(), prompts
         self.latent = torch.zeros(len(prompts), 3, 48, 48)
         self.noise = comfy.sample.prepare_noise(self.latent, 0)
         self.steps = STEPS
-        self.psnr: list[float] = []  # of every picture of the last row, dB
+        self.psnr: list[float] = []
 
     def refer_to(self, steps: int) -> None:
-        """Measures against the uncached pictures of another step count from here on."""
+        """Makes the uncached pictures of another number of steps the reference from here on."""
         self.steps = steps
         self.__dict__.pop("reference", None)
 
     @cached_property
     def reference(self) -> np.ndarray:
-        """The uncached pictures, sampled when they are first needed."""
+        """The uncached pictures (N, 48, 48, 3), sampled when they are first needed."""
         return self.pictures(self.model, self.steps)
 
     def pictures(self, model, steps: int) -> np.ndarray:
-        """(N, 48, 48, 3) in 0..1, as a decoded image."""
+        """Samples all prompts and returns their pictures, (N, 48, 48, 3) in 0..1 as decoded images are."""
         positive, negative = conditioning(self.prompts), conditioning([""] * len(self.prompts))
         latents = comfy.sample.sample(
             model, self.noise, steps, GUIDANCE, "euler", "simple", positive, negative, self.latent, seed=0, disable_pbar=True
@@ -67,14 +74,20 @@ class Bench:
         return ((latents.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
 
     def distances(self, pictures: np.ndarray) -> list[str]:
-        """Mean PSNR (dB), its median over the prompts, and mean SSIM against the uncached pictures."""
+        """Returns mean PSNR (dB), its median over the prompts and mean SSIM against the uncached pictures."""
         pairs = list(zip(self.reference, pictures))
         self.psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in pairs]
         ssim = np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=-1) for a, b in pairs])
         return [f"{np.mean(self.psnr):.2f}", f"{np.median(self.psnr):.2f}", f"{ssim:.4f}"]
 
     def row(self, name: str, settings: Settings | None, steps: int | None = None) -> list[str]:
-        """settings: None for no cache in `steps` steps."""
+        """Samples with settings and returns the cells of the table's row.
+
+        Args:
+            name: First cell of the row.
+            settings: What the cache does; None for no cache.
+            steps: Number of steps without a cache; not used with one, which always takes the steps of the reference.
+        """
         if settings is None:
             assert steps is not None
             distances = self.distances(self.pictures(self.model, steps))
@@ -90,7 +103,7 @@ class Bench:
 
 
 def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
-    """The rows of one speed, all with about `full` full evaluations (conservative ones come on top)."""
+    """Returns the rows of one speed, all with about `full` full evaluations; conservative ones come on top of these."""
     interval = EVEN_INTERVAL[full]
     rows: dict[str, Settings | None] = {
         "no cache, fewer steps": None,
@@ -116,6 +129,7 @@ def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
 
 
 def other_step_counts(bench: Bench) -> list[list[str]]:
+    """Returns rows of auto beside fewer steps, with a reference of other numbers of steps."""
     rows = []
     for steps in (12, 20, 50):
         bench.refer_to(steps)

@@ -1,9 +1,9 @@
-"""What each kind of evaluation costs in one block of real width: counted multiply-adds and measured time, as shares of the block itself.
+"""Measures what each kind of evaluation costs in one block of real width, in multiply-adds and in time, as shares of the full block.
 
 One block of each kind of FLUX.1, Qwen-Image, Wan 2.1 14B and Z-Image, of the host's own classes with random weights, in float32 on the CPU,
-with fewer tokens than a picture has. Multiply-adds are counted by torch in evaluations of their own. Only the blocks are timed.
-Shares change little with other load on the machine, which slows everything; the least of the rounds is taken. Writes its table to
-docs/families.md. `--quick` tries it out on few tokens and writes nothing.
+with fewer tokens than a picture has. torch counts the multiply-adds, in evaluations that are not timed. Only the blocks are measured. Other
+load on the machine slows everything, so shares change little with it; the least of the rounds is taken. Writes its table to
+docs/families.md. `--quick` uses few tokens and writes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import nn
 
 ROUNDS, RANK, SHARE = 2, 64, 0.1
 QUICK = "--quick" in sys.argv
-SIDE, TEXT = (16, 32) if QUICK else (48, 128)  # of the latent: 576 tokens
+SIDE, TEXT = (16, 32) if QUICK else (48, 128)  # rows and columns of the latent, which make 576 tokens (64 if QUICK); text tokens
 FLUX = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
     "num_heads": 24, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
@@ -50,7 +50,13 @@ Z_IMAGE = {
 
 
 class Real(NamedTuple):
-    """make: the network, of one block each. call: one evaluation of it."""
+    """A model of real width.
+
+    Args:
+        title: Its name in the table.
+        make: Returns the network, with one block in each of its lists.
+        call: Runs one evaluation of it.
+    """
 
     title: str
     make: Callable[..., nn.Module]
@@ -58,10 +64,12 @@ class Real(NamedTuple):
 
 
 def picture(*more: int) -> torch.Tensor:
+    """Returns a random latent (1, 16, …, SIDE, SIDE)."""
     return torch.randn(1, 16, *more, SIDE, SIDE)
 
 
 def words(tokens: int, channels: int) -> torch.Tensor:
+    """Returns random embedded text (1, tokens, channels)."""
     return torch.randn(1, tokens, channels)
 
 
@@ -92,16 +100,17 @@ MODELS = (
 
 
 def made(real: Real) -> nn.Module:
+    """Returns the network of a model with random weights, and with refiners that pass on their input."""
     network = real.make(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init).eval()
     for parameter in network.parameters():
         nn.init.uniform_(parameter, -0.02, 0.02)
     for refiner in (*getattr(network, "noise_refiner", ()), *getattr(network, "context_refiner", ())):
-        refiner.forward = lambda x, *_args, **_kwargs: x  # beside the blocks that are timed, and as dear as they
+        refiner.forward = lambda x, *_args, **_kwargs: x  # not measured, and as costly as the measured blocks
     return network
 
 
 class Clock:
-    """What every block took since it was asked, by its list: seconds, or multiply-adds while those are counted."""
+    """Sums up what the blocks of each list take: seconds, or multiply-adds while those are counted."""
 
     def __init__(self, paths: Sequence[str], network: nn.Module) -> None:
         self.taken: dict[str, float] = defaultdict(float)
@@ -115,6 +124,7 @@ class Clock:
         self.taken[path] += sign * (time.perf_counter() if self.macs is None else self.macs.so_far)
 
     def of(self, work: Callable[[], Any], is_counted: bool = False) -> dict[str, float]:
+        """Returns what the blocks of each list take in `work`, by the list's path: seconds, or multiply-adds if `is_counted`."""
         self.taken.clear()
         with counted() if is_counted else nullcontext() as self.macs:
             work()
@@ -122,7 +132,13 @@ class Clock:
 
 
 class Evaluations:
-    """Runs of one network, with what is known of it."""
+    """Runs one network in every kind of evaluation that it can do.
+
+    Attributes:
+        known: What was found out about the network.
+        paths: Paths of the lists whose blocks are measured.
+        cycle: Plan with one step of every kind that the network can do.
+    """
 
     def __init__(self, real: Real, network: nn.Module) -> None:
         self.real, self.network, self.family, self.places = real, network, find_family(network), Places()
@@ -132,7 +148,12 @@ class Evaluations:
         self.cycle = "F" + "c" * self.family.is_conservative + "i" + "a"
 
     def run_of(self, plan: str, told: Callable[[str, Callable[[], Any]], Any]) -> None:
-        """One run; told: given every evaluation's kind and what carries it out."""
+        """Carries out one run.
+
+        Args:
+            plan: Its plan, one letter per step.
+            told: Is called for every evaluation with its kind and a function that carries it out.
+        """
         steps, factors = len(plan), self.factors() if "i" in plan else None
         strategy = Strategy(Given(Plan.parse(plan)), AUTO, SHARE, factors=factors)
         timeline = Timeline([1 - i / steps for i in range(steps + 1)])
@@ -149,17 +170,19 @@ class Evaluations:
         assert "".join(e.kind.value for e in report.evaluations) == plan and not report.notices, report.notices
 
     def compute(self) -> torch.Tensor:
-        torch.manual_seed(0)  # the same picture whenever it is asked for: a proof runs a call again
+        """Runs the network once, always on the same input."""
+        torch.manual_seed(0)  # a proof runs a call again, and must find the same input
         return self.real.call(self.network)
 
     def factors(self) -> Factors:
+        """Returns random low-rank factors of rank RANK for every linear layer that can use them."""
         sites = find_linears(self.family, self.known.linears, self.network)
         sizes = [(site.key(part), site.outputs(part), site.in_features) for site in sites for part in site.parts]
         made = {f"{key}.A": 0.02 * torch.randn(outputs, RANK) for key, outputs, _ in sizes}
         return made | {f"{key}.B": 0.02 * torch.randn(RANK, inputs) for key, _, inputs in sizes}
 
     def least(self, is_counted: bool) -> dict[str, dict[str, float]]:
-        """The least of every kind ("" for the blocks without a cache) in each list: seconds, or multiply-adds."""
+        """Returns the least of all rounds by kind ("" without a cache) and by list: seconds, or multiply-adds if `is_counted`."""
         clock, best = Clock(self.paths, self.network), dict[str, dict[str, float]]()
         rounds = 1 if QUICK or is_counted else ROUNDS
 
@@ -174,6 +197,7 @@ class Evaluations:
 
 
 def keep_least(best: dict[str, dict[str, float]], kind: str, taken: Mapping[str, float]) -> None:
+    """Lowers the values of a kind in `best` to those in `taken` that are less."""
     before = best.setdefault(kind, dict(taken))
     for path, value in taken.items():
         before[path] = min(before[path], value)
@@ -181,6 +205,7 @@ def keep_least(best: dict[str, dict[str, float]], kind: str, taken: Mapping[str,
 
 @torch.inference_mode()
 def rows(real: Real) -> list[list[str]]:
+    """Returns the table's rows of one model, one per list of blocks and kind of evaluation."""
     evaluations = Evaluations(real, made(real))
     macs, seconds = evaluations.least(is_counted=True), evaluations.least(is_counted=False)
     print(real.title, {kind: dict(value) for kind, value in seconds.items()}, flush=True)

@@ -1,7 +1,7 @@
-"""How large a FLUX.1-dev calibration is and what making it takes: arithmetic from shapes, and a real file from blocks of real width.
+"""Measures how large a FLUX.1-dev calibration is and how long its parts take to make, from files of a few blocks of real width.
 
-One double and two single blocks, width 3072, random bfloat16 weights; statistics of 32 evaluations with FLUX's channels.
-Writes its table to docs/benchmarks.md.
+One double and two single blocks, width 3072, random bfloat16 weights; statistics of 32 evaluations with FLUX's channels. The size for all
+blocks is computed from the shapes of these. Writes its table to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from overhead import CONFIG, Overhead
 
 RANK, NODES, DIRECTIONS = 128, 32, 128
 CHANNELS, INPUTS = 3072, 64
-DOUBLE, SINGLE = 19, 38  # blocks of FLUX.1-dev
+DOUBLE, SINGLE = 19, 38  # numbers of blocks of FLUX.1-dev
 GIB, MIB = 2**30, 2**20
 
 
 def about(times: list[float]) -> About:
+    """Returns the description that a sidecar needs, with the model's times of its evaluations."""
     return About(
         "flux", "size", "euler", "simple", NODES, 3.5, (*times, 0.0), tuple(times), (128, 128), 8, tuple(range(8)), RANK, "svd",
         {"pack": "0"}, "2026-01-01",
@@ -39,12 +40,12 @@ def about(times: list[float]) -> About:
 
 
 def peak() -> int:
-    """Most memory of this process so far, in bytes."""
+    """Returns the peak memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def size_of(calibration: Calibration) -> tuple[int, float]:
-    """Bytes of the file, and seconds to write and read it."""
+    """Returns the bytes of a calibration's file and the seconds that writing and reading it take."""
     with tempfile.TemporaryDirectory() as folder:
         path, began = Path(folder) / "size.safetensors", time.time()
         write(path, calibration.to_sidecar())
@@ -53,7 +54,7 @@ def size_of(calibration: Calibration) -> tuple[int, float]:
 
 
 def forecast(times: list[float]) -> tuple[Forecast, float]:
-    """From random trajectories, and the seconds that compressing takes."""
+    """Returns a forecast from random trajectories, and the seconds that compressing its statistics takes."""
     moments, generator = Moments(), torch.Generator().manual_seed(0)
     moments.add(torch.randn(NODES, 256, INPUTS, generator=generator), torch.randn(NODES, 256, CHANNELS, generator=generator))
     began = time.time()

@@ -1,7 +1,7 @@
-"""A calibration away from the setting it was made on, and ICC's factors by method and rank, on the demo model.
+"""Measures a calibration in other settings than the one it was made in, and ICC's factors by method and rank, on the demo model.
 
-16 prompts of bench/quality.py, calibrated on 16 others; options as in bench/calibrated.py. Away from the calibrated setting every prompt
-is sampled with four noises: with one, what a plan gains is only known to half a decibel. Writes its tables to docs/benchmarks.md.
+16 prompts of bench/quality.py, calibrated on 16 others; options as in bench/calibrated.py. In the other settings every prompt is sampled
+with four noises: with one noise, the gain is only known to half a decibel. Writes its tables to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quality import GUIDANCE, STEPS, Bench, conditioning
 
 
 def ranks(bench: Bench, factors: dict[str, Calibration]) -> str:
-    """SVD, CA-SVD and CD-SVD over ranks, full every 4th evaluation."""
+    """Returns a table of ICC with SVD, CA-SVD and CD-SVD over ranks, where every 4th evaluation is full."""
     rows = []
     for rank in RANKS:
         values = [bench.row(f"{m} {rank}", Settings(mode="icc", cycle_length=4, calibration=at_rank(factors[m], rank))) for m in METHODS]
@@ -30,11 +30,11 @@ def ranks(bench: Bench, factors: dict[str, Calibration]) -> str:
 
 
 SPEEDS = (3.5, 4.7)
-NOISES = 4  # of every prompt; the first is that of the other benchmarks
+NOISES = 4  # for every prompt; the first is the noise of the other benchmarks
 
 
 def elsewhere(learned: Calibration, prompts: Sequence[str]) -> dict[float, str]:
-    """A calibration away from the setting that it was made on, against auto without it: a table by speed."""
+    """Returns one table per speed of auto with a calibration, in other settings than its own, against auto without one."""
     rows: dict[float, list[list[str]]] = {speed: [] for speed in SPEEDS}
     cases: list[tuple[str, dict]] = [
         ("as calibrated", {}),
@@ -55,7 +55,7 @@ def elsewhere(learned: Calibration, prompts: Sequence[str]) -> dict[float, str]:
             without = other.row(f"{name}: auto {speed:g}", Settings(speedup=speed))
             plain = other.psnr
             having = other.row(f"{name}: calibrated {speed:g}", Settings(speedup=speed, calibration=learned))
-            gains = np.subtract(other.psnr, plain).reshape(NOISES, -1).mean(0)  # of prompts: pictures of one are not independent
+            gains = np.subtract(other.psnr, plain).reshape(NOISES, -1).mean(0)  # one per prompt: pictures of one prompt are not independent
             gain = f"{gains.mean():+.2f} ± {gains.std(ddof=1) / len(gains) ** 0.5:.2f}"
             rows[speed].append([name, without[3], having[3], gain, without[5], having[5]])
     header = ["setting", "auto, PSNR dB", "calibrated", "gain", "auto, SSIM", "calibrated"]
@@ -63,7 +63,7 @@ def elsewhere(learned: Calibration, prompts: Sequence[str]) -> dict[float, str]:
 
 
 def with_lora(model, strength: float):
-    """Every linear weight of the blocks changed by a random matrix of rank 4, of `strength` times its norm."""
+    """Returns the model with a random matrix of rank 4 added to every linear weight of its blocks, of `strength` times its norm."""
     generator, patches = torch.Generator().manual_seed(0), {}
     for name, weight in model.model.diffusion_model.named_parameters():
         if weight.ndim == 2 and "_blocks." in name:
@@ -75,7 +75,7 @@ def with_lora(model, strength: float):
 
 
 class Elsewhere(Bench):
-    """The same measurements with another sampling."""
+    """Makes the measurements of Bench in another setting, such as another sampler or guidance."""
 
     def __init__(
         self, prompts, steps=STEPS, sampler="euler", scheduler="simple", guidance=GUIDANCE, size=(48, 48), denoise=1.0, lora=0.0
@@ -86,7 +86,7 @@ class Elsewhere(Bench):
         self.latent = torch.zeros(len(prompts), 3, *size)
         if lora:
             self.model = with_lora(self.model, lora)
-        if denoise < 1:  # from finished pictures
+        if denoise < 1:  # such a sampling starts from finished pictures
             self.latent = torch.from_numpy(self.pictures(self.model, STEPS)).movedim(-1, 1) * 2 - 1
         self.noise = comfy.sample.prepare_noise(self.latent, 0)
         self.refer_to(steps)

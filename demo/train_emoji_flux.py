@@ -1,10 +1,10 @@
-"""Trains the demo model: a small FLUX-architecture rectified-flow model on 48×48 emoji, on the CPU.
+"""Trains the demo model on the CPU: a small rectified-flow model of FLUX's architecture for 48×48 emoji.
 
   python3 dev.py host
   COMFYUI_PATH=.dev/comfyui .dev/venv/bin/python demo/train_emoji_flux.py --minutes 75 --out emoji_flux_48.safetensors
 
-The pictures are Noto Emoji by Google (Apache-2.0) from the npm package emoji-datasource-google, which is fetched by
-name with npm. The model that ships was trained in two runs of 75 and 61 minutes on two cores (--resume).
+The pictures are Noto Emoji by Google (Apache-2.0) from the npm package emoji-datasource-google, which the script fetches
+with npm. The model that comes with the pack was trained in two runs of 75 and 61 minutes on two cores (--resume).
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ CONFIG = {
 
 
 def fetch_emoji(folder: Path) -> Path:
-    """Downloads and unpacks the npm package into `folder`; returns its root. Raises SystemExit without npm."""
+    """Downloads the npm package, unpacks it into `folder` and returns its root.
+
+    Raises:
+        SystemExit: If npm is not installed.
+    """
     npm = shutil.which("npm")
     if npm is None:
         sys.exit("npm is needed to fetch the pictures: install Node.js, or pass --emoji with the unpacked package")
@@ -57,7 +61,7 @@ def fetch_emoji(folder: Path) -> Path:
 
 
 def load_emoji(package: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Premultiplied RGBA pictures (N, 4, 48, 48) uint8, contexts (N, 12, 64), pooled vectors (N, 64)."""
+    """Returns premultiplied RGBA pictures (N, 4, 48, 48) uint8, contexts (N, 12, 64) and pooled vectors (N, 64)."""
     pictures, contexts, pooled = [], [], []
     for entry in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
         path = package / "img" / "google" / "64" / entry["image"]
@@ -73,7 +77,10 @@ def load_emoji(package: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def make_model() -> Flux:
-    """The host's Flux in float32 with zero gates and a zero head, and norms whose input survives the blocks' in-place sums."""
+    """Returns the host's Flux in float32, initialised with gates and a head of zeros.
+
+    Norms are given a copy of their input: the blocks add to it in place, and the backward pass needs it as it was.
+    """
     model = Flux(**CONFIG, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
     for name, parameter in model.named_parameters():
         if name.endswith("scale"):
@@ -89,7 +96,11 @@ def make_model() -> Flux:
 
 
 def draw_batch(data, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random flips, shifts of up to two pixels and pastel backgrounds; one prompt in ten is dropped."""
+    """Returns `size` pictures (size, 3, 48, 48) in -1..1, their contexts and their pooled vectors.
+
+    Pictures are shifted by up to two pixels and put on pastel backgrounds, all at random; half of the batches are flipped. One prompt in
+    ten is dropped.
+    """
     pictures, contexts, pooled = data
     chosen = torch.randint(0, len(pictures), (size,))
     image = pictures[chosen].float() / 255
@@ -104,7 +115,7 @@ def draw_batch(data, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def flow_loss(model: Flux, x0: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Rectified flow: x = (1-σ)·x0 + σ·ε, the model predicts ε - x0; σ is the sigmoid of a normal."""
+    """Returns the loss of rectified flow: from x = (1-σ)·x0 + σ·ε the model predicts ε - x0. σ is the sigmoid of a normal number."""
     sigma = torch.sigmoid(torch.randn(len(x0)))
     noise, s = torch.randn_like(x0), sigma[:, None, None, None]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -113,7 +124,10 @@ def flow_loss(model: Flux, x0: torch.Tensor, context: torch.Tensor, pooled: torc
 
 
 def train(model: Flux, data, minutes: float, batch: int, peak_rate: float) -> dict[str, torch.Tensor]:
-    """AdamW with warm-up and cosine decay over wall time; returns the exponential moving average of the weights."""
+    """Trains for `minutes` of wall time and returns the exponential moving average of the weights.
+
+    The optimizer is AdamW. Its rate rises to `peak_rate` in 200 steps and falls along a cosine to 2 % of it over the wall time.
+    """
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01)
     begin, step, losses = time.time(), 0, []

@@ -1,4 +1,4 @@
-"""What is known of models beside what is found out by watching them: one file a family, one line in the table."""
+"""Describes what watching a network cannot show: one file per family, one entry in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -60,13 +60,16 @@ FAMILIES: tuple[ModelFamily, ...] = (
 
 
 def find_family(model: nn.Module) -> ModelFamily:
-    """The family of a diffusion model; of one that no file describes, one that is no more than a name. Looks through torch.compile."""
+    """Returns the family that describes a network, or one that only names it where no file describes it.
+
+    A network compiled by torch.compile is recognised by the module that it wraps.
+    """
     model = getattr(model, "_orig_mod", model)
     return next((family for family in FAMILIES if family.matches(model)), undescribed(model))
 
 
 def undescribed(model: nn.Module) -> ModelFamily:
-    """Of all models of this class, known by its name."""
+    """Returns a family that matches every network of this class and states nothing but a name."""
     own = type(model)
     return ModelFamily(NAMES.get(own.__name__, own.__name__.lower()), lambda other: type(other) is own)
 

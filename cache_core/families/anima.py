@@ -1,7 +1,7 @@
-"""Anima: Cosmos-Predict2's network, told by a language model's text that an adapter has made into T5's.
+"""Anima: Cosmos-Predict2's network, with an adapter that turns a language model's text embeddings into ones in the place of T5's.
 
-Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py of ComfyUI 0.33.0, where it is tested; 0.3.75 has no such class. At 16 bit
-(float16) the host keeps the stream between blocks in float32, and so is what is kept of it.
+Source: comfy/ldm/anima/model.py and comfy/ldm/cosmos/predict2.py of ComfyUI 0.33.0, with which it is tested; ComfyUI 0.3.75 has no such
+class. For a model in float16 the host holds the stream between blocks in float32, so the hidden state is kept in float32 too.
 """
 
 from __future__ import annotations

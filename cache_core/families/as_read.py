@@ -1,6 +1,7 @@
-"""Whether a module looks as it did in public source, where a host may have another form.
+"""Checks whether a module has the form that it has in the public source that a family was written from.
 
-Names alone would let a later host's other signature through, and a stream that a replay reads from the wrong argument is worse than none.
+A class name is not enough: a later host may change a signature under the same name. A replay would then read a stream from the wrong
+argument and return a wrong result, which is worse than having no replay.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from torch import nn
 
 
 def takes(module: object, *parameters: str) -> bool:
-    """Whether the module's class has a `forward` of exactly these parameters, in this order. Looks through torch.compile."""
+    """Returns whether the module's `forward` has exactly these parameters, in this order.
+
+    A compiled module (torch.compile) is judged by the module that it wraps.
+    """
     module = getattr(module, "_orig_mod", module)
     return isinstance(module, nn.Module) and tuple(signature(type(module).forward).parameters)[1:] == parameters
 
 
 def has(module: object, *paths: str) -> bool:
-    """Whether there is something, not None, at all of these dotted paths."""
+    """Returns whether every one of these dotted paths leads to something other than None."""
     try:
         return all(attrgetter(path)(module) is not None for path in paths)
     except AttributeError:

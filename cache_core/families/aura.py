@@ -1,7 +1,7 @@
-"""AuraFlow: double blocks with separate text and image streams, then single blocks over text, image.
+"""AuraFlow: double blocks with separate text and image streams, then single blocks over text and image joined in this order.
 
-Source: comfy/ldm/aura/mmdit.py (ComfyUI 0.3.75). A block normalises x + gate·attn again and adds only the gated MLP of that to its input,
-so attention and MLP are not two terms of a sum; still each token's MLP needs only its own attention.
+Source: comfy/ldm/aura/mmdit.py (ComfyUI 0.3.75). A block normalises x + gate·attn again and adds only the gated MLP of the result to x,
+so attention and MLP are not two terms of one sum. The MLP of a token still needs the attention output of that token alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .replaying import renewed, stream_sites
 
 
 def _is_aura(model: nn.Module) -> bool:
-    """SD3's class is named MMDiT too."""
+    """Tells AuraFlow from SD3 by its lists of blocks: a class of either may be named MMDiT."""
     return type(model).__name__ == "MMDiT" and all(len(getattr(model, name, ())) for name in ("double_layers", "single_layers"))
 
 
@@ -32,7 +32,7 @@ def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
 
 
 def _renormalised(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], norm: Any, mlp: Any) -> Tensor:
-    """x (B, L, C) + gate·mlp of the modulated norm(x + gate·attn)."""
+    """Returns one stream, x + gate·mlp(norm(x + gate·attn)·(1 + scale) + shift), with x of shape (B, L, C)."""
     _, _, gate_attn, shift, scale, gate_mlp = modulation
 
     def fresh(at: Tensor) -> Tensor:

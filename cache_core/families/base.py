@@ -1,4 +1,4 @@
-"""What a family says of a model beside what is found out: its name, conservative replays, fused layers, where its input enters."""
+"""Types that describe a family: its name, how its blocks are replayed, its fused layers and where its input enters."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ Fused = Mapping[str, Mapping[str, Callable[[Any], tuple[LinearPart, ...]]]]
 
 @dataclass(frozen=True)
 class Site:
-    """One sublayer whose result a full evaluation keeps, before its gate.
+    """A sublayer whose output a full evaluation keeps, as it is before its gate.
 
-    name: of the sublayer: attn, self_attn, cross_attn, mlp, output or the like. module: dotted path inside the block of a submodule
-    that the host calls. stream: whose tokens it gets. source: which side of that call to keep, "input" or "output".
-    width: only the first `width(block)` channels are kept; None keeps all.
-    every: the module runs in one of so many full evaluations, others are answered with what is kept of it (see `EngineCall.rests`).
+    Args:
+        name: Name of the sublayer: attn, self_attn, cross_attn, mlp, output or the like.
+        module: Dotted path inside the block of a submodule that the host calls.
+        stream: Name of the stream whose tokens the submodule gets.
+        source: Which side of that call is kept, "input" or "output".
+        width: Returns, given the block, how many leading channels are kept; None keeps all.
+        every: The module runs in one of this many full evaluations; in the others its kept output takes its place (see
+            `EngineCall.rests`).
     """
 
     name: str
@@ -38,27 +42,30 @@ class Site:
 
     @property
     def key(self) -> str:
-        """Of what is kept of it in a block: "<stream>.<name>"."""
+        """Key of the kept output among those of its block: "<stream>.<name>"."""
         return f"{self.stream}.{self.name}"
 
 
 class Cached(Protocol):
-    """The kept features of one block as its replay sees them: whole batch, the call's dtype and device. key: of a `Site`."""
+    """The kept outputs of one block's sublayers as its replay reads them: for the whole batch, in the dtype and on the device of the call.
+
+    `key` is `Site.key` in every method.
+    """
 
     def all_tokens(self, key: str) -> Tensor:
-        """Of all tokens (B, L, C)."""
+        """Returns the kept output for all tokens, (B, L, C)."""
         ...
 
     def some_tokens(self, key: str, tokens: Tensor) -> Tensor:
-        """Of the tokens with these indices (B, k, C)."""
+        """Returns the kept output for the tokens with the indices `tokens` (k,), as (B, k, C)."""
         ...
 
     def refreshed(self, key: str, tokens: Tensor, fresh: Tensor) -> Tensor:
-        """Of all tokens (B, L, C), once `fresh` (B, k, C) was written over those with these indices, for good."""
+        """Overwrites the kept output of the tokens `tokens` (k,) with `fresh` (B, k, C), and returns that of all tokens, (B, L, C)."""
         ...
 
     def choose(self, stream: str, length: int) -> Tensor | None:
-        """Indices of the tokens to recompute, of `length`; None for none."""
+        """Returns the indices (k,) of the tokens to recompute in a stream of `length` tokens; None for none."""
         ...
 
 
@@ -67,17 +74,19 @@ Replay = Callable[[nn.Module, Mapping[str, Any], Cached], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of like blocks that can be replayed, or whose first one the model's input enters.
+    """A list of blocks of one form, which can be replayed or whose first block the network's input enters.
 
-    path: dotted path of the ModuleList or ModuleDict on the model.
-    parameters: names of the block's positional parameters, in order.
-    streams: parameter that carries tokens -> stream name. "txt+img" is the two concatenated in that order.
-        The block returns them in this order too, or in that of `returns`; a bare tensor where there is one.
-    returns: parameters of `streams` in the order in which the block returns them, where it is another.
-    batch: axis of the batch in the streams, whose tokens may lie in a grid: (B, …, C) but for one family.
-    why_not: why a call with these arguments must not be replayed, "" if it may.
-    sites: sublayers a full evaluation keeps for conservative ones, of each block those that it has.
-    replay: a block's conservative evaluation, from its own submodules and the kept features.
+    Args:
+        path: Dotted path of the ModuleList or ModuleDict on the network.
+        parameters: Names of the block's positional parameters, in order.
+        streams: Name of the stream that each token-carrying parameter holds; "txt+img" is both, concatenated in this order. A block
+            returns its streams as a tuple in the order of this mapping, or as a bare tensor where there is one stream.
+        sites: Sublayers whose outputs a full evaluation keeps for conservative ones. Those that a block does not have are left out for it.
+        replay: Computes a block in a conservative evaluation, from its own submodules and the kept outputs. It is given the block, the
+            arguments of the call by name and the kept outputs, and returns the streams in the order of `streams`.
+        returns: The parameters of `streams` in the order in which the block returns them, where that is another.
+        batch: Axis of the batch in the streams. Tokens may lie in a grid: (B, …, C), and (T, H, W, B, C) in Cosmos 1.
+        why_not: Returns why a call with these arguments must not be replayed, "" if it may be.
     """
 
     path: str
@@ -90,18 +99,26 @@ class Stack:
     why_not: Callable[[Mapping[str, Any]], str] = lambda _call: ""
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Returns the blocks of this list on a network, in order."""
         return blocks_at(model, self.path)
 
     def sites_of(self, block: nn.Module) -> list[Site]:
-        """Not every block of a list has every sublayer. Asked by attributes: the names of a compiled block's modules are others."""
+        """Returns the sites that a block has: not every block of a list has every sublayer.
+
+        They are looked up as attributes, because `named_modules` gives other names for a compiled block.
+        """
         return [site for site in self.sites if has(block, site.module)]
 
     def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """A block call's arguments by name."""
+        """Returns the arguments of a block call by name."""
         return {**dict(zip(self.parameters, args)), **kwargs}
 
     def checked(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """A block call's arguments by name. Raises UnsupportedCallError where it must not be replayed."""
+        """Returns the arguments of a block call by name.
+
+        Raises:
+            UnsupportedCallError: If the call must not be replayed (see `why_not`).
+        """
         named = self.named(args, kwargs)
         reason = self.why_not(named)
         if reason:
@@ -109,12 +126,16 @@ class Stack:
         return named
 
     def inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The token streams of a block call, in order."""
+        """Returns the token streams of a block call, in the order of `streams`."""
         named = self.named(args, kwargs)
         return tuple(named[parameter] for parameter in self.streams)
 
     def stream(self, wanted: str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The stream of a block call that holds the tokens `wanted`, others joint with them included. Raises UnknownInputError."""
+        """Returns the stream of a block call that holds the tokens named `wanted`, with any tokens that it is concatenated with.
+
+        Raises:
+            UnknownInputError: If no argument of the call is such a stream.
+        """
         named = self.named(args, kwargs)
         for parameter, stream in self.streams.items():
             if wanted in stream.split("+") and isinstance(named.get(parameter), Tensor):
@@ -122,11 +143,11 @@ class Stack:
         raise UnknownInputError(f"{self.path} is called otherwise than described")
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """The tokens of a stream as (B, L, C), a view where that is possible."""
+        """Returns the tokens of a stream as (B, L, C), as a view where that is possible."""
         return rearrange(tensor.movedim(self.batch, 0), "B ... C -> B (...) C")
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
-        """The streams, in order, in the form the block returns them in."""
+        """Returns streams that are given in the order of `streams`, in the form in which the block returns them."""
         if len(tensors) == 1:
             return tensors[0]
         named = dict(zip(self.streams, tensors))
@@ -135,14 +156,18 @@ class Stack:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What is known of a model beside what is found out by watching it (`discovery`).
+    """A description of what watching a network (`discovery`) cannot show.
 
-    name: as in ComfyUI's model folder. matches: structural test on the diffusion model.
-    stacks: all blocks that conservative evaluations replay, in the order the model runs them. The first one is where the input enters.
-    hidden: the stream whose last state the final layer reads.
-    embed: dotted path of the module whose input is the hidden stream's tokens as they enter the model, "" if there is none such;
-        tokens: that input as (B, L, d), given the module.
-    fused: layers that are several matrices in one, by the path of their list of blocks and by their dotted path inside the block.
+    Args:
+        name: Name of the family, as in ComfyUI's folder of models. Reports and sidecars use it.
+        matches: Returns whether a network is of this family, judged by its class and its structure.
+        stacks: All blocks that conservative evaluations replay, in the order in which the network runs them. The network's input enters
+            the first block of the first stack.
+        hidden: Name of the stream that the final layer reads, whose last state is the hidden state.
+        embed: Dotted path of the module that embeds the input tokens of that stream; "" if the network has no such module.
+        tokens: Returns the input tokens (B, L, d), given the module at `embed` and its input.
+        fused: Layers that hold several matrices, by the path of their list of blocks and by their dotted path inside the block. Each
+            entry returns the matrices of such a layer, given the block.
     """
 
     name: str
@@ -154,15 +179,21 @@ class ModelFamily:
     fused: Fused = field(default_factory=lambda: MappingProxyType({}))
 
     def placed(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
-        """Every block with its stack and its index there."""
+        """Returns every block of a network with its stack and its index in that stack."""
         return [(stack, i, block) for stack in self.stacks for i, block in enumerate(stack.blocks(model))]
 
     @property
     def is_conservative(self) -> bool:
-        """Whether there is a conservative form of every block."""
+        """Whether every block can be replayed, so that plans may have conservative evaluations."""
         return bool(self.stacks) and all(stack.replay is not None for stack in self.stacks)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x · (1 + scale) + shift, rounded as the host's `addcmul` form is. x (B, L, C); shift, scale (B, 1, C)."""
+    """Returns x·(1 + scale) + shift, with the same rounding as the host, which uses `addcmul` as well.
+
+    Args:
+        x: Tokens (B, L, C).
+        shift: Shift (B, 1, C), or (B, L, C) for each token.
+        scale: Scale, of the same shape as `shift`.
+    """
     return torch.addcmul(shift, x, 1 + scale)

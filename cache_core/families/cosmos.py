@@ -1,7 +1,7 @@
-"""Cosmos 1: blocks of self-attention, cross-attention to text and feed-forward; tokens lie in a grid (T, H, W, B, C), batch fourth.
+"""Cosmos 1: blocks of self-attention, cross-attention to text and MLP over tokens in a grid (T, H, W, B, C), with the batch fourth.
 
-Source: comfy/ldm/cosmos/model.py, blocks.py (ComfyUI 0.3.75). Each of the three is x += gate·f(norm(x)·(1 + scale) + shift). The host
-adds a position embedding to the stream, in place, before every block. Attention sees (L, B, C).
+Source: comfy/ldm/cosmos/model.py, blocks.py (ComfyUI 0.3.75). Each of the three sublayers f computes x += gate·f(norm(x)·(1 + scale) +
+shift). The host adds a position embedding to the stream, in place, before every block. Attention layers take tokens as (L, B, C).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     (_, _, gate_self), of_cross, of_feed = (_vectors(part, call) for part in parts)
 
     def look(at: Tensor) -> Tensor:
-        """Its attention wants the batch behind the tokens."""
+        """Cross-attention of the chosen tokens, whose layer takes the batch as the second axis: (k, B, C)."""
         asking = _modulated(cross, of_cross, x[:, at]).transpose(0, 1)
         options = call.get("transformer_options", {})
         return cross.block.attn(asking, call["crossattn_emb"], call.get("crossattn_mask"), transformer_options=options).transpose(0, 1)
@@ -36,7 +36,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
 
 def _vectors(part: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Shift, scale and gate (B, 1, C) of a sublayer."""
+    """Returns shift, scale and gate of a sublayer, each (B, 1, C)."""
     vectors = part.adaLN_modulation(call["emb_B_D"])
     return (vectors + call["adaln_lora_B_3D"] if part.use_adaln_lora else vectors).unsqueeze(1).chunk(3, dim=-1)
 

@@ -1,8 +1,9 @@
-"""Cosmos-Predict2: blocks of self-attention, cross-attention to text and feed-forward; tokens lie in a grid (B, T, H, W, C).
+"""Cosmos-Predict2: blocks of self-attention, cross-attention to text and MLP, over tokens in a grid (B, T, H, W, C).
 
-Source: comfy/ldm/cosmos/predict2.py (ComfyUI 0.3.75). Each of the three is x += gate·f(norm(x)·(1 + scale) + shift). Attention flattens
-the grid, the feed-forward does not. Modulation is per frame, from low-rank layers inside every block. Newer hosts may add up in float32
-what sublayers say in the precision of the modulation. The first layer gets the patches already, a constant padding channel among them.
+Source: comfy/ldm/cosmos/predict2.py (ComfyUI 0.3.75). Each of the three sublayers f computes x += gate·f(norm(x)·(1 + scale) + shift).
+Attention flattens the grid, the MLP does not. Modulation is per frame and comes from low-rank layers inside every block. In newer hosts
+the stream may be float32 while sublayers compute in the dtype of the modulation. The layer that embeds the input is given patches, which
+include a constant padding channel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
 
 def _vectors(block: Any, name: str, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Shift, scale and gate (B, T or 1, C) of a sublayer."""
+    """Returns shift, scale and gate of a sublayer, each (B, T, C) or (B, 1, C)."""
     vectors = getattr(block, f"adaln_modulation_{name}")(call["emb_B_T_D"])
     return (vectors + call["adaln_lora_B_T_3D"] if block.use_adaln_lora else vectors).chunk(3, dim=-1)
 

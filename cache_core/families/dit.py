@@ -1,8 +1,8 @@
-"""Class-conditional DiT (Peebles & Xie): one stream of image tokens, no text. The first benchmark of the papers on DuCa and ICC.
+"""Class-conditional DiT (Peebles & Xie): one stream of image tokens, no text. The papers on DuCa and ICC benchmark this model first.
 
 Sources: nodes/dit/network.py, and the `DiT` of the public ExtraModels pack, which has the same modules in plain torch layers and calls its
-blocks with (x, c) only. x += gate·attn, x += gate·mlp; each block makes shifts, scales and gates from c = time + class, one vector a row.
-Places are added before the blocks, so that chosen tokens need no positions of their own.
+blocks with (x, c) only. A block computes x += gate·attn, then x += gate·mlp. It makes shifts, scales and gates from c = time + class, one
+vector per batch row. Position embeddings are added before the blocks, so recomputing chosen tokens needs no positions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _is_dit(model: nn.Module) -> bool:
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    """Attention from the cache, the MLP recomputed for the chosen tokens."""
+    """Takes attention from the cache and recomputes the MLP for the chosen tokens."""
     modulation = block.adaLN_modulation(call["c"])[:, None].chunk(6, dim=-1)
     return (gated(cached, "img", call["x"], modulation, block.norm2, block.mlp),)
 

@@ -1,8 +1,9 @@
-"""The families of FLUX's blocks: FLUX.1, FLUX.2, Chroma, Chroma Radiance, HunyuanVideo and its kin, Hunyuan3D 2.0.
+"""The families with FLUX's blocks: FLUX.1, FLUX.2, Chroma, Chroma Radiance, Hunyuan3D 2.0, HunyuanVideo and other models of its class.
 
-Sources: comfy/ldm/{flux,chroma,chroma_radiance,hunyuan_video,hunyuan3d}/model.py (ComfyUI 0.3.75 and 0.33.0). Of HunyuanVideo's class are
-HunyuanVideo 1.5 and HunyuanImage 2.1 with its refiner too; a reference latent is put before the image behind the embedding, so calibrated
-forecasts, which need the input of all tokens, cannot be had with one. In which order hosts join text and image does not matter here.
+Sources: comfy/ldm/{flux,chroma,chroma_radiance,hunyuan_video,hunyuan3d}/model.py (ComfyUI 0.3.75 and 0.33.0). HunyuanVideo 1.5 and
+HunyuanImage 2.1 with its refiner have HunyuanVideo's class. There the tokens of a reference latent are put before those of the image after
+both are embedded, so calibrated forecasts, which need the input of all tokens, do not work with a reference latent. Hosts concatenate text
+and image in different orders; the order does not matter here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CHROMA_RADIANCE = flux_like(
 HUNYUAN_VIDEO = flux_like(
     name="hunyuan_video",
     matches=lambda model: has_flux_blocks(model, "HunyuanVideo", own_modulation=True) and hasattr(model, "txt_in"),
-    embed="img_in.proj",  # the convolution: what is around it fills the picture up to whole patches
+    embed="img_in.proj",  # the convolution, as the module around it first pads the picture to whole patches
     tokens=patches,
 )
 HUNYUAN3D = flux_like(

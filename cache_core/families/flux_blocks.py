@@ -1,9 +1,9 @@
-"""The blocks that FLUX.1 brought and others took over: double ones with an image and a text stream, then fused single ones over both.
+"""Blocks of FLUX.1, which other models have adopted: double blocks with an image and a text stream, then fused single blocks over both.
 
-Source: comfy/ldm/flux/layers.py (ComfyUI 0.3.75). A double block adds gate·attn and gate·mlp to each stream; a single block adds
-gate·linear2([attn, mlp]) to the joint one, all of them in place. Shift, scale and gate are made by a modulation in the block, or come
-ready-made as `vec` where it has none (FLUX.2, Chroma). modulation_dims [(start, end, row), …] say which of several rows of them
-the tokens take (HunyuanVideo's guiding frame). The host adds ControlNet residuals after each block.
+Source: comfy/ldm/flux/layers.py (ComfyUI 0.3.75). A double block adds gate·attn and gate·mlp to each stream. A single block adds
+gate·linear2([attn, mlp]) to the joint stream. Both write in place. Shift, scale and gate are made by a modulation in the block; a block
+without one (FLUX.2, Chroma) is given them ready-made as `vec`. Where there are several rows of them (HunyuanVideo's guiding frame),
+modulation_dims [(start, end, row), …] say which row each token takes. The host adds ControlNet residuals after each block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from .replaying import finite, renewed, stream_sites
 
 
 def has_flux_blocks(model: nn.Module, class_name: str, own_modulation: bool) -> bool:
-    """Class name and the attributes used here. own_modulation: whether every block makes its shifts, scales and gates itself."""
+    """Returns whether a network is of the class `class_name` and has the attributes that this file uses.
+
+    Args:
+        model: The network.
+        class_name: Name of its class.
+        own_modulation: Whether every double block must make its shifts, scales and gates itself, or must not.
+    """
     if type(model).__name__ != class_name or not len(getattr(model, "double_blocks", ())) or not hasattr(model, "single_blocks"):
         return False
     block = model.double_blocks[0]  # type: ignore[index]
@@ -38,7 +44,15 @@ def flux_like(
     embed: str = "img_in",
     tokens: Callable[[nn.Module, Tensor], Tensor] = lambda _module, given: given,
 ) -> ModelFamily:
-    """A family of these blocks. joint: the stream of the single blocks, "txt+img" or "img+txt"; all else as in ModelFamily."""
+    """Returns a family with FLUX's blocks.
+
+    Args:
+        name: As in `ModelFamily`.
+        matches: As in `ModelFamily`.
+        joint: Name of the single blocks' stream, "txt+img" or "img+txt".
+        embed: As in `ModelFamily`.
+        tokens: As in `ModelFamily`.
+    """
     return ModelFamily(name, matches, _stacks(joint), embed=embed, tokens=tokens, fused=FLUX_FUSED)
 
 
@@ -75,7 +89,7 @@ def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple
 
 
 def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cached: Cached) -> Tensor:
-    """One stream of a double block: cached attention, MLP recomputed for the chosen tokens. x (B, L, C)."""
+    """Returns one stream x (B, L, C) of a double block: attention from the cache, the MLP recomputed for the chosen tokens."""
     (attn_mod, mlp_mod), rows = mods, _rows(dims, x)
     x = x + _taken(attn_mod.gate, rows) * cached.all_tokens(f"{name}.attn")
     tokens = cached.choose(name, x.shape[1])
@@ -96,7 +110,7 @@ def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cach
     tokens = cached.choose(joint, x.shape[1])
 
     def fresh(at: Tensor) -> Tensor:
-        # linear1 is fused: its q, k and v of the chosen tokens are computed too and dropped (weights are never sliced)
+        # linear1 is fused: it also computes q, k and v of the chosen tokens, which are dropped (weights are never sliced)
         projected = block.linear1(_modulated(block.pre_norm(x[:, at]), mod, rows, at))
         mlp = block.mlp_act(projected[..., 3 * block.hidden_size :])
         return block.linear2(torch.cat((cached.some_tokens(f"{joint}.attn", at), mlp), dim=-1))
@@ -105,7 +119,7 @@ def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cach
 
 
 def _rows(dims: Any, x: Tensor) -> Tensor | None:
-    """Which row of shifts, scales and gates each token of x (B, L, C) takes: (L,), or None where there is only one."""
+    """Returns which row of shifts, scales and gates each token of x (B, L, C) takes, (L,); None where there is only one row."""
     if dims is None:
         return None
     rows, times = torch.zeros(2, x.shape[1], dtype=torch.long)
@@ -118,11 +132,11 @@ def _rows(dims: Any, x: Tensor) -> Tensor | None:
 
 
 def _taken(vectors: Tensor, rows: Tensor | None) -> Tensor:
-    """Vectors (B, rows, C) as each token takes them: (B, L, C), or (B, 1, C) for all."""
+    """Returns the vectors (B, rows, C) that the tokens take: (B, L, C), or (B, 1, C) where all take the same."""
     return vectors if rows is None else vectors[:, rows]
 
 
 def _modulated(x: Tensor, mod: Any, rows: Tensor | None, tokens: Tensor) -> Tensor:
-    """The chosen tokens x (B, k, C), shifted and scaled."""
+    """Returns the chosen tokens x (B, k, C), shifted and scaled."""
     rows = None if rows is None else rows[tokens]
     return modulate(x, _taken(mod.shift, rows), _taken(mod.scale, rows))

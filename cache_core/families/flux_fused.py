@@ -1,4 +1,4 @@
-"""The linear layers of FLUX's blocks that are several matrices in one."""
+"""Splits the fused linear layers of FLUX's blocks into the matrices that they hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _qkv(block: Any) -> tuple[LinearPart, ...]:
 
 
 def _mlp_in(layers: tuple[Any, Any]) -> tuple[LinearPart, ...]:
-    """Of an MLP's first layer, given both: gate and value where it makes twice what the second takes (FLUX.2)."""
+    """Returns the parts of the first of an MLP's two layers: gate and value where it makes twice what the second takes (FLUX.2)."""
     first, second = layers
     return _gate_and_value(0, second.in_features) if first.out_features == 2 * second.in_features else (UNSPLIT,)
 

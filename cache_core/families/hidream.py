@@ -1,7 +1,7 @@
-"""HiDream-I1 and E1: double blocks with separate image and text streams, then single blocks over image, text.
+"""HiDream-I1 and E1: double blocks with separate image and text streams, then single blocks over image and text joined in this order.
 
-Source: comfy/ldm/hidream/model.py (ComfyUI 0.3.75). Experts are picked for each token on its own, so a conservative evaluation computes of
-some tokens what a full one would.
+Source: comfy/ldm/hidream/model.py (ComfyUI 0.3.75). The MLP picks its experts for each token separately, so from the same input it computes
+the same output for a chosen token in a conservative evaluation as in a full one.
 """
 
 from __future__ import annotations

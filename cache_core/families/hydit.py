@@ -1,7 +1,7 @@
-"""HunyuanDiT: one stream of image tokens, text by cross-attention, long skips from the first half of the blocks to the second.
+"""HunyuanDiT: one stream of image tokens, text by cross-attention, long skip connections from the first half of the blocks to the second.
 
-Source: comfy/ldm/hydit/models.py (ComfyUI 0.3.75). The middle block and the first half have no skip layer. No gates: attention,
-cross-attention and MLP are added as they are. Cross-attention turns its queries by their places in the picture.
+Source: comfy/ldm/hydit/models.py (ComfyUI 0.3.75). The first half and the middle block have no skip layer. There are no gates: the outputs
+of self-attention, cross-attention and MLP are added as they are. Cross-attention rotates its queries by their positions in the picture.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .video_blocks import CROSS, MLP, SELF, sites
 
 
 def _is_hydit(model: nn.Module) -> bool:
-    """Hunyuan3D 2.1 has a class of another name with other blocks."""
+    """Tells HunyuanDiT by its class and its blocks. Hunyuan3D 2.1 has a class of another name with other blocks."""
     if type(model).__name__ != "HunYuanDiT" or not len(getattr(model, "blocks", ())):
         return False
     return all(hasattr(model.blocks[0], name) for name in ("attn1", "attn2", "mlp", "default_modulation"))  # type: ignore[index]
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    """Self-attention from the cache; cross-attention and MLP for the chosen tokens; a long skip, which all tokens pass, for all."""
-    x, text, places = call["x"], call["text_states"], call["freq_cis_img"]  # cosines and sines, each (L, d)
+    """Takes self-attention from the cache, recomputes cross-attention and MLP for the chosen tokens, and the skip layer for all tokens."""
+    x, text, places = call["x"], call["text_states"], call["freq_cis_img"]  # the last: cosines and sines of positions, each (L, d)
     if block.skip_linear is not None:
         x = block.skip_linear(block.skip_norm(torch.cat((x, call["skip"]), dim=-1).to(x.dtype)))
     attended = x + cached.all_tokens(SELF)

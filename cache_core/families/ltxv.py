@@ -1,10 +1,10 @@
-"""LTX-Video: blocks of self-attention, cross-attention to text and feed-forward over one stream of video tokens.
+"""LTX-Video: blocks of self-attention, cross-attention to text and MLP over one stream of video tokens.
 
-Source: comfy/ldm/lightricks/model.py (ComfyUI 0.3.75). A block writes into its input and returns it. Key frames are frames of the latent
-like any other; with them, or where a picture is continued, modulation is per token.
-x += gate·attn1, x += attn2 (no gate), x += gate·ff, with norms that have no module; hosts newer than that know blocks whose attn2 is
-modulated too: these have no conservative evaluation. Their LTXVImageModel is this network too (untested on the real host: read from
-source, tried on a stand-in). LTX-2 (LTXAVModel, video and audio together) is another structure.
+Source: comfy/ldm/lightricks/model.py (ComfyUI 0.3.75). A block writes into its input and returns it. It computes x += gate·attn1,
+x += attn2 (no gate), x += gate·ff, with norms that are functions instead of modules. Key frames are frames of the latent like any other.
+Modulation is per token where there are key frames or where a given picture is continued. In newer hosts blocks may also modulate attn2;
+such blocks have no conservative evaluation. The LTXVImageModel of newer hosts is this network too: it was read from source and tested on
+a stand-in, not on the host itself. LTX-2 (LTXAVModel, video and audio together) has another structure.
 """
 
 from __future__ import annotations

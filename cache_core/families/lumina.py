@@ -1,8 +1,8 @@
 """Lumina-Image 2.0 and Z-Image (NextDiT): text and image in one stream, text first.
 
-Source: comfy/ldm/lumina/model.py (ComfyUI 0.3.75). Z-Image fills both up to a multiple of 32 with tokens of its own. Hosts after 0.3.75
-know reference pictures: those that follow the image as if they were part of it are replayed with it; those that are modulated apart
-(timestep_zero_index) are computed in full.
+Source: comfy/ldm/lumina/model.py (ComfyUI 0.3.75). Z-Image pads text and image each to a multiple of 32 tokens with padding tokens of its
+own. Hosts after 0.3.75 accept reference pictures. Their tokens are replayed with those of the image where both are modulated alike. A call
+whose references have a modulation of their own (timestep_zero_index) is computed in full.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _is_lumina(model: nn.Module) -> bool:
 
 
 def _qkv(block: Any) -> tuple[LinearPart, ...]:
-    """Lumina 2 has fewer keys and values than queries."""
+    """Returns q, k and v of the fused layer: Lumina 2 has fewer heads for keys and values than for queries."""
     attention = block.attention
     q, kv = attention.n_local_heads * attention.head_dim, attention.n_local_kv_heads * attention.head_dim
     return LinearPart("q", slice(0, q)), LinearPart("k", slice(q, q + kv)), LinearPart("v", slice(q + kv, q + 2 * kv))
@@ -37,7 +37,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
 
 def _why_not(call: Mapping[str, Any]) -> str:
-    """They take rows of modulation of their own, which the replay does not make."""
+    """Refuses calls whose reference pictures are modulated separately: the replay does not make their rows of modulation."""
     return "" if call.get("timestep_zero_index") is None else "reference pictures modulated apart from the image"
 
 

@@ -1,7 +1,7 @@
-"""Mochi: blocks with separate video and text streams of different width, joint attention over video, text.
+"""Mochi: blocks with separate video and text streams of different widths, and attention over video and text joined in this order.
 
-Source: comfy/ldm/genmo/joint_model/asymm_models_joint.py (ComfyUI 0.3.75). The last block does not update the text.
-In both streams x += tanh(gate)·norm(attn), x += tanh(gate)·norm(mlp), with norms that have no module.
+Source: comfy/ldm/genmo/joint_model/asymm_models_joint.py (ComfyUI 0.3.75). A block computes x += tanh(gate)·norm(attn), then
+x += tanh(gate)·norm(mlp) in both streams, with norms that are functions instead of modules. The last block does not update the text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FUSED = equal_parts("attn.qkv_x", "qkv") | equal_parts("attn.qkv_y", "qkv") | e
 
 
 def _patches(embed: nn.Module, given: Tensor) -> Tensor:
-    """Frame by frame, as the embedding does it. given: (B, C, T, H, W)."""
+    """Returns the patches (B, T·L, d) of a video (B, C, T, H, W), frame by frame as the embedding cuts them."""
     frames = rearrange(given, "B C T H W -> (B T) C H W")
     return rearrange(patches(embed, frames), "(B T) L d -> B (T L) d", B=given.shape[0])
 
@@ -37,7 +37,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
 
 def _refreshed(stream: str, x: Tensor, vectors: Tensor, mlp: Callable[[Tensor], Tensor], cached: Cached) -> Tensor:
-    """One stream x (B, L, C); vectors (B, 4·C)."""
+    """Returns one stream x (B, L, C), given its modulation `vectors` (B, 4·C): attention from the cache, the MLP for the chosen tokens."""
     _, gate_attn, scale, gate_mlp = vectors.unsqueeze(1).chunk(4, dim=-1)
     x = x + _norm(cached.all_tokens(f"{stream}.attn")) * gate_attn.tanh()
     tokens = cached.choose(stream, x.shape[1])
@@ -49,7 +49,7 @@ def _norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-# text is narrower; what the last block's attention says of it, as wide as the video, is not used
+# The text stream is narrower than the video. In the last block the text's attention output is as wide as the video; it is not used.
 _TEXT_SITES = tuple(replace(site, width=attrgetter("hidden_size_y")) for site in stream_sites("txt", "attn.proj_y", "mlp_y"))
 
 MOCHI = ModelFamily(

@@ -1,4 +1,4 @@
-"""Models of which nothing has to be said but the name that reports and sidecars know them by. Others go by that of their class."""
+"""Names, for reports and sidecars, the models that need no other description. A model that is not listed goes by the name of its class."""
 
 from __future__ import annotations
 

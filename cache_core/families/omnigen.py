@@ -1,4 +1,4 @@
-"""OmniGen2: text, reference pictures and image in one stream, in this order.
+"""OmniGen2: text, reference pictures and image in one stream, concatenated in this order.
 
 Source: comfy/ldm/omnigen/omnigen2.py (ComfyUI 0.3.75).
 """

@@ -1,16 +1,21 @@
-"""Open-Sora 1.2 (STDiT3): a spatial and a temporal block in turn over one stream of video tokens, text by cross-attention.
+"""Open-Sora 1.2 (STDiT3): spatial and temporal blocks in alternation over one stream of video tokens, text by cross-attention.
 
-Stand-in: the host has no such class. Written from opensora/models/stdit/stdit3.py and models/layers/blocks.py of hpcaitech/Open-Sora and
-tested on a small model of that structure; a model is known by the attributes used here and by the parameters of its blocks' forward, so a
-variant with other ones is left alone. Tokens are (B, T·S, C), frame by frame. x += gate·attn, x += cross_attn (no gate), x += gate·mlp;
-shifts, scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. Traps: self-attention
-gets groups, (B·T, S, C) in a spatial block and (B·S, T, C) in a temporal one; frames that are given (False in x_mask) are modulated as at
-time 0, by t0; the text of all rows comes without its padding in one row (1, sum of y_lens, C), so its layer is left to the host in
-calibrated evaluations (it answers the same in every step anyway).
+The host has no such class. This family was written from opensora/models/stdit/stdit3.py and models/layers/blocks.py of
+hpcaitech/Open-Sora, and is tested on a stand-in, a small network of that structure. A network is recognised by the attributes used here
+and by the parameters of its blocks' `forward`, so a variant with others is not taken for this one.
 
-DuCa as published for this model (force_scheduler.py and cal_type.py of its code): cycles of 3 for attention and MLP but of 6 for
-cross-attention, so every other full evaluation does without, and so do conservative ones; only the MLP is refreshed for some tokens. The
-three first steps are exact, as is here what is full twice in a row. Blocks of one number choose the same tokens in both lists.
+Tokens are (B, T·S, C), frame by frame. A block computes x += gate·attn, x += cross_attn (no gate), x += gate·mlp. Shifts, scales and gates
+are the block's scale_shift_table plus one projection of the time that all blocks share. Three things are unusual:
+
+- Self-attention is given groups of tokens: (B·T, S, C) in a spatial block, (B·S, T, C) in a temporal one.
+- Frames that are given (False in x_mask) are modulated with t0, as at time 0.
+- The texts of all batch rows come without padding in one row, (1, sum of y_lens, C). So the layer that projects the text is left to the
+  host in incremental evaluations; its output is the same at every step anyway.
+
+DuCa as published for this model (force_scheduler.py and cal_type.py of its code) has cycles of 3 steps for self-attention and MLP but of 6
+for cross-attention. So every other full evaluation and all conservative ones take cross-attention from the cache, and the MLP alone is
+refreshed for chosen tokens. There the first three steps are exact; here every full evaluation that follows a full one is. The n-th spatial
+and the n-th temporal block choose the same tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ def _is_stdit3(model: nn.Module) -> bool:
 
 
 def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
-    """Whether a block is not one of those that this file knows."""
+    """Returns whether a block differs from the spatial or temporal block that this file describes."""
     block = getattr(block, "_orig_mod", block)  # a compiled block wraps the real one
     try:
         *_, table, temporal = _USED(block)
@@ -65,7 +70,7 @@ def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    """Both attentions from the cache, MLP recomputed for the chosen tokens."""
+    """Takes both attentions from the cache and recomputes the MLP for the chosen tokens."""
     x = call["x"]
     rows, length, _ = x.shape
     gate_attn, shift, scale, gate_mlp = _modulation(block, call)
@@ -80,13 +85,13 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
 
 def _in_order(block: Any, attended: Tensor, rows: int, call: Mapping[str, Any]) -> Tensor:
-    """What self-attention said, (B·T, S, C) or of a temporal block (B·S, T, C), as (B, T·S, C)."""
+    """Returns a self-attention output (B·T, S, C), or (B·S, T, C) of a temporal block, as (B, T·S, C)."""
     pattern = "(B S) T C -> B (T S) C" if block.temporal else "(B T) S C -> B (T S) C"
     return rearrange(attended, pattern, B=rows)
 
 
 def _modulation(block: Any, call: Mapping[str, Any]) -> list[Tensor]:
-    """Gate of the attention, shift, scale and gate of the MLP: (B, 1, C), or (B, T·S, C) where frames are given."""
+    """Returns the gate of self-attention, then shift, scale and gate of the MLP: (B, 1, C), or (B, T·S, C) where frames are given."""
     given, x_mask = [], call.get("x_mask")
     for time in (call["t"],) if x_mask is None else (call["t"], call["t0"]):
         vectors = block.scale_shift_table[None] + rearrange(time, "B (six C) -> B six C", six=6)
@@ -100,7 +105,7 @@ def _modulation(block: Any, call: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _of(vectors: Tensor, tokens: Tensor) -> Tensor:
-    """Those of the chosen tokens, of (B, 1, C) for all or (B, L, C)."""
+    """Returns the vectors that the chosen tokens take, from (B, L, C), or (B, 1, C) where all tokens take the same."""
     return vectors if vectors.shape[1] == 1 else vectors[:, tokens]
 
 

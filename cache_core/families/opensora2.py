@@ -1,10 +1,15 @@
-"""Open-Sora 2 (MMDiTModel): FLUX's double and single blocks, over packed video and text.
+"""Open-Sora 2 (MMDiTModel): FLUX's double and single blocks over packed video and text.
 
-Stand-in: the host has no such class. Written from opensora/models/mmdit/model.py and layers.py of hpcaitech/Open-Sora and tested on a small
-model of that structure; a model is known by what is used here and by the names of its blocks' processors, which do the work of `forward`:
-with others (sequence parallelism) it is left alone. What FLUX's own blocks have not: q, k and v in layers of their own (`fused_qkv` false,
-as in the released checkpoint), where a single block computes q_proj, k_proj and v_mlp (v and the MLP's input side by side) instead of
-linear1; and `cond_in`, which adds the given picture's tokens to the embedded ones. The order of joint tokens is text, video.
+The host has no such class. This family was written from opensora/models/mmdit/model.py and layers.py of hpcaitech/Open-Sora, and is tested
+on a stand-in, a small network of that structure. A network is recognised by the attributes used here and by the class names of its blocks'
+processors, which do the work of `forward`; one with other processors (sequence parallelism) is not taken for this one. It differs from
+FLUX in two ways:
+
+- q, k and v may have layers of their own (`fused_qkv` false, as in the released checkpoint). A single block then computes q_proj, k_proj
+  and v_mlp (v and the MLP's input side by side) instead of linear1.
+- `cond_in` adds the tokens of a given picture to the embedded tokens.
+
+Text and video are joined in this order.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ _JOINT = "txt+img"
 
 
 def _is_mmdit(model: nn.Module) -> bool:
-    """Whatever its class is called: FLUX's own blocks have no processors."""
+    """Recognises the network under any class name: FLUX's own blocks have no processors."""
     if not has_flux_blocks(model, type(model).__name__, own_modulation=True) or not hasattr(model, "cond_in"):
         return False
     double, single = ([getattr(block, "_orig_mod", block) for block in blocks] for blocks in (model.double_blocks, model.single_blocks))  # type: ignore[union-attr]
@@ -47,7 +52,7 @@ _FLUX = flux_like(name="opensora2", matches=_is_mmdit, joint=_JOINT)
 
 
 def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, ...]:
-    """Kept attention beside the MLP half of the chosen tokens."""
+    """Recomputes linear2 for the chosen tokens, from their attention in the cache and their recomputed MLP half."""
     if hasattr(block, "linear1"):
         fused = _FLUX.stacks[1].replay
         assert fused is not None, "FLUX's blocks have a conservative form"

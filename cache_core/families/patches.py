@@ -1,4 +1,4 @@
-"""The input tokens of models that cut a picture into patches by a convolution."""
+"""Cuts the input of a network into tokens, where the network does so by a convolution."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from torch import Tensor, nn
 
 
 def patches(embed: nn.Module, given: Tensor) -> Tensor:
-    """For ModelFamily.tokens: the patches (B, L, d) that a convolution with kernel = stride makes tokens of, row by row.
+    """Returns the patches (B, L, d), row by row, that a convolution whose kernel is its stride turns into tokens.
 
-    given: (B, C, H, W) or (B, C, T, H, W), cut off where the last patch would not be whole, as the convolution does.
+    It serves as `ModelFamily.tokens`.
+
+    Args:
+        embed: The convolution, or a module that holds it.
+        given: Input (B, C, H, W) or (B, C, T, H, W). What does not fill a patch at the end of an axis is cut off, as the convolution does.
     """
     layer = (
         embed if isinstance(embed, (nn.Conv2d, nn.Conv3d)) else next(m for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))

@@ -1,9 +1,9 @@
-"""PixArt-alpha and PixArt-Sigma: one stream of image tokens, text by cross-attention. The family of DuCa's own paper.
+"""PixArt-alpha and PixArt-Sigma: one stream of image tokens, text by cross-attention. DuCa's paper uses this family.
 
 Sources: comfy/ldm/pixart/pixartms.py (ComfyUI 0.3.75), and `PixArt` (of fixed size, called without HW) and `PixArtMS` of the public
-ExtraModels pack, which have the same modules in plain torch layers. x += gate·attn, x += cross_attn (no gate), x += gate·mlp; shifts,
-scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. The text of all rows comes
-flattened to (1, B·L, C).
+ExtraModels pack, which have the same modules in plain torch layers. A block computes x += gate·attn, x += cross_attn (no gate),
+x += gate·mlp. Shifts, scales and gates are the block's scale_shift_table plus one projection of the time that all blocks share. The texts
+of all batch rows come in one row, (1, B·L, C).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _is_pixart(model: nn.Module) -> bool:
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    """Self-attention from the cache; cross-attention and MLP recomputed for the chosen tokens, as DuCa's PixArt does."""
+    """Takes self-attention from the cache and recomputes cross-attention and MLP for the chosen tokens, as DuCa's PixArt does."""
     x, t = call["x"], call["t"]
     table = block.scale_shift_table[None].to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
     _, _, gate_attn, shift, scale, gate_mlp = (table + rearrange(t, "B (six C) -> B six C", six=6)).chunk(6, dim=1)

@@ -1,7 +1,7 @@
 """Qwen-Image and Qwen-Image-Edit: blocks with separate image and text streams.
 
-Source: comfy/ldm/qwen_image/model.py (ComfyUI 0.3.75). A block returns text before image. Hosts after 0.3.75 can modulate the reference
-latents, which follow the image, as if they were clean (timestep_zero_index).
+Source: comfy/ldm/qwen_image/model.py (ComfyUI 0.3.75). A block returns text before image. The tokens of reference latents follow those of
+the image. Hosts after 0.3.75 can modulate them as at time 0, without noise (timestep_zero_index); such calls are computed in full.
 """
 
 from __future__ import annotations

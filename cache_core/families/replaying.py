@@ -1,4 +1,4 @@
-"""What conservative evaluations of several image families share (DuCa, arXiv 2412.18911): attention kept, the MLP of chosen tokens new."""
+"""Arithmetic that several families share in replays (DuCa, arXiv 2412.18911): attention from the cache, the MLP for chosen tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,38 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def stream_sites(stream: str, attention: str, mlp: str) -> tuple[Site, Site]:
-    """What `gated` and `sandwiched` need of a stream. attention, mlp: paths of the modules that end these sublayers."""
+    """Returns the sites whose outputs `gated` and `sandwiched` use.
+
+    Args:
+        stream: Name of the stream.
+        attention: Path of the last module of the attention sublayer.
+        mlp: Path of the last module of the MLP.
+    """
     return Site("attn", attention, stream), Site("mlp", mlp, stream)
 
 
 def renewed(cached: Cached, key: str, tokens: Tensor | None, sublayer: Layer) -> Tensor:
-    """A sublayer's results (B, L, C): those kept, but of `tokens` (k,) what `sublayer` makes of these indices."""
+    """Returns a sublayer's outputs (B, L, C) from the cache, after recomputing those of the chosen tokens.
+
+    Args:
+        cached: The kept outputs of the block.
+        key: Key of the sublayer's site.
+        tokens: Indices of the chosen tokens (k,), None for none.
+        sublayer: Returns the sublayer's outputs (B, k, C) for such indices.
+    """
     return cached.all_tokens(key) if tokens is None else cached.refreshed(key, tokens, sublayer(tokens))
 
 
 def gated(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], norm: Layer, mlp: Layer) -> Tensor:
-    """x + gate·attn, then + gate·mlp(norm(x)·(1 + scale) + shift).
+    """Replays one stream of a block that computes x += gate·attn, then x += gate·mlp(norm(x)·(1 + scale) + shift).
 
-    x (B, L, C). modulation: shift, scale and gate (B, 1, C) of the attention, then of the MLP.
+    Args:
+        cached: The kept outputs of the block.
+        stream: Name of the stream.
+        x: Its tokens (B, L, C).
+        modulation: Shift, scale and gate, each (B, 1, C), of the attention, then those of the MLP.
+        norm: The norm before the MLP.
+        mlp: The MLP.
     """
     _, _, gate_attn, shift, scale, gate_mlp = modulation
     x = x + gate_attn * cached.all_tokens(f"{stream}.attn")
@@ -35,10 +54,17 @@ def gated(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], 
 
 
 def sandwiched(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], block: Any, norm: Layer) -> Tensor:
-    """x + tanh(gate)·norm(attn), then the same of the feed-forward, which has norms on both sides: Lumina's blocks and those like them.
+    """Replays a block of Lumina's form: x += tanh(gate)·norm(attn), then the same with the MLP, which has a norm on both sides.
 
-    x (B, L, C). modulation: scale and gate (B, 1, C) of the attention, then of the feed-forward. norm: of the attention's result. What is
-    kept comes before these norms, as newer hosts run norm and gate in one kernel and do not call the module.
+    The kept outputs are those before these norms, as newer hosts run norm and gate in one kernel and do not call the norm's module.
+
+    Args:
+        cached: The kept outputs of the block.
+        stream: Name of the stream.
+        x: Its tokens (B, L, C).
+        modulation: Scale and gate, each (B, 1, C), of the attention, then those of the MLP.
+        block: The block, whose `ffn_norm1`, `feed_forward` and `ffn_norm2` are run.
+        norm: The norm after the attention.
     """
     _, gate_attn, scale, gate_mlp = modulation
     x = x + gate_attn.tanh() * norm(finite(cached.all_tokens(f"{stream}.attn")))
@@ -48,5 +74,5 @@ def sandwiched(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tens
 
 
 def finite(x: Tensor) -> Tensor:
-    """float16 can overflow in deep blocks; hosts clip there too."""
+    """Clips what overflowed in float16, as hosts do in deep blocks; returns tensors of other dtypes as they are."""
     return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x

@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 and 3.5: joint blocks of a text and an image half, attention over text, image.
+"""Stable Diffusion 3 and 3.5: joint blocks of a text and an image half, with attention over text and image joined in this order.
 
-Source: comfy/ldm/modules/diffusionmodules/mmdit.py (ComfyUI 0.3.75). Traps: the last block's text half ends with its keys and values and
-returns None for text; in SD3.5-medium the image half of some blocks has a second attention over the image alone (attn2).
+Source: comfy/ldm/modules/diffusionmodules/mmdit.py (ComfyUI 0.3.75). The text half of the last block ends with its keys and values, and
+that block returns None for text. In SD3.5-medium the image half of some blocks has a second attention, over the image alone (attn2).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .replaying import gated, stream_sites
 
 
 def _is_sd3(model: nn.Module) -> bool:
-    """AuraFlow's class is named MMDiT too."""
+    """Tells SD3 from AuraFlow by its list of blocks: a class of either may be named MMDiT."""
     if type(model).__name__ not in ("OpenAISignatureMMDITWrapper", "MMDiT") or not len(getattr(model, "joint_blocks", ())):
         return False
     return all(hasattr(model.joint_blocks[0], name) for name in ("context_block", "x_block"))  # type: ignore[index]
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Any, Tensor]:
-    """Both attentions from the cache. What a joint block runs is a function of the host's, so its halves' own modules are called here."""
+    """Takes all attention from the cache. The host computes a joint block in a function, so the modules of both halves are called here."""
     txt = None if block.context_block.pre_only else _half(block.context_block, "txt", call["context"], call["c"], cached)
     return txt, _half(block.x_block, "img", call["x"], call["c"], cached)
 
 
 def _half(block: Any, stream: str, x: Tensor, c: Tensor, cached: Cached) -> Tensor:
-    """Text or image half of a block. x (B, L, C); c (B, C), the time."""
+    """Returns the stream x (B, L, C) of the text or the image half of a block, given the embedded time c (B, C)."""
     if block.scale_mod_only:
         raise UnsupportedCallError("blocks without shifts")
     modulation = block.adaLN_modulation(c)[:, None].chunk(9 if block.x_block_self_attn else 6, dim=-1)

@@ -1,10 +1,10 @@
-"""Stable Audio: blocks of self-attention, cross-attention to text and feed-forward over audio frames; those of Stable Audio 3 are gated.
+"""Stable Audio: blocks of self-attention, cross-attention to text and MLP over audio frames; those of Stable Audio 3 have gates.
 
-Source: comfy/ldm/audio/dit.py (ComfyUI 0.3.75; 3: 0.33.0). Tokens before the frames, added behind the input layer and cut off behind the
-blocks, are a stream of their own, computed anew at every evaluation: time and global conditioning, in Stable Audio 3 memory instead, as
-there the two come as scale, shift and gate. The host calls the input layer only with frames. Stable Audio 3 also adds in every block what
-it makes of a mask and a latent beside the frames, which do not change in a sampling, and may subtract a second attention from the first
-(differential), for which its layers make more projections.
+Source: comfy/ldm/audio/dit.py (ComfyUI 0.3.75; 0.33.0 for Stable Audio 3). The input layer is given frames alone. After it the host puts
+more tokens before the frames, anew in every evaluation, and after the blocks it cuts them off; so they are named as a stream of their own
+("time"). They hold time and global conditioning. In Stable Audio 3 those come as scale, shift and gate instead, and the tokens are
+memory tokens. Blocks of Stable Audio 3 also add a projection of a mask and a latent that come with the frames and do not change while
+sampling. They may subtract a second attention from the first (differential); their layers then make more projections.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FUSED = {layer: partial(_projections, layer) for layer in _ONCE} | equal_parts(
 
 
 def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
-    """Scale, shift and gate (B, 1, C) of the self-attention, then of the feed-forward; None where there is none."""
+    """Returns scale, shift and gate, each (B, 1, C), of self-attention, then those of the MLP; None where there is no modulation."""
     given = call.get("global_cond")
     if given is None:
         return None
@@ -53,7 +53,7 @@ def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | Non
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    """Self-attention from the cache; cross-attention and feed-forward for the chosen frames."""
+    """Takes self-attention from the cache and recomputes cross-attention and MLP for the chosen tokens."""
     if call.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
         raise UnsupportedCallError("masked frames, convolutions or means over frames")
     text, options, modulation = call["context"], call.get("transformer_options", {}), _modulation(block, call)

@@ -1,4 +1,4 @@
-"""What conservative evaluations of video blocks share: the three sublayers that most have, and modulation by runs of tokens."""
+"""Parts that replays of video blocks share: the sites of their three sublayers, and modulation that serves runs of tokens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from torch import Tensor
 
 from .base import Site
 
-# Keys of what is kept: self-attention answers from the cache, the other two are renewed for the chosen tokens.
+# Keys of the kept outputs. Self-attention is taken from the cache as it is, the other two are recomputed for the chosen tokens.
 SELF, CROSS, MLP = "img.self_attn", "img.cross_attn", "img.mlp"
 
 
 def sites(self_attention: str, cross_attention: str, feed_forward: str) -> tuple[Site, Site, Site]:
-    """Of blocks of these three modules over one stream."""
+    """Returns the sites of blocks with these three modules, given by their paths, over one stream."""
     return Site("self_attn", self_attention, "img"), Site("cross_attn", cross_attention, "img"), Site("mlp", feed_forward, "img")
 
 
 def spread(vectors: Tensor, length: int, tokens: Tensor | None = None) -> Tensor:
-    """Vectors (B, G, C) as each of `length` tokens takes them, or the chosen ones: (B, L or k, C), or (B, 1, C) where G is 1.
+    """Returns the vectors that tokens take where each vector serves a run of tokens, in most models a frame.
 
-    A vector serves a run of tokens, a frame in most models. Where the runs do not come out even, the last one is cut short.
+    Args:
+        vectors: Vectors (B, G, C).
+        length: Number of tokens, L. If G does not divide it, the last run is shorter.
+        tokens: Indices of the chosen tokens (k,), None for all.
+
+    Returns:
+        Vectors (B, L, C), or (B, k, C) of the chosen tokens; (B, 1, C) where G is 1.
     """
     groups = vectors.shape[1]
     run = -(-length // groups)
@@ -28,5 +34,5 @@ def spread(vectors: Tensor, length: int, tokens: Tensor | None = None) -> Tensor
 
 
 def in_grid(x: Tensor, like: Tensor, batch: int = 0) -> Tensor:
-    """Tokens (B, L, C) in the grid in which `like`, of the same size, has them. batch: its axis there."""
+    """Returns tokens (B, L, C) in the grid of `like`, a tensor with as many elements whose axis `batch` is the batch."""
     return x.reshape(like.movedim(batch, 0).shape).movedim(0, batch)

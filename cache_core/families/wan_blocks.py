@@ -1,8 +1,9 @@
-"""Wan's block of self-attention, cross-attention, in HuMo audio attention, and feed-forward: its conservative evaluation.
+"""Replays Wan's block of self-attention, cross-attention, audio attention (in HuMo only) and MLP.
 
-Source: comfy/ldm/wan/model.py (ComfyUI 0.3.75). x += gate·self_attn, x += cross_attn, x += audio attention, x += gate·ffn. HuMo's audio
-attention pairs the tokens of every frame with that frame's sound by their number, so there is none for chosen tokens: it stays as it was
-kept, like self-attention. The vectors `e` are (B, 6, C), or (B, T, 6, C) where a vector serves a frame or another run of tokens.
+Source: comfy/ldm/wan/model.py (ComfyUI 0.3.75). A block computes x += gate·self_attn, x += cross_attn, x += audio attention, x += gate·ffn.
+HuMo's audio attention pairs tokens with the sound of their frame by dividing all tokens evenly among the frames, so it cannot be computed
+for chosen tokens alone: like self-attention it is taken from the cache as it is. The vectors `e` are (B, 6, C), or (B, T, 6, C) where one
+serves a frame or another run of tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from .base import Cached, Site, modulate
 from .replaying import renewed
 from .video_blocks import CROSS, MLP, SELF, sites, spread
 
-_AUDIO = "hearing.cross_attn"
+_AUDIO = "hearing.cross_attn"  # a stream name of its own: img.cross_attn is the key of cross-attention to text
 SITES = (*sites("self_attn", "cross_attn", "ffn"), Site("cross_attn", "audio_cross_attn_wrapper.audio_cross_attn", "hearing"))
 
 
 def replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    """Takes self-attention and audio attention from the cache and recomputes cross-attention and MLP for the chosen tokens."""
     x, e = call["x"], call["e"]
     table = block.modulation.to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
     vectors = (table + e).chunk(6, dim=1) if e.ndim < 4 else (table.unsqueeze(0) + e).unbind(2)

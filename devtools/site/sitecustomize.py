@@ -1,6 +1,7 @@
-"""Lets ComfyUI import torchvision next to a torch build that its compiled operators do not fit (CPU-only torch).
+"""Lets ComfyUI import torchvision where its compiled operators do not fit the torch build (CPU-only torch).
 
-On the path of host processes only. Where torchvision's library loads, nothing is changed.
+Python imports this module when a process starts. Only host processes have it on their path. It changes nothing where torchvision's library
+loads.
 """
 
 import importlib.abc
