@@ -21,7 +21,7 @@ from .store import StoreFormat
 MODES = ("auto", "paper", "forecast", "off", "icc")
 
 _FEW_STEPS = 8  # with fewer steps in a run, fewer steps without a cache looked better (docs/benchmarks.md)
-_FEW_COMPUTED = 4  # the same with fewer steps that are not skipped
+_FEW_COMPUTED = 4  # the same where fewer than this many steps are full, conservative or incremental
 _NOISY = (
     "this sampler adds noise at every step, which forecasts would leave in the picture: everything is computed in full; "
     "choose a sampler that adds none (euler, dpmpp_2m, res_multistep …)"
@@ -120,7 +120,7 @@ class Settings:
 
     @property
     def part(self) -> tuple[float, float]:
-        """Returns the part 0..1 of the sampling in which evaluations may be skipped."""
+        """The part 0..1 of the sampling in which evaluations may be skipped."""
         return (self.skip_from, self.skip_to) if self.schedule is None else self.schedule.part
 
     def strategy(self, start: RunStart) -> Strategy:
