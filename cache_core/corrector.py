@@ -1,4 +1,4 @@
-"""Makes up, at a full evaluation, for what the skipped ones before it got wrong."""
+"""Corrects, from a full evaluation on, the error that the skipped evaluations before it left in the latent."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ from .planning.timeline import Timeline
 
 
 class Corrector:
-    """The corrector to the predictors, as in predictor-corrector methods for differential equations; for Euler's method.
+    """Corrects the denoised latents of an Euler sampler after a gap of skipped steps.
 
-    A step from noise level σ to σ' takes the latent x to x + (σ' - σ)·d, with the direction d = (x - denoised) / σ. Skipped steps
-    take a forecast d̂. The full evaluation behind a gap knows the direction at its other end, and what lies between two ends is known
-    better (d̃, on the line between them) than what lies beyond one. So x is off by about
+    It is the corrector to the forecasts of a `Predictor`, as in predictor-corrector methods for differential equations.
+
+    A step from noise level σ to σ' takes the latent x to x + (σ' - σ)·d, with the direction d = (x - denoised) / σ. A skipped step
+    takes a forecast direction d̂. Once the full evaluation after a gap is done, the direction is known at both ends of the gap. The line
+    between them, d̃, is a better estimate for the steps inside the gap than a forecast from one end. So x lacks about
 
         e = Σ over the gap of (σ_j+1 - σ_j)·(d̃_j - d̂_j)
 
-    The full evaluation already saw that as noise, and takes it away as it takes noise away, until the next full evaluation, at σ_next,
-    sees the latent again. What would be left of it then, e·σ_next/σ, is what the steps up to there are to add to x. They do so by
-    way of their denoised latents, all by the same amount: in a preview one step alone would show it many times as large.
-    Nothing here is fitted; docs/benchmarks.md has what it is worth.
+    The full evaluation took this error for noise, and the sampler removes it as it removes noise, until the next full evaluation, at
+    σ_next, sees the latent again. By then e·σ_next/σ is left of it, and the steps up to there add this much to x. They do so through
+    their denoised latents, each shifted by the same amount: a single step would need a shift many times as large, which previews would
+    show. Nothing here is fitted. docs/method.md, section 6, has the equations; docs/benchmarks.md has the measured gain.
 
-    timeline, plan: of the run. corrected: full evaluations corrected so far. Keeps three tensors of the latent's size.
+    It keeps three tensors of the latent's size.
+
+    Args:
+        timeline: Noise levels and times of the run.
+        plan: Plan of the run.
+
+    Attributes:
+        corrected: Number of full evaluations that were corrected so far.
     """
 
     def __init__(self, timeline: Timeline, plan: Plan) -> None:
@@ -33,19 +42,25 @@ class Corrector:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all directions: nothing is corrected before two more full evaluations."""
+        """Forgets all directions. The next correction then needs two more full evaluations."""
         self._last = -1  # step of the last evaluation
-        self._full = -1  # step of the last full one
-        self._before: Tensor | None = None  # direction there
-        self._taken: Tensor | None = None  # Σ (σ_j+1 - σ_j)·d̂_j over the steps skipped since
-        self._shift: Tensor | None = None  # of denoised latents, up to the next full evaluation
+        self._full = -1  # step of the last full evaluation
+        self._before: Tensor | None = None  # direction at the last full evaluation
+        self._taken: Tensor | None = None  # Σ (σ_j+1 - σ_j)·d̂_j over the steps skipped since then
+        self._shift: Tensor | None = None  # is added to every denoised latent up to the next full evaluation
 
     def answer(self, evaluation: Evaluation, latent: Tensor, denoised: Tensor) -> Tensor:
-        """What the sampler is to get in place of `denoised`: itself, but from a full evaluation behind a gap on. Neither is written to."""
+        """Returns the denoised latent for the sampler: `denoised`, or a shifted copy from a full evaluation after a gap on.
+
+        Args:
+            evaluation: The evaluation that just ended.
+            latent: Its input, as the sampler has it.
+            denoised: Its answer after guidance, in the shape of `latent`. Neither tensor is written to.
+        """
         step, is_full = evaluation.step, evaluation.planned is Kind.FULL
         if step != self._last + 1:
             self.clear()
-        if not evaluation.calls or not (is_full or evaluation.skipped):  # another node answered, or it is no forecast
+        if not evaluation.calls or not (is_full or evaluation.skipped):  # another node answered, or it is conservative or incremental
             self.clear()
             return denoised
         self._last = step
@@ -61,24 +76,33 @@ class Corrector:
         return denoised if self._shift is None else denoised + self._shift
 
     def _error(self, step: int, direction: Tensor) -> Tensor | None:
-        """How far the latent should be from where it is; None where nothing was skipped, or no time passed."""
+        """Returns e, the change that the latent lacks. None if nothing was skipped, or if both ends of the gap have the same time.
+
+        Args:
+            step: The full step after the gap.
+            direction: The direction there.
+        """
         if self._before is None or self._taken is None:
             return None
         start, *gap, end = self._timeline.times[self._full : step + 1]
-        if start == end:  # models with discrete timesteps have one for several small noise levels
+        if start == end:  # in models with discrete timesteps, several small noise levels share one time
             return None
         changes = [self._change(j) for j in range(self._full + 1, step)]
         after = sum(change * (time - start) / (end - start) for change, time in zip(changes, gap))
         return (sum(changes) - after) * self._before + after * direction - self._taken
 
     def _share(self, step: int) -> float:
-        """Of the error, what is added to each denoised latent; it reaches the next latent as 1 - σ_j+1 / σ_j of itself."""
+        """Returns the share of the error that is added to each denoised latent; 0 at the last full evaluation of a run.
+
+        A shift of step j's denoised latent changes the next latent by 1 - σ_j+1 / σ_j of the shift.
+        """
         sigmas, steps = self._timeline.sigmas, self._timeline.steps
         seen_again = next((j for j in range(step + 1, steps) if self._plan[j] is Kind.FULL), None)
-        if seen_again is None:  # what leaves the run, denoised or not, is as the model answers it
+        if seen_again is None:  # the final latent is as the model answers it
             return 0.0
         reached = sum(1 - sigmas[j + 1] / sigmas[j] for j in range(step, seen_again))
         return sigmas[seen_again] / sigmas[step] / reached if reached else 0.0
 
     def _change(self, step: int) -> float:
+        """Returns σ_step+1 - σ_step, the change of the noise level in a step."""
         return self._timeline.sigmas[step + 1] - self._timeline.sigmas[step]

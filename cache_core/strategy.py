@@ -1,4 +1,4 @@
-"""A complete strategy: when to compute, with what to fill, how many tokens to refresh, where to keep it."""
+"""Strategy of a run (when to compute, how to fill skips, what to keep where), and the settings of a user that lead to one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .store import StoreFormat
 
 MODES = ("auto", "paper", "forecast", "off", "icc")
 
-_FEW_STEPS = 8  # below this, and where fewer are computed than the number below, fewer steps were better in docs/benchmarks.md
-_FEW_COMPUTED = 4
+_FEW_STEPS = 8  # with fewer steps in a run, fewer steps without a cache looked better (docs/benchmarks.md)
+_FEW_COMPUTED = 4  # the same where fewer than this many steps are full, conservative or incremental
 _NOISY = (
     "this sampler adds noise at every step, which forecasts would leave in the picture: everything is computed in full; "
     "choose a sampler that adds none (euler, dpmpp_2m, res_multistep …)"
@@ -31,12 +31,23 @@ _UNTRIED = "what this sampler does could not be tried out beforehand: everything
 
 @dataclass(frozen=True)
 class Strategy:
-    """policy: when. predictor: with what. token_share: recomputed by conservative evaluations, 0..1. seed: of their tried.
+    """Everything that a run needs to know about how to cache.
 
-    storage: where features live. name: what a report calls it. factors: what plans with incremental evaluations need.
-    first_only: of several evaluations of one step, only the first is of the plan's kind; the others are skipped.
-    corrects: whether full evaluations make up for what was skipped before them, where the sampler is Euler's (see Corrector).
-    notices: what the user is to be told when a run with it begins.
+    Args:
+        policy: Chooses the kind of every step.
+        predictor: Fills skipped evaluations.
+        token_share: Share 0..1 of the tokens that a conservative evaluation recomputes.
+        seed: Seed of the random choice of these tokens.
+        storage: Device and dtype in which features are kept.
+        name: Name of the strategy in reports.
+        factors: Low-rank factors of the linear layers. Plans with incremental evaluations need them.
+        first_only: If a sampler evaluates a step several times, only the first evaluation is of the plan's kind and the others are skipped.
+        corrects: Whether full evaluations correct the error of the skipped ones before them. Has an effect only on an Euler sampler; see
+            `Corrector`.
+        notices: Messages for the user at the start of a run.
+
+    Raises:
+        ValueError: If `token_share` lies outside 0..1.
     """
 
     policy: Policy = AlwaysCompute()
@@ -57,13 +68,25 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. Zero cycle_length means: follow the speedup slider. Raises ValueError for what cannot be.
+    """What a user chooses on DuCa Cache.
 
-    speedup: wanted number of evaluations per full one, at least 1. token_share: 0..1. skip_from, skip_to: the part 0..1 of the sampling
-    in which evaluations may be skipped.
-    warmup, tail: full steps at both ends; None takes the mode's own. predictor: a key of PREDICTORS, for mode "forecast".
-    calibration: of the model, used by modes "auto" (its forecast) and "icc" (its factors). schedule: says when in place of speedup,
-    cycle_length, warmup, tail, skip_from and skip_to; the mode still says with what.
+    Args:
+        mode: One of `MODES`.
+        speedup: Wanted number of evaluations per full evaluation, at least 1.
+        cycle_length: Steps from one full evaluation to the next. 0 follows `speedup`.
+        token_share: Share 0..1 of the tokens that a conservative evaluation recomputes.
+        warmup: Full steps at the beginning. None takes the default of the mode.
+        tail: Full steps at the end.
+        skip_from, skip_to: Part 0..1 of the sampling in which evaluations may be skipped.
+        predictor: A key of `PREDICTORS`, for mode "forecast".
+        seed: Seed of the random choice of tokens.
+        storage: Device and dtype in which features are kept.
+        calibration: Calibration of the model. Mode "auto" uses its forecast, mode "icc" its factors.
+        schedule: Chooses the full steps in place of `speedup`, `cycle_length`, `warmup`, `tail`, `skip_from` and `skip_to`. The mode still
+            chooses how the other steps are filled.
+
+    Raises:
+        ValueError: For a value that is not allowed, with a message for the user.
     """
 
     mode: str = "auto"
@@ -101,7 +124,14 @@ class Settings:
         return (self.skip_from, self.skip_to) if self.schedule is None else self.schedule.part
 
     def strategy(self, start: RunStart) -> Strategy:
-        """What the settings mean for a run. Raises ValueError where the mode needs a calibration that is not there."""
+        """Returns the strategy of a run with these settings.
+
+        The strategy is all full, with a notice, if the sampler adds noise that forecasts would leave in the picture.
+
+        Raises:
+            ValueError: If the mode or the schedule needs a part of a calibration that is missing, or if the plan or the factors do not fit
+                the run.
+        """
         strategy = self._wanted(start)
         plan = strategy.policy.plan(start.timeline.steps, start.window)
         if start.adds_noise is not False and (strategy.first_only or plan.skips):
@@ -110,7 +140,7 @@ class Settings:
         return replace(strategy, notices=(*strategy.notices, *_warnings(plan)))
 
     def _wanted(self, start: RunStart) -> Strategy:
-        """The same, whatever the sampler does."""
+        """Returns the same, without a look at the noise that the sampler adds."""
         common: dict[str, Any] = {"token_share": self.token_share, "seed": self.seed, "storage": self.storage}
         if self.mode != "off" and self.schedule is not None:
             return self._scheduled(self.schedule, start, common)
@@ -128,7 +158,7 @@ class Settings:
         return Strategy(self._forecast_policy(), PREDICTORS[self.predictor](), name=name, **common)
 
     def _scheduled(self, schedule: Schedule, start: RunStart, common: dict[str, Any]) -> Strategy:
-        """What the mode fills with, at the schedule's times."""
+        """Returns the strategy of a run with a schedule: the schedule chooses the full steps, the mode how the others are filled."""
         policy, notices = schedule.policy_for(start, assumed_costs(self.token_share), self.calibration)
         predictor: Predictor = PREDICTORS[self.predictor]() if self.mode == "forecast" else Reuse()
         common["corrects"] = self.mode == "auto"
@@ -151,7 +181,11 @@ class Settings:
         return Strategy(policy, predictor, name=schedule.name, factors=factors, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, start: RunStart, common: dict[str, Any]) -> Strategy:
-        """The plan that does best in general, filled without calibration; or what did best in the calibration where it covers the run."""
+        """Returns the strategy of mode auto.
+
+        With a calibration that covers the run, it is the plan and the predictor that did best when the calibration tried them out. Else it
+        is the front-loaded plan with the uncalibrated predictor, which does best in general.
+        """
         policy: Policy = FrontLoaded(self.speedup, tail=self.tail)
         name = f"auto {self.speedup:g}x"
         uncalibrated = Strategy(policy, AUTO, name=name, corrects=True, **common)
@@ -169,15 +203,15 @@ class Settings:
             times = start.timeline.times[:-1]
             window = range(start.window.start, min(start.window.stop, len(times) - self.tail))
             policy = Given(searched_plan(forecast, times, window, full, tried.searched_from, is_corrected=True))
-        elif tried.searched_from:  # elsewhere nothing makes up for the forecasts, and no such plan was tried
+        elif tried.searched_from:  # without the corrector no such plan was tried
             notices = ("the plan of the calibration is not used: it is for the samplers euler and ddim",)
         predictor = predictor_of(forecast.model, tried.share)
         is_other = policy is not uncalibrated.policy or tried.share is not None
-        did = "calibrated" if is_other else "calibrated: does best as without"  # when it was tried out
+        did = "calibrated" if is_other else "calibrated: does best as without"  # in the trials of the calibration
         return replace(uncalibrated, policy=policy, predictor=predictor, name=f"{name}, {did}", notices=notices)
 
     def _icc(self, start: RunStart, common: dict[str, Any]) -> Strategy:
-        """The given cycle length, or the shortest one whose estimated cost meets the speedup."""
+        """Returns the strategy of mode icc, with the given cycle length or the shortest one whose estimated cost meets the speedup."""
         if self.calibration is None or self.calibration.factors is None:
             raise ValueError("mode icc needs low-rank factors of this model: run SVD Calibrator with an ICC method first")
         factors = self.calibration.factors.tensors
@@ -198,9 +232,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class FixedSettings(Settings):
-    """One strategy for every run, whatever it is like: for experiments."""
+    """Uses one given strategy for every run. For experiments.
 
-    mode: str = "forecast"  # which looks for no calibration
+    Args:
+        fixed: The strategy.
+    """
+
+    mode: str = "forecast"  # no calibration is looked for in this mode
     fixed: Strategy = Strategy()
 
     def strategy(self, start: RunStart) -> Strategy:
@@ -208,7 +246,7 @@ class FixedSettings(Settings):
 
 
 def _warnings(plan: Plan) -> tuple[str, ...]:
-    """What a user should know of a plan that leaves little to forecast from."""
+    """Returns a notice for a plan that leaves little to forecast from, or none."""
     full, computed = plan.count(Kind.FULL), len(plan) - plan.count(Kind.SKIPPED)
     if full == len(plan) or (len(plan) >= _FEW_STEPS and computed >= _FEW_COMPUTED):
         return ()
@@ -216,7 +254,13 @@ def _warnings(plan: Plan) -> tuple[str, ...]:
 
 
 def _tried_plan(forecast: Forecast, start: RunStart, full: int) -> tuple[TriedPlan | None, tuple[str, ...]]:
-    """What did best when that was tried out, or None and why."""
+    """Returns the plan and the predictor that did best in the trials of a calibration, or None and a notice with the reason.
+
+    Args:
+        forecast: The forecast of the calibration.
+        start: The run that it is wanted for.
+        full: Number of full evaluations of the run.
+    """
     if forecast.model.has_no_input is bool(start.family.embed):
         return None, ("the calibration is not used: it was made with the model's input described otherwise; calibrate anew",)
     try:

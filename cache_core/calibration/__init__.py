@@ -1,1 +1,1 @@
-"""WHAT a checkpoint's own behaviour adds: statistics, low-rank factors, search, and the file that keeps them."""
+"""Keeps what a calibration learned about a checkpoint (statistics, plans, low-rank factors), in memory and in a file, for later runs."""

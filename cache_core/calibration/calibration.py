@@ -1,4 +1,4 @@
-"""A calibration in memory: what was learned about a checkpoint, ready for use, and its way to and from a sidecar."""
+"""The calibration of a checkpoint in memory, and its conversion to and from a sidecar."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from .fingerprint import Fingerprint
 from .sidecar import About, Sidecar
 from .statistics import ForecastModel
 
-ORIGINS = ("general", "even gaps")  # of searches for plans
-_SEARCHED_FROM = ("", *ORIGINS)  # by their number in a sidecar's results
-_KINDS = (Kind.SKIPPED, Kind.FULL, Kind.INCREMENTAL)  # by their number in a sidecar's plans
+ORIGINS = ("general", "even gaps")  # where searches for plans begin; see `use.origin_plan`
+_SEARCHED_FROM = ("", *ORIGINS)  # origins of plans, in the order of their numbers in a sidecar's results
+_KINDS = (Kind.SKIPPED, Kind.FULL, Kind.INCREMENTAL)  # kinds, in the order of their numbers in a sidecar's plans
 
 
 @dataclass(frozen=True)
 class TriedPlan:
-    """What did best with one number of full evaluations.
+    """The plan and the predictor that did best with one number of full evaluations.
 
-    plan: over the steps of the calibrated schedule. share: of calibrated weights in its predictor; None is the uncalibrated one.
-    psnr, uncalibrated: mean over the calibration prompts against the uncached latents, in dB, of this and of the uncalibrated setting.
-    searched_from: where the search for the plan began, one of ORIGINS; "" for the plan that does best in general.
+    Args:
+        plan: The plan, for the steps of the calibrated runs.
+        share: Share 0..1 of calibrated weights in the predictor. None is the uncalibrated predictor.
+        psnr: PSNR against the uncached latents, mean over the calibration prompts, in dB.
+        uncalibrated: The same of the uncalibrated setting.
+        searched_from: Where the search for the plan began, one of `ORIGINS`. "" is the front-loaded plan without a search.
     """
 
     plan: Plan
@@ -39,9 +42,14 @@ class TriedPlan:
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """model: statistics with sensitivities. step_times: the model's time at every step of the calibrated schedule.
+    """The forecast part of a calibration.
 
-    tried: by number of full evaluations, most first. plans, orders: what was searched for runs, by their times: a page asks often.
+    Args:
+        model: Statistics with sensitivities.
+        step_times: The model's time at every step of the calibrated runs.
+        tried: The plans and predictors that did best, by number of full evaluations, most first.
+        plans: Results of `use.searched_plan` by its arguments, kept because the page asks for the same plans often.
+        orders: Orders of steps from which `use.nested_plan` takes its plans, by its arguments without the budget.
     """
 
     model: ForecastModel
@@ -53,7 +61,12 @@ class Forecast:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Low-rank factors of every linear layer (see engine.layers) and the share 0..1 of each part's square norm that they keep."""
+    """Low-rank factors of the linear layers.
+
+    Args:
+        tensors: "<part key>.A" (out, rank) and "<part key>.B" (rank, in) of every part of a layer; see `engine.linear_sites`.
+        energy: Share 0..1 of each part's square norm that its factors keep, by part key.
+    """
 
     tensors: Mapping[str, Tensor]
     energy: Mapping[str, float]
@@ -61,7 +74,14 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """about: how it was made. fingerprint: of the checkpoint. It has a forecast, factors or both."""
+    """The calibration of a checkpoint. It has a forecast, factors or both.
+
+    Args:
+        about: How the calibration was made.
+        fingerprint: Fingerprint of the checkpoint.
+        forecast: Statistics and plans for forecasts.
+        factors: Low-rank factors of the linear layers.
+    """
 
     about: About
     fingerprint: Fingerprint
@@ -69,7 +89,7 @@ class Calibration:
     factors: Factors | None = None
 
     def with_rest_of(self, older: Calibration) -> Calibration:
-        """This one, with what only `older`, of the same checkpoint, has."""
+        """Returns this calibration with the part that it lacks taken from `older`, a calibration of the same checkpoint."""
         about = self.about
         if self.forecast is None and older.forecast is not None:
             about = replace(older.about, rank=about.rank, method=about.method, created=about.created)
@@ -78,6 +98,7 @@ class Calibration:
         return Calibration(about, self.fingerprint, self.forecast or older.forecast, self.factors or older.factors)
 
     def to_sidecar(self) -> Sidecar:
+        """Returns the contents of a sidecar file."""
         sections: dict[str, Mapping[str, Tensor]] = {}
         if self.forecast is not None:
             sections["forecast"] = _from_forecast(self.forecast)
@@ -88,7 +109,11 @@ class Calibration:
 
     @classmethod
     def from_sidecar(cls, sidecar: Sidecar) -> Calibration:
-        """Of the sections that the sidecar was read with. Raises ValueError for plans that are none."""
+        """Makes a calibration from the sections that the sidecar was read with.
+
+        Raises:
+            ValueError: For a plan with kinds or an origin that this version does not know, or one whose first step is not full.
+        """
         forecast = _to_forecast(sidecar.about, sidecar.sections["forecast"]) if "forecast" in sidecar.sections else None
         factors = None
         if "icc" in sidecar.sections:
@@ -99,17 +124,19 @@ class Calibration:
 
 
 def _parts(names: Iterable[str]) -> list[str]:
+    """Returns the part keys of factors, sorted."""
     return sorted({name.rpartition(".")[0] for name in names})
 
 
 def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
+    """Returns the tensors of a sidecar's section `forecast`."""
     model, tried = forecast.model, forecast.tried
     sensitivity = model.sensitivity if model.sensitivity is not None else torch.ones(len(model.times), dtype=torch.float64)
     numbers = [[_KINDS.index(kind) for kind in each.plan.kinds] for each in tried]
     results = [[-1.0 if c.share is None else c.share, c.psnr, c.uncalibrated, float(_SEARCHED_FROM.index(c.searched_from))] for c in tried]
     return {
         "gram": model.gram,
-        "uu": F.pad(model.uu, (0, 1, 0, 1)) if model.has_no_input else model.uu,  # the file has no room for an input without channels
+        "uu": F.pad(model.uu, (0, 1, 0, 1)) if model.has_no_input else model.uu,  # a file cannot hold an input without channels
         "uz": F.pad(model.uz, (0, 0, 0, 1)) if model.has_no_input else model.uz,
         "basis": model.basis,
         "sensitivity": sensitivity,
@@ -120,8 +147,9 @@ def _from_forecast(forecast: Forecast) -> dict[str, Tensor]:
 
 
 def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
+    """Makes a forecast from the tensors of a sidecar's section `forecast`."""
     uu, uz = tensors["uu"], tensors["uz"]
-    if uu.shape[-1] == 1 and not uu.any():  # one channel of zeros stands for none: see `_from_forecast`
+    if uu.shape[-1] == 1 and not uu.any():  # a channel of zeros stands for an input without channels, see `_from_forecast`
         uu, uz = uu[..., :0, :0], uz[..., :0, :]
     model = ForecastModel(about.times, tensors["gram"], uu, uz, tensors["basis"], tensors["sensitivity"])
     tried = []

@@ -1,9 +1,9 @@
-"""Streaming sufficient statistics of how a model's hidden state moves, and what a forecast from them would miss.
+"""Statistics of how a model's hidden state changes during a run, and the weights, correction and expected error of a forecast from them.
 
-`ẑ_i = Σ_j w_ij z_j + (u_i − Σ_j w_ij u_j)·A_i` (docs/method.md, sections 4.2 to 4.4), with u the image tokens as they enter the
-model (L, d), z the last block's output minus the embedded input (L, C), and j the last full evaluations. w is least squares of z_i on
-{z_j}, A ridge least squares of the rest on the input's innovation. Both follow in closed form from inner products, for any choice of
-anchors.
+The forecast is `ẑ_i = Σ_j w_ij z_j + (u_i − Σ_j w_ij u_j)·A_i` (docs/method.md, sections 4.2 to 4.4), with u the image tokens as they enter
+the model (L, d), z the last block's output minus the embedded input (L, C), and j the last full evaluations. w is the least-squares fit of
+z_i to {z_j}, and A the ridge fit of what w leaves to the innovation of the input, u_i − Σ_j w_ij u_j. Both follow in closed form from inner
+products, for any choice of anchors.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-_RIDGE_W, _RIDGE_A = 1e-3, 1e-3  # of the mean square; w's is worth up to 0.5 dB against 1e-6 (eight prompts, 2.8x)
+_RIDGE_W, _RIDGE_A = 1e-3, 1e-3  # ridges as a share of the mean square; that of w gains up to 0.5 dB over 1e-6 (eight prompts, 2.8x)
 
 
 class Moments:
-    """Accumulates the statistics of whole trajectories, on the CPU. n evaluations, d input and C hidden channels.
+    """Adds up the statistics of whole trajectories on the CPU.
 
-    gram (n, n): mean ⟨z_a, z_b⟩ per token; uu (n, n, d, d): mean u_aᵀu_b; uz (n, n, d, C): mean u_aᵀz_b.
-    Memory: n²·d·C floats, 0.6 GiB of system memory for FLUX at 28 evaluations.
+    With n evaluations, d input channels and C hidden channels it takes n²·d·C floats, 0.6 GiB of system memory for FLUX at 28 evaluations.
+
+    Attributes:
+        tokens: Number of tokens added.
+        gram: (n, n) float64, sum of ⟨z_a, z_b⟩ over the tokens. None before the first trajectory, as the other sums.
+        uu: (n, n, d, d) float64, sum of u_aᵀu_b.
+        uz: (n, n, d, C) float32, sum of u_aᵀz_b.
     """
 
     def __init__(self) -> None:
@@ -33,7 +38,12 @@ class Moments:
         self.uz: Tensor | None = None
 
     def add(self, u: Tensor, z: Tensor) -> None:
-        """One trajectory: u (n, T, d) and z (n, T, C) for the same T tokens at every evaluation."""
+        """Adds one trajectory.
+
+        Args:
+            u: Inputs (n, T, d) of the same T tokens at every evaluation.
+            z: Hidden states (n, T, C) of these tokens, minus the embedded input.
+        """
         n, tokens, d = u.shape
         u, z = u.float(), z.float()
         flat = rearrange(z, "n T C -> n (T C)").double()
@@ -44,12 +54,16 @@ class Moments:
             self.uz = torch.zeros(n, n, d, z.shape[-1])
         self.gram += flat @ flat.T
         self.uu += rearrange(stacked.double() @ stacked.double().T, "(a d) (b e) -> a b d e", a=n, b=n)
-        for b in range(n):  # one at a time: all together would take as much memory again
+        for b in range(n):  # one at a time, because all together would take as much memory again
             self.uz[:, b] += rearrange(stacked @ z[b], "(n d) C -> n d C", n=n)
         self.tokens += tokens
 
     def absorb(self, other: Moments) -> None:
-        """Adds all that `other` has seen, of the same evaluations."""
+        """Adds the statistics of `other`, which are of the same evaluations.
+
+        Raises:
+            ValueError: If nothing was added to one of them.
+        """
         if self.gram is None or self.uu is None or self.uz is None or other.gram is None or other.uu is None or other.uz is None:
             raise ValueError("no trajectory was recorded")
         self.gram += other.gram
@@ -58,9 +72,14 @@ class Moments:
         self.tokens += other.tokens
 
     def compress(self, times: Sequence[float], rank: int) -> ForecastModel:
-        """What is kept: the mean statistics with the hidden channels of `uz` projected on `rank` directions.
+        """Returns the mean statistics, with the hidden channels of `uz` projected on a few directions.
 
-        The directions carry most of what inputs and hidden states share. Raises ValueError before any trajectory was added.
+        Args:
+            times: The model's time at every evaluation.
+            rank: Number of directions. They are those in which inputs and hidden states have most in common.
+
+        Raises:
+            ValueError: If no trajectory was added.
         """
         if self.gram is None or self.uu is None or self.uz is None:
             raise ValueError("no trajectory was recorded")
@@ -75,12 +94,12 @@ class Moments:
 
 
 def _shared_directions(uz: Tensor, rank: int) -> Tensor:
-    """(C, rank) orthonormal: principal channels of the differences of u_aᵀz_b along b, which is what corrections are made of."""
+    """Returns (C, rank) orthonormal directions: principal channels of the differences of u_aᵀz_b along b, which corrections are made of."""
     channels = uz.shape[-1]
     if rank >= channels:
         return torch.eye(channels)
     products = torch.zeros(channels, channels, dtype=torch.float64)
-    for own in uz:  # in parts, for the sake of memory
+    for own in uz:  # in parts, to save memory
         moves = rearrange(own[1:] - own[:-1], "n d C -> (n d) C")
         products += moves.T @ moves
     _, vectors = torch.linalg.eigh(products)
@@ -89,9 +108,13 @@ def _shared_directions(uz: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """weights: one per anchor, oldest first. correction (d, r): A in the basis.
+    """A forecast at one time.
 
-    error, plain_error: expected square per token, over channels, with the correction and without it.
+    Args:
+        weights: One per anchor, oldest first.
+        correction: (d, r), the matrix A in the basis of `ForecastModel`.
+        error: Expected square error per token, summed over channels, with the correction.
+        plain_error: The same without the correction.
     """
 
     weights: tuple[float, ...]
@@ -102,11 +125,18 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class ForecastModel:
-    """Statistics at n noise levels, from which a forecast between any times follows.
+    """Mean statistics per token of n recorded evaluations, from which forecasts between any times follow.
 
-    times (n): the model's time of every recorded evaluation, descending. gram (n, n) float64; uu (n, n, d, d); uz (n, n, d, r);
-    basis (C, r). Between recorded times features are taken to be linear in time, so statistics interpolate bilinearly
-    and stay those of real (interpolated) features. sensitivity (n): harm to the final latent per unit of forecast error.
+    Between recorded times features are taken to be linear in time. So statistics are interpolated bilinearly, and stay those of actual
+    (interpolated) features.
+
+    Args:
+        times: The model's time at every recorded evaluation, descending.
+        gram: (n, n) float64, inner products ⟨z_a, z_b⟩ of the hidden states.
+        uu: (n, n, d, d), products u_aᵀu_b of the inputs.
+        uz: (n, n, d, r), products u_aᵀz_b of inputs and hidden states, in the basis.
+        basis: (C, r), orthonormal directions of hidden channels.
+        sensitivity: (n,), squared move of the final latent per squared error of a forecast. None if it was not measured.
     """
 
     times: tuple[float, ...]
@@ -118,18 +148,18 @@ class ForecastModel:
 
     @property
     def has_no_input(self) -> bool:
-        """Whether it is of a model whose input is not known: forecasts are not corrected by it then."""
+        """Whether the model's input is not known, so that forecasts are not corrected by it."""
         return self.uu.shape[-1] == 0
 
     def covers(self, time: float) -> bool:
-        """Whether a time lies within the recorded ones, give or take the outermost gap."""
+        """Returns whether a time lies within the recorded ones, extended at each end by the outermost gap."""
         first, second, last, before = self.times[0], self.times[1], self.times[-1], self.times[-2]
         return last - (before - last) <= time <= first + (first - second)
 
     def sensitivities(self, times: Sequence[float]) -> list[float]:
-        """Sensitivity of every evaluation of a run at `times`, interpolated over time; 1 where none was measured.
+        """Returns the sensitivity of every evaluation of a run at `times`, interpolated over time. 1 if none was measured.
 
-        An evaluation that stands for a shorter stretch of time moves the latent less, and sensitivities by the square of that.
+        An evaluation that stands for a shorter stretch of time moves the latent less, and its sensitivity changes by the square of that.
         """
         if self.sensitivity is None:
             return [1.0] * len(times)
@@ -140,22 +170,28 @@ class ForecastModel:
         ]
 
     def power(self, time: float) -> float:
-        """Mean square per token, over channels, of the hidden state: what errors are relative to."""
+        """Returns the mean square of the hidden state per token, summed over channels, which errors are compared with."""
         return max(float(self.products([time])[0, 0]), 1e-30)
 
     def least_squares(self, anchors: Sequence[float], time: float) -> list[float]:
-        """The best weights for the hidden state at `time` from those at `anchors` (times, oldest first)."""
+        """Returns the weights of the anchors (times, oldest first) that fit the hidden state at `time` best."""
         gram = torch.from_numpy(self.products([*anchors, time]))
         known = gram[:-1, :-1]
         return torch.linalg.solve(known + _RIDGE_W * torch.diag(known.diagonal()), gram[:-1, -1]).tolist()
 
     def products(self, times: Sequence[float]) -> np.ndarray:
-        """(m, m) mean inner products per token of the hidden states at m times."""
+        """Returns the mean inner products (m, m) per token of the hidden states at m times."""
         mix = self._mix(times)
         return (mix @ self.gram @ mix.T).numpy()
 
     def fit(self, anchors: Sequence[float], time: float, weights: Sequence[float] | None = None) -> Fit:
-        """What is left to correct once the hidden states at `anchors` are combined with `weights`, by default the best ones."""
+        """Fits the correction to the error that a combination of anchors leaves.
+
+        Args:
+            anchors: Times of the anchors, oldest first.
+            time: Time of the forecast.
+            weights: Weights of the anchors. None takes those of `least_squares`.
+        """
         weights = self.least_squares(anchors, time) if weights is None else weights
         gram, uu, uz = self._between([*anchors, time])
         c = torch.tensor([*(-w for w in weights), 1.0], dtype=torch.float64)
@@ -168,7 +204,7 @@ class ForecastModel:
         return Fit(tuple(weights), a.float(), max(corrected, 0.0), plain)
 
     def _between(self, times: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-        """gram, uu, uz (float64) for features at the given times."""
+        """Returns gram, uu and uz in float64 for features at the given times."""
         mix = self._mix(times)
         used = mix.abs().sum(0).nonzero().flatten()
         mix = mix[:, used]
@@ -181,7 +217,7 @@ class ForecastModel:
         )
 
     def _mix(self, times: Sequence[float]) -> Tensor:
-        """(m, n) float64: what every recorded evaluation has in the features at each of m times."""
+        """Returns (m, n) float64: the share of every recorded evaluation in the features at each of m times."""
         mix = torch.zeros(len(times), len(self.times), dtype=torch.float64)
         for row, time in enumerate(times):
             for node, share in self._nodes(time):
@@ -189,7 +225,7 @@ class ForecastModel:
         return mix
 
     def _nodes(self, time: float) -> list[tuple[int, float]]:
-        """The recorded evaluations a time lies between, with their shares; beyond the ends the outermost line goes on."""
+        """Returns the recorded evaluations that a time lies between, with their shares. Beyond both ends it extrapolates linearly."""
         last = len(self.times) - 1
         if last == 0:
             return [(0, 1.0)]
@@ -200,5 +236,5 @@ class ForecastModel:
 
 
 def stretches(times: Sequence[float]) -> list[float]:
-    """How much time each evaluation stands for: up to the next one, the last one down to zero."""
+    """Returns the stretch of time that each evaluation stands for: up to the next one, and for the last one down to 0."""
     return [max(a - b, 1e-6) for a, b in zip(times, [*times[1:], 0.0])]

@@ -1,4 +1,4 @@
-"""What a calibration recommends for a run, which need not be like the one it was made on."""
+"""Gives the plans and predictors that a calibration recommends for a run, whose times may differ from the calibrated ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..predictors import AUTO, Calibrated, Predictor
 from .calibration import Forecast, TriedPlan
 from .statistics import ForecastModel
 
-_MADE_UP = 0.5  # of a forecast's error, by correcting: the cost then goes best with what plans are worth; 0.3 and 0.8 do nearly as well
-_LONGEST = 300  # steps of a run that nested plans are searched for, which takes seconds; it took more than six minutes with 1000
-_MIDDLE = 2.0  # speedup of the plan that nested ones grow and shrink from
+_MADE_UP = 0.5  # share of errors that counts as corrected; with it the cost correlates best with PSNR, with 0.3 and 0.8 nearly as well
+_LONGEST = 300  # most steps of a run that nested plans are searched for: this takes seconds, and 1000 steps took more than six minutes
+_MIDDLE = 2.0  # speedup of the plan from which nested plans grow and shrink
 
 
 class NotCoveredError(Exception):
-    """The calibration knows nothing of what a run asks for."""
+    """A run has times or a number of steps that the calibration does not cover."""
 
 
 def check_covered(forecast: Forecast, times: Sequence[float]) -> None:
-    """Raises NotCoveredError for times outside the calibrated ones."""
+    """Raises NotCoveredError if a time lies outside the calibrated ones."""
     outside = [time for time in times if not forecast.model.covers(time)]
     if outside:
         reach = f"{forecast.model.times[0]:.3g} to {forecast.model.times[-1]:.3g}"
@@ -30,15 +30,21 @@ def check_covered(forecast: Forecast, times: Sequence[float]) -> None:
 
 
 def tried_plan_at(forecast: Forecast, steps: int, budget: int) -> TriedPlan:
-    """What did best when calibrating with about the same share of full evaluations as `budget` of `steps`."""
+    """Returns the plan and the predictor that did best in the trials with a share of full evaluations closest to that of a run.
+
+    Args:
+        forecast: The forecast of the calibration.
+        steps: Sampler steps of the run.
+        budget: Full evaluations of the run.
+    """
     share = budget / steps
     return min(forecast.tried, key=lambda tried: abs(tried.plan.count(Kind.FULL) / len(tried.plan) - share))
 
 
 def origin_plan(origin: str, steps: int, window: range, budget: int) -> Plan:
-    """Where a search begins: at the plan that does best in general ("general") or at even gaps ("even gaps").
+    """Returns the plan at which a search begins: the front-loaded one for "general", one with even gaps for "even gaps".
 
-    It goes down to the nearest valley, so other starts lead elsewhere, and which is the better plan only samplings can tell.
+    A search ends in the local minimum next to its start, so different starts lead to different plans. Only sampling tells which is better.
     """
     if origin == "general":
         return FrontLoaded(max(steps / budget, 1.0)).plan(steps, window)
@@ -49,10 +55,18 @@ def origin_plan(origin: str, steps: int, window: range, budget: int) -> Plan:
 
 
 def searched_plan(forecast: Forecast, times: Sequence[float], window: range, budget: int, origin: str, is_corrected: bool) -> Plan:
-    """The best plan found from an origin with `budget` full evaluations, for a run at `times` (one per step).
+    """Returns the best plan found from an origin.
 
-    The first step and those outside `window` are full in any case. is_corrected: whether the run makes up for its forecasts (see
-    Corrector). Raises NotCoveredError for times outside the calibrated ones.
+    Args:
+        forecast: The forecast of the calibration. The plan is kept in `forecast.plans`.
+        times: The model's time at every step of the run.
+        window: Steps that may be skipped. The first step is full in any case.
+        budget: Number of full evaluations.
+        origin: Where the search begins, one of `ORIGINS`.
+        is_corrected: Whether the run has a `Corrector`.
+
+    Raises:
+        NotCoveredError: If a time lies outside the calibrated ones.
     """
     check_covered(forecast, times)
     asked = (tuple(times), window, budget, origin, is_corrected)
@@ -63,7 +77,14 @@ def searched_plan(forecast: Forecast, times: Sequence[float], window: range, bud
 
 
 def nested_plan(forecast: Forecast, times: Sequence[float], window: range, budget: int, is_corrected: bool) -> Plan:
-    """The same, but always a part of the plan with one more: nearly as good as the best for its number, and a slider walks along them."""
+    """Returns a plan that is part of the plan with one more full evaluation, and nearly as good as the best one with as many.
+
+    So moving a slider for the speed adds or drops single full evaluations. Arguments are those of `searched_plan`; the order of steps is
+    kept in `forecast.orders`.
+
+    Raises:
+        NotCoveredError: If the run has more than 300 steps, or if a time lies outside the calibrated ones.
+    """
     steps, asked = len(times), (tuple(times), window, is_corrected)
     if steps > _LONGEST:
         raise NotCoveredError(f"this run has {steps} steps, and plans are searched for up to {_LONGEST}")
@@ -77,18 +98,23 @@ def nested_plan(forecast: Forecast, times: Sequence[float], window: range, budge
 
 
 def search_for(model: ForecastModel, times: Sequence[float], window: range, is_corrected: bool) -> PlanSearch:
-    """A search by what the uncalibrated forecast misses, whose sensitivities were measured with it."""
+    """Returns a search by the errors of the uncalibrated forecast, because sensitivities were measured with it."""
     made_up = _MADE_UP if is_corrected else 0.0
     return PlanSearch(model.products(times), model.sensitivities(times), AUTO.weights, times, window, AUTO.history, made_up)
 
 
 def predictor_of(model: ForecastModel, share: float | None) -> Predictor:
-    """The predictor with this share of calibrated weights; None is the uncalibrated one."""
+    """Returns the predictor with this share of calibrated weights. None is the uncalibrated predictor."""
     return AUTO if share is None else Calibrated(model, share)
 
 
 def error_of(model: ForecastModel, share: float | None) -> Callable[[Sequence[float], float], float]:
-    """What that predictor is expected to miss, from (anchor times, time): square per token, over channels."""
+    """Returns a function from (anchor times, time) to the expected square error per token, summed over channels.
+
+    Args:
+        model: The statistics.
+        share: Share of calibrated weights in the predictor, as in `predictor_of`.
+    """
     calibrated = Calibrated(model, share or 0.0)
 
     def error(anchors: Sequence[float], time: float) -> float:

@@ -1,1 +1,1 @@
-"""When to compute: kinds of evaluations, plans of them, the policies that make plans, and the text that users write them in."""
+"""Decides when to compute: the kinds of evaluations, plans, the policies that make plans, and the text in which users write them."""

@@ -6,14 +6,14 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """What one model evaluation does. The value is its letter in plans, in schedules' text and on the wire to the page."""
+    """What one model evaluation does. The value is the letter of the kind in plans, in the text of schedules and in data for the page."""
 
-    FULL = "F"  # every block runs: the host's own code, with what is needed later copied
-    INCREMENTAL = "i"  # blocks run, with low-rank increments in place of their linear layers (ICC)
-    CONSERVATIVE = "c"  # attention comes from the cache, the MLP runs for a share of the tokens (DuCa)
-    SKIPPED = "a"  # no block runs, and the last hidden state is reused or forecast (DuCa calls this kind aggressive)
+    FULL = "F"  # every block of the host runs, and the cache copies what later evaluations need
+    INCREMENTAL = "i"  # blocks run, but each linear layer answers with its kept output plus a low-rank increment (ICC)
+    CONSERVATIVE = "c"  # attention comes from the cache, and the MLP runs for a share of the tokens (DuCa)
+    SKIPPED = "a"  # no block runs, and the last hidden state is reused or forecast (called aggressive in DuCa's paper)
 
     @property
     def label(self) -> str:
-        """The kind in words, for reports."""
+        """The name of the kind in reports."""
         return self.name.lower()

@@ -13,8 +13,14 @@ from .text import ScheduleTextError, parse
 class Plan:
     """The kind of evaluation at every sampler step, first step first.
 
-    Evaluations are matched to steps by noise level, so a sampler that evaluates the model
-    twice per step gets the step's kind twice (see `Timeline.step_of`).
+    Evaluations are matched to steps by noise level, so a sampler that evaluates the model twice per step gets the step's kind twice (see
+    `Timeline.step_of`).
+
+    Args:
+        kinds: One kind per step.
+
+    Raises:
+        ValueError: If the first step is not full.
     """
 
     kinds: tuple[Kind, ...]
@@ -25,9 +31,10 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Reads a schedule's text (see `planning.text`) once through, so that its letters are the plan.
+        """Reads a plan from a text in the form of `planning.text` that names every step once.
 
-        Raises ScheduleTextError, a ValueError, for what cannot be read or has a part that is repeated to the end of a run.
+        Raises:
+            ScheduleTextError: If the text cannot be read, or if it has a `*`, which repeats a part to the end of a run.
         """
         pattern = parse(text)
         if pattern.head or pattern.tail:
@@ -36,7 +43,7 @@ class Plan:
 
     @classmethod
     def with_full(cls, full: Collection[int], steps: int) -> Plan:
-        """Full at the given steps, skipped at all others."""
+        """Makes the plan that is full at the given steps and skipped at all others."""
         return cls(tuple(Kind.FULL if step in full else Kind.SKIPPED for step in range(steps)))
 
     def __str__(self) -> str:
@@ -55,7 +62,7 @@ class Plan:
         return frozenset(step for step, own in enumerate(self.kinds) if own is kind)
 
     def has(self, kind: Kind, since: int = 0) -> bool:
-        """Whether a step from `since` on, itself included, is of this kind."""
+        """Returns whether step `since` or a later one is of this kind."""
         return kind in self.kinds[since:]
 
     @property

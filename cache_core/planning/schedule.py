@@ -1,4 +1,4 @@
-"""A schedule as a user asks for it: which steps are full, apart from what the others are filled with."""
+"""The schedule that a user asks for: which steps are full. How the others are filled is not a part of it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Schedule:
 
     Args:
         policy: A name in `POLICIES`.
-        speedup: Wanted number of steps per full evaluation, at least 1. Cycles follow it where `cycle_length` is 0.
-        cycle_length: Steps from one full evaluation to the next.
-        text: The schedule itself, for policy "custom text"; see `planning.text`.
-        unit: What `skip_from` and `skip_to` count: "percent" of the sampling (0..100) or "steps" (from 0; 0 for skip_to is the end).
-        skip_from, skip_to: Steps between these may be skipped.
-        warmup, tail: Full steps at both ends.
-        first_only: Where a sampler evaluates a step several times, only the first of these computes.
-        calibration: For policy "searched".
+        speedup: Wanted number of steps per full evaluation, at least 1.
+        cycle_length: Steps from one full evaluation to the next, for policies with a cycle. 0 follows `speedup`.
+        text: The schedule in the form of `planning.text`, for policy "custom text".
+        unit: Unit of `skip_from` and `skip_to`: "percent" of the sampling (0..100) or "steps" (counted from 0).
+        skip_from, skip_to: Part of the run in which steps may be skipped. With "steps", a `skip_to` of 0 is the end of the run.
+        warmup, tail: Full steps at the beginning and at the end.
+        first_only: If a sampler evaluates a step several times, only the first evaluation is of the plan's kind and the others are skipped.
+        calibration: Calibration of the model, for policy "searched".
 
     Raises:
-        ValueError: For what cannot be; a ScheduleTextError for the text.
+        ValueError: For a value that is not allowed, with a message for the user. For the text it is a ScheduleTextError.
     """
 
     UNITS: ClassVar[tuple[str, ...]] = ("percent", "steps")
@@ -66,33 +66,34 @@ class Schedule:
 
     @property
     def part(self) -> tuple[float, float]:
-        """The part 0..1 of the sampling in which evaluations may be skipped; all of it where that is said in steps."""
+        """The part 0..1 of the sampling in which evaluations may be skipped. The whole, if the part is given in steps."""
         return (self.skip_from / 100, self.skip_to / 100) if self.unit == "percent" else (0.0, 1.0)
 
     @property
     def needs_forecast(self) -> bool:
-        """Whether it cannot do without a calibrated forecast."""
+        """Whether it needs a calibrated forecast."""
         return self._takes("searched")
 
     @property
     def needs_factors(self) -> bool:
-        """Whether it cannot do without low-rank factors."""
+        """Whether it needs low-rank factors."""
         return self._takes("text") and parse(self.text).has(Kind.INCREMENTAL)
 
     @property
     def name(self) -> str:
-        """For reports."""
+        """The name of the schedule in reports."""
         if self._takes("text"):
             return f"custom {self.text.strip()}"
         in_cycles = self.cycle_length and self._takes("cycle_length")
         return f"{self.policy} {f'N={self.cycle_length}' if in_cycles else f'{self.speedup:g}x'}"
 
     def policy_for(self, start: RunStart, costs: Mapping[Kind, float], calibration: Calibration | None) -> tuple[Policy, tuple[str, ...]]:
-        """The policy of a run, and what to tell the user about it.
+        """Returns the policy of a run and notices for the user.
 
         Args:
-            costs: Of an evaluation of each kind, in full ones.
-            calibration: Of the checkpoint, where the schedule has none of its own.
+            start: The run.
+            costs: Cost of an evaluation of each kind, as a share of a full one.
+            calibration: Calibration of the checkpoint, used if the schedule has none of its own.
 
         Raises:
             ValueError: For policy "searched" without a calibrated forecast.
@@ -108,10 +109,11 @@ class Schedule:
         return policy, notices
 
     def _takes(self, field: str) -> bool:
-        """Whether the policy goes by this field of a request."""
+        """Returns whether the policy uses this field of a `Request`."""
         return field in POLICIES[self.policy].takes
 
     def _request(self, start: RunStart, costs: Mapping[Kind, float], calibration: Calibration | None) -> Request:
+        """Returns what the schedule asks of its policy in a run."""
         forecast = calibration.forecast if calibration is not None else None
         times, window = start.timeline.times[:-1], self._window(start)
         return Request(
@@ -126,7 +128,7 @@ class Schedule:
         )
 
     def _window(self, start: RunStart) -> range:
-        """The steps that a search may skip."""
+        """Returns the steps that a search may skip."""
         steps = start.timeline.steps
         window = range(max(start.window.start, self.warmup), min(start.window.stop, steps - self.tail))
         if self.unit == "steps":

@@ -1,14 +1,15 @@
-"""Chooses which evaluations are full, by what forecasting the others is expected to do to the final latent.
+"""Searches the plan whose forecasts are expected to change the final latent least.
 
-The gap cost (docs/method.md, section 5.3) adds errors up within a gap only, and without their signs. But over a run many cancel: what a
-forecast gets wrong is made of full evaluations that the next gap's is made of too. Here they are added up with their signs over the whole
-run: every skipped step i is off by z_i - Σ_j w_ij z_j and moves the final latent by √s_i of that, so that all together do c'Gc, with
-G = ⟨z_a, z_b⟩ and
+The forecast of a skipped step i has the error z_i - Σ_j w_ij z_j, which moves the final latent by √s_i times as much, with s_i the
+sensitivity of the step. Over a whole run many of these errors cancel, because neighbouring gaps are forecast from the same full
+evaluations. So they are added up with their signs. With the unit vectors b_k (one per step) and the inner products G = ⟨z_a, z_b⟩, the
+cost of a plan is
 
-    c = Σ_i √s_i (e_i - Σ_j w_ij e_j)
+    c'Gc    with    c = Σ_i √s_i (b_i - Σ_j w_ij b_j)
 
-Of 94 plans of the demo model that were sampled, those with equally many full evaluations go with it in PSNR at -0.87, with the gap
-cost at -0.69 (docs/benchmarks.md).
+The simpler gap cost (docs/method.md, section 5.3) adds errors up without their signs, and inside each gap alone. Among 94 sampled plans of
+the demo model with equally many full evaluations, PSNR correlates at -0.87 with the cost used here and at -0.69 with the gap cost
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ import numpy as np
 from .kinds import Kind
 from .plan import Plan
 
-_REACH = 1500  # how far a full evaluation is moved at most in one exchange, times steps: anywhere in a run of 38, by 7 in one of 200
+_REACH = 1500  # largest move of a full evaluation in one exchange, times steps of the run: anywhere in 38 steps, by 7 in 200
 
 
 class PlanSearch:
-    """Plans for a run at the given times (one per step, noisiest first) with `window` as the steps that may be skipped.
+    """Searches plans for one run.
 
-    gram (n, n): ⟨z_a, z_b⟩ of the hidden states at the n steps. sensitivity: s, square of the final latent's move per square of error.
-    weights: of a forecast, from (anchor times, time). history: anchors that it sees. made_up: share 0..1 of a forecast's error for
-    which the full evaluation behind its gap makes up, so that a line between both ends is left (see Corrector); none behind the last.
+    Args:
+        gram: (n, n), inner products ⟨z_a, z_b⟩ of the hidden states at the n steps of the run.
+        sensitivity: s of every step, squared move of the final latent per squared error of the hidden state.
+        weights: Weights of a forecast, called with (anchor times, time).
+        times: The model's time at every step, noisiest first.
+        window: Steps that may be skipped.
+        history: Largest number of anchors that a forecast uses.
+        made_up: Share 0..1 of a forecast's error that the full evaluation after the gap corrects (see `Corrector`). What is left of this
+            share is the error of a line between both ends of the gap. The last full evaluation of a run corrects nothing.
     """
 
     def __init__(
@@ -49,7 +56,7 @@ class PlanSearch:
         self._gap = lru_cache(maxsize=None)(self._new_gap)
 
     def plan(self, origin: Plan) -> Plan:
-        """From `origin`, the best exchange of a full evaluation for a skipped one, again and again while that helps."""
+        """Starts from `origin` and exchanges a full step for a skipped one, each time the best exchange, while that lowers the cost."""
         full = origin.steps_of(Kind.FULL)
         cost, reach = self.cost(full), max(_REACH // len(origin), 1)
         while True:
@@ -65,9 +72,10 @@ class PlanSearch:
             full, cost = frozenset(best), best_cost
 
     def order(self, origin: Plan) -> list[int]:
-        """All steps, so that the first of them make good plans whatever their number: out from the best plan found from `origin`.
+        """Returns all steps in an order whose first k steps make a good plan for every k.
 
-        Of its steps the least missed are given up one at a time, the best of the others come one at a time.
+        It starts from the best plan found from `origin`. Downwards, it drops one step at a time, the one that raises the cost least.
+        Upwards, it adds one step at a time, the one that lowers the cost most.
         """
         middle = self.plan(origin).steps_of(Kind.FULL)
         fixed = set(range(len(origin))).difference(self._free)
@@ -84,7 +92,7 @@ class PlanSearch:
         return [*sorted(fixed), *reversed(given_up), *added]
 
     def cost(self, full: Collection[int]) -> float:
-        """Expected square of the final latent's move."""
+        """Returns the expected squared move of the final latent with these full steps."""
         steps, c = sorted(full), np.zeros(len(self._times))
         for place, step in enumerate(steps):
             after = steps[place + 1] if place + 1 < len(steps) else len(self._times)
@@ -93,10 +101,16 @@ class PlanSearch:
         return float(c @ self._gram @ c)
 
     def _new_gap(self, anchors: tuple[int, ...], end: int, is_made_up: bool) -> np.ndarray:
-        """Of c, what the steps between the last anchor and `end` bring. is_made_up: whether two full evaluations are behind them."""
+        """Returns the part of c that comes from one gap.
+
+        Args:
+            anchors: Full steps that the forecast uses; the gap begins after the last one.
+            end: First step after the gap.
+            is_made_up: Whether the gap is corrected: two full evaluations come after it.
+        """
         c, first = np.zeros(len(self._times)), anchors[-1]
         span = self._times[first] - self._times[end] if is_made_up else 0.0
-        made_up = self._made_up if span else 0.0  # models with discrete timesteps have one for several small noise levels
+        made_up = self._made_up if span else 0.0  # 0 in models with discrete timesteps, where several small noise levels share one time
         for step in range(first + 1, end):
             move = self._moves[step]
             c[step] += move

@@ -1,11 +1,11 @@
-"""A schedule as people write it: letters of kinds, repeats and groups, for runs of any length.
+"""The text form of a schedule: letters of kinds, repeats and groups, for runs of any length.
 
     F c a c a          a cycle, repeated to the end of the run
     3F (Faa)* F        three full steps, then a cycle as often as it fits, and a full step at the very end
     2(F2a)             the same as F a a F a a
 
-A number repeats what follows it, `*` repeats what stands before it until the rest of the text just fits. Without a `*` the whole text is a
-cycle. X may be written for F. Spaces do not count.
+A number repeats the letter or group after it. `*` repeats the letter or group before it as often as the rest of the text leaves room.
+Without a `*` the whole text is a cycle. X may be written for F. Spaces are ignored.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from types import MappingProxyType
 from .kinds import Kind
 
 _LETTERS = MappingProxyType({**{kind.value: kind for kind in Kind}, "X": Kind.FULL})
-_MOST = 10_000  # letters that a text may stand for: no run is that long
-_LONGEST = 2 * _MOST  # characters: so many letters with a space after each
-_DEEPEST = 50  # groups in each other: far more than a schedule needs, and far from the end of Python's stack
-_SHOWN = 40  # characters of a long text before and after a wrong one
+_MOST = 10_000  # steps that a text may stand for; no run is that long
+_LONGEST = 2 * _MOST  # characters of a text: as many letters with a space after each
+_DEEPEST = 50  # nested groups: far more than a schedule needs, and far below Python's recursion limit
+_SHOWN = 40  # characters of a long text that an error shows before and after the position
 
 
 class ScheduleTextError(ValueError):
-    """What is wrong with a schedule's text. position: of the character, from 0."""
+    """Says what is wrong with the text of a schedule.
+
+    Attributes:
+        text: The text.
+        position: Index of the wrong character, from 0; `len(text)` for the end.
+    """
 
     def __init__(self, problem: str, text: str, position: int) -> None:
         shown = repr(text[position]) if position < len(text) else "the end"
@@ -36,14 +41,23 @@ class ScheduleTextError(ValueError):
 
 @dataclass(frozen=True)
 class Pattern:
-    """head, then loop as often as it fits (its last time cut short), then tail."""
+    """A schedule for runs of any length.
+
+    Args:
+        head: Kinds of the first steps.
+        loop: Kinds that are repeated between head and tail as often as they fit; the last repeat may be cut short.
+        tail: Kinds of the last steps.
+    """
 
     head: tuple[Kind, ...]
     loop: tuple[Kind, ...]
     tail: tuple[Kind, ...] = ()
 
     def fit(self, steps: int) -> tuple[Kind, ...]:
-        """The kind of each of `steps` steps. In a run too short for head and tail, the head is cut first. The first step is always full."""
+        """Returns the kind of each of `steps` steps.
+
+        In a run that is too short for head and tail, the head is cut first. The first step is always full.
+        """
         tail = self.tail[max(0, len(self.tail) - steps) :]
         head = self.head[: steps - len(tail)]
         between = steps - len(tail) - len(head)
@@ -54,7 +68,7 @@ class Pattern:
         return kind in (*self.head, *self.loop, *self.tail)
 
     def mapping(self, steps: int) -> str:
-        """In words, how the text comes to `steps` steps."""
+        """Says in words how the text fills `steps` steps."""
         fixed = len(self.head) + len(self.tail)
         if steps < fixed:
             return f"the text names {fixed} steps, this run has {steps}: its beginning is cut short"
@@ -63,7 +77,12 @@ class Pattern:
 
 
 def parse(text: str) -> Pattern:
-    """Raises ScheduleTextError, and ValueError for what is no text."""
+    """Reads the text of a schedule.
+
+    Raises:
+        ScheduleTextError: If the text cannot be read.
+        ValueError: If `text` is no string.
+    """
     if not isinstance(text, str):
         raise ValueError(f"a schedule is written as text, not as {text!r:.40}")
     if len(text) > _LONGEST:
@@ -72,12 +91,13 @@ def parse(text: str) -> Pattern:
 
 
 class _Reader:
-    """Reads a text from left to right. Kinds are gathered in `_parts`: before, in and after what a `*` repeats."""
+    """Reads a text from left to right. `_at` is the position of the next character, `_depth` the number of open groups."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at, self._depth = text, 0, 0
 
     def pattern(self) -> Pattern:
+        """Reads the whole text: the kinds before, in and after the part that a `*` repeats."""
         head: list[Kind] = []
         loop: list[Kind] | None = None
         tail: list[Kind] = []
@@ -102,6 +122,7 @@ class _Reader:
         return Pattern((), tuple(head)) if loop is None else Pattern(tuple(head), tuple(loop), tuple(tail))
 
     def _item(self) -> list[Kind]:
+        """Reads a letter or a group, with the number before it."""
         count = self._number()
         place = self._skip_spaces()
         if place >= len(self._text):
@@ -112,6 +133,7 @@ class _Reader:
         return kinds * count
 
     def _number(self) -> int:
+        """Reads a number; 1 where there is none."""
         start = self._skip_spaces()
         while self._at < len(self._text) and self._text[self._at] in "0123456789":
             self._at += 1
@@ -122,6 +144,7 @@ class _Reader:
         return count
 
     def _group(self) -> list[Kind]:
+        """Reads a group after its opening parenthesis, up to and including the closing one."""
         opened, kinds = self._at - 1, []
         self._depth += 1
         if self._depth > _DEEPEST:
@@ -147,12 +170,13 @@ class _Reader:
         return _LETTERS[letter]
 
     def _takes(self, character: str) -> bool:
-        """Steps over `character` where it comes next."""
+        """Skips spaces and then `character`, and returns whether it was there."""
         found = self._text.startswith(character, self._skip_spaces())
         self._at += found
         return found
 
     def _skip_spaces(self) -> int:
+        """Skips spaces and returns the position after them."""
         while self._at < len(self._text) and self._text[self._at].isspace():
             self._at += 1
         return self._at

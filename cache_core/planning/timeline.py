@@ -1,7 +1,7 @@
-"""Where an evaluation stands in a sampling run, from its noise level alone.
+"""Finds the step of an evaluation from its noise level alone.
 
-Counting calls goes wrong with samplers that evaluate the model several times per step, that start in the
-middle of a schedule or that step back; the noise level does not.
+Counting calls would go wrong with samplers that evaluate the model several times per step, that start in the middle of the noise levels or
+that step back.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-_ON_SCHEDULE = 0.01  # share of the gap above a step within which a noise level still counts as that step's own
+_ON_SCHEDULE = 0.01  # a level above a step's own by less than this share of the gap to the step before still counts as the step's
 
 
 class Timeline:
-    """A sampler's noise levels, descending, and the model's time coordinate at each.
+    """The noise levels of a sampler and the model's time at each.
 
-    sigmas: n+1 noise levels for n steps, never rising.
-    times: the model's time at each sigma, scaled to 0..1; default: sigma / first sigma.
-    Raises ValueError when the levels rise or there are fewer than two.
+    Args:
+        sigmas: n+1 noise levels for n steps, never rising.
+        times: The model's time at each noise level, scaled to 0..1. By default sigma / first sigma.
+
+    Raises:
+        ValueError: If the levels rise, if there are fewer than two, or if there are not as many times.
     """
 
     def __init__(self, sigmas: Sequence[float], times: Sequence[float] | None = None) -> None:
@@ -38,15 +41,15 @@ class Timeline:
         return len(self.sigmas) - 1
 
     def step_of(self, sigma: float) -> int:
-        """Index of the step an evaluation at `sigma` belongs to: the last one whose level is not below it.
+        """Returns the step that an evaluation at `sigma` belongs to: the last one whose noise level is not below it.
 
-        A level between two steps (dpm_2, SDE samplers) belongs to the earlier one; one above the first
-        step's (churn) belongs to step 0.
+        A level between those of two steps (dpm_2, SDE samplers) belongs to the earlier step. A level above that of the first step (churn)
+        belongs to step 0.
         """
         return max(0, bisect_right(self._thresholds, -sigma) - 1)
 
     def time_of(self, sigma: float) -> float:
-        """The model's time at `sigma`, interpolated between the steps' own and held beyond them."""
+        """Returns the model's time at `sigma`, interpolated linearly between noise levels and constant beyond both ends."""
         if sigma >= self.sigmas[0]:
             return self.times[0]
         for (high, low), (t_high, t_low) in zip(zip(self.sigmas, self.sigmas[1:]), zip(self.times, self.times[1:]), strict=True):
@@ -55,6 +58,6 @@ class Timeline:
         return self.times[-1]
 
     def window(self, start_sigma: float, end_sigma: float) -> range:
-        """Steps whose level lies in start_sigma..end_sigma (start is the higher): where skipping is allowed."""
+        """Returns the steps that may be skipped: those with a noise level from `end_sigma` (the lower one) to `start_sigma`."""
         inside = [i for i, s in enumerate(self.sigmas[:-1]) if end_sigma <= s <= start_sigma]
         return range(inside[0], inside[-1] + 1) if inside else range(0)

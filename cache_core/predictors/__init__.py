@@ -1,4 +1,4 @@
-"""WITH WHAT a skipped evaluation is filled: one file a predictor, one line in the table."""
+"""The predictors, which fill skipped evaluations. Each has a file of its own, and each that users may choose a line in `PREDICTORS`."""
 
 from __future__ import annotations
 

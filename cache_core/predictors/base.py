@@ -1,4 +1,4 @@
-"""What a predictor is: weights of a linear combination of what was computed before."""
+"""The interface of predictors, which forecast a feature as a linear combination of past ones, and helpers for their weights."""
 
 from __future__ import annotations
 
@@ -9,37 +9,45 @@ from torch import Tensor
 
 
 class Predictor:
-    """Says how past features combine into a missing one. Predictors are frozen dataclasses.
+    """Gives the weights with which past features combine into a missing one. Predictors are frozen dataclasses.
 
-    Reuse, Taylor series and ridge regressions on time are all linear in the history with weights that
-    depend on times only, so a predictor is a few numbers a step and works at any feature size.
+    Reuse, Taylor series and ridge regressions on time are all linear in the past features, with weights that depend on times only. So a
+    predictor is a few numbers per step and works at any feature size.
 
-    history: how many past features are kept at most. uses_input: whether `correction` is to be added; the
-    features are then hidden state minus embedded input, and the model's input is kept beside them.
+    Attributes:
+        history: Largest number of past features that are kept.
+        uses_input: Whether `correction` is added. The features are then the hidden state minus the embedded input, and the model's input is
+            kept with each of them.
     """
 
     history: int
     uses_input: ClassVar[bool] = False
 
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:
-        """One weight per anchor, oldest first, for the feature at `time`.
+        """Returns the weights for the feature at `time`, one per anchor, oldest first.
 
-        anchors: distinct times (0..1) of 1 to `history` features, in the order they were computed.
+        Args:
+            anchors: Distinct times (0..1) of 1 to `history` past features, oldest first.
+            time: The model's time (0..1) of the missing feature.
         """
         raise NotImplementedError
 
     @property
     def without_input(self) -> Predictor:
-        """What to take instead where the input is not known. Only with uses_input."""
+        """The predictor to use instead if the model's input is not known. Only with `uses_input`."""
         raise NotImplementedError
 
     def correction(self, anchors: Sequence[float], time: float) -> Tensor:
-        """A (d, C) float32: (input - Σ weight · anchor input) @ A is added to the combination. Only with uses_input."""
+        """Returns the matrix A (d, C) in float32 of the correction. Only with `uses_input`.
+
+        (input - Σ weight · input of the anchor) @ A is added to the combination, with d and C the channels of an input and of a hidden
+        token. Arguments are those of `weights`.
+        """
         raise NotImplementedError
 
 
 def interpolating_weights(anchors: Sequence[float], time: float) -> list[float]:
-    """Lagrange's weights: the value at `time` of the polynomial through all anchors."""
+    """Returns Lagrange's weights, which evaluate the polynomial through all anchors at `time`."""
     result = []
     for i, own in enumerate(anchors):
         weight = 1.0
@@ -51,7 +59,13 @@ def interpolating_weights(anchors: Sequence[float], time: float) -> list[float]:
 
 
 def damped_line(anchors: Sequence[float], time: float, reach: float) -> list[float]:
-    """The line through the last two anchors, followed for at most `reach` times their distance and held from there."""
+    """Returns weights that extrapolate the line through the last two anchors.
+
+    Args:
+        anchors: Times of the anchors, oldest first. With a single one, its feature is repeated.
+        time: The model's time of the missing feature.
+        reach: How far the line is followed, in distances between the last two anchors. Beyond that its value is held.
+    """
     if len(anchors) == 1:
         return [1.0]
     before, last = anchors[-2:]

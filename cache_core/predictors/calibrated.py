@@ -1,4 +1,4 @@
-"""The increment-calibrated forecast: a combination of history, corrected by how the input really moved (docs/method.md, section 4.2)."""
+"""The calibrated predictor: a combination of anchors, corrected by how the input really moved (docs/method.md, section 4.2)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from .base import Predictor
 from .chebyshev import AUTO
 
-_RECENT = 3  # anchors that calibrated weights go to; more bring nothing (docs/method.md, section 4.2)
+_RECENT = 3  # last anchors that get calibrated weights; more brought no gain (docs/method.md, section 4.2)
 
 
 class Statistics(Protocol):
-    """What a calibration knows of a model: see calibration.statistics.ForecastModel, which is one."""
+    """What the predictor needs of a calibration. `calibration.statistics.ForecastModel` provides it."""
 
     @property
     def basis(self) -> Tensor: ...
@@ -27,10 +27,17 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Calibrated(Predictor):
-    """`ẑ = Σ w_j z_j + (u − Σ w_j u_j)·A`: w partly from calibration and partly from the uncalibrated setting, A fitted to what w leaves.
+    """Forecasts `ẑ = Σ w_j z_j + (u − Σ w_j u_j)·A` with statistics from a calibration.
 
-    statistics: of the model. share: of the calibrated weights, 0..1; the rest are `prior`'s. Calibrated weights err least on
-    each evaluation, the prior's errors cancel better from one gap to the next; which mixture is best, calibration tries out.
+    z is the hidden state minus the embedded input, and u the input. The weights w mix calibrated weights with those of an uncalibrated
+    predictor, and A is fitted to the error that they leave. Calibrated weights have the smallest error in each single evaluation, but the
+    errors of the uncalibrated ones cancel better from one gap to the next. A calibration tries out which mixture is best.
+
+    Args:
+        statistics: Statistics of the model.
+        share: Share 0..1 of the calibrated weights in the mixture.
+        prior: The uncalibrated predictor, which provides the other weights.
+        history: Largest number of past features that are kept.
     """
 
     statistics: Statistics
@@ -51,7 +58,7 @@ class Calibrated(Predictor):
         return self.fit(anchors, time).correction @ self.statistics.basis.T
 
     def fit(self, anchors: Sequence[float], time: float) -> Any:
-        """Weights, correction and expected errors; each computed once."""
+        """Returns the weights, the correction and the expected errors. Each fit is computed once and kept."""
         key = (*anchors, time)
         if key not in self._fits:
             recent = list(anchors[-_RECENT:])

@@ -1,4 +1,4 @@
-"""Chebyshev ridge regression over time, blended with a first-order Taylor term (as in Spectrum)."""
+"""The Chebyshev predictor: ridge regression over time, blended with a first-order Taylor term (Spectrum, arXiv 2603.01623)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from .base import Predictor, damped_line
 
 @dataclass(frozen=True)
 class Chebyshev(Predictor):
-    """T_0 … T_degree fitted to the known features by ridge least squares, evaluated at the missing time.
+    """Fits Chebyshev polynomials to the known features by ridge least squares and evaluates them at the missing time.
 
-    degree: highest polynomial, lower while fewer features are known. ridge: λ added to ΦᵀΦ.
-    taylor_share: weight of the first-order Taylor term, 0..1. history: features kept.
-    reach: how far the Taylor term is followed, in distances between the last two features (ours; Spectrum has no bound).
-    Fewer than three known features leave the Taylor term alone. The defaults are Spectrum's.
+    The result is blended with a first-order Taylor term. With fewer than three known features, only the Taylor term is used. The defaults
+    are Spectrum's.
+
+    Args:
+        degree: Highest degree of the polynomials. It is lower while fewer features are known.
+        ridge: λ, added to the diagonal of ΦᵀΦ.
+        taylor_share: Weight 0..1 of the Taylor term.
+        history: Largest number of past features that are kept.
+        reach: How far the Taylor term is followed, in distances between the last two features. This bound is ours; Spectrum has none.
     """
 
     degree: int = 4
@@ -41,9 +46,9 @@ class Chebyshev(Predictor):
         return (self.taylor_share * np.asarray(taylor) + (1 - self.taylor_share) * fitted).tolist()
 
 
-AUTO = Chebyshev(taylor_share=0.7, history=5, reach=0.7)  # the best uncalibrated setting that we measured (docs/benchmarks.md)
+AUTO = Chebyshev(taylor_share=0.7, history=5, reach=0.7)  # best uncalibrated setting in docs/benchmarks.md
 
 
 def _unit(times: np.ndarray) -> np.ndarray:
-    """0..1 to the polynomials' interval -1..1."""
+    """Maps times 0..1 to the polynomials' interval -1..1."""
     return np.clip(2 * times - 1, -1, 1)

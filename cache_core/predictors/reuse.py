@@ -1,4 +1,4 @@
-"""The last feature again (DuCa's aggressive evaluation, FORA)."""
+"""The predictor that repeats the last feature, as in DuCa's skipped evaluations and in FORA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from .base import Predictor
 
 @dataclass(frozen=True)
 class Reuse(Predictor):
+    """Repeats the last feature."""
+
     history: int = 1
 
     def weights(self, anchors: Sequence[float], time: float) -> list[float]:

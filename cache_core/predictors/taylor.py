@@ -1,4 +1,4 @@
-"""Taylor extrapolation with divided differences (TaylorSeer, arXiv 2503.06923, for uneven gaps)."""
+"""The Taylor predictor: extrapolation with divided differences (TaylorSeer, arXiv 2503.06923, but for uneven gaps)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from .base import Predictor, interpolating_weights
 
 @dataclass(frozen=True)
 class Taylor(Predictor):
-    """order: 1 or more; the polynomial through the last order+1 features, lower while fewer are known.
+    """Extrapolates the polynomial through the last order+1 features.
 
     Divided differences replace the paper's finite differences because full evaluations need not be evenly spaced.
+
+    Args:
+        order: Degree of the polynomial, at least 1. It is lower while fewer features are known.
+
+    Raises:
+        ValueError: For an order below 1.
     """
 
     order: int = 1

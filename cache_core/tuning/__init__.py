@@ -1,4 +1,4 @@
-"""Runs a model again and again to find out what serves it best: records it, measures it, tries plans out."""
+"""Calibrates a model by sampling with it: records runs, measures sensitivities and tries plans out."""
 
 from .calibrate import Calibrator, Learned, Wishes
 from .tape import Sample

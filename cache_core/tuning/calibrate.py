@@ -1,4 +1,4 @@
-"""Calibration from start to end: records whole runs, measures what errors do to the picture, tries plans out, factorises layers."""
+"""Calibrates a model from start to end: records runs, measures how errors change the picture, tries plans out, factorises layers."""
 
 from __future__ import annotations
 
@@ -27,18 +27,23 @@ from ..strategy import Strategy
 from .tape import Sample, Tape, TapedRun
 from .trials import Trials
 
-_NODES = 32  # evaluations whose statistics are kept at most: they enter squared, and vary slowly
-_TOKENS = 1024  # of every cond, chosen at random
-_SENSITIVITY_PROMPTS = 8  # whose pictures tell what an error does to them: four can mislead a search by 2 dB, eight hardly
-_SENSITIVITY_STRIDE = 3  # steps from one that is measured to the next
+_NODES = 32  # largest number of evaluations with statistics: memory grows with its square, and statistics vary slowly
+_TOKENS = 1024  # tokens of every cond that are used, chosen at random
+_SENSITIVITY_PROMPTS = 8  # prompts that sensitivities are measured on; four can mislead a search by 2 dB, eight hardly
+_SENSITIVITY_STRIDE = 3  # steps from one measured step to the next
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """forecast: record, measure and try out. method: of the low-rank factors (low_rank.METHODS), "" for none; rank: theirs.
+    """What a calibration is asked for.
 
-    speedups: the budgets. directions: hidden channels' directions kept for the correction.
+    Args:
+        forecast: Whether to record runs, measure sensitivities and try plans out.
+        method: Method of the low-rank factors, one of `low_rank.METHODS`. "" makes none.
+        rank: Rank of the low-rank factors.
+        speedups: Speedups that plans are tried out for: steps per full evaluation.
+        directions: Number of directions of hidden channels that are kept for the correction.
     """
 
     forecast: bool = True
@@ -49,7 +54,14 @@ class Wishes:
 
 
 class Learned(NamedTuple):
-    """times: the model's time at the recorded evaluations. steps: sampler steps of a run."""
+    """The result of a calibration.
+
+    Args:
+        times: The model's time at the recorded evaluations.
+        steps: Sampler steps of a run.
+        forecast: Statistics and the plans that did best. None if they were not asked for.
+        factors: Low-rank factors. None if they were not asked for.
+    """
 
     times: tuple[float, ...]
     steps: int
@@ -59,21 +71,27 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True)
 class _Listening(Predictor):
-    """Fills nothing: it makes the engine keep inputs beside hidden states."""
+    """Makes the engine keep inputs with the hidden states. It fills nothing."""
 
     history: int = 1
     uses_input: ClassVar[bool] = True
 
 
 class Calibrator:
-    """sample: samples one of `prompts` prompts. told: is told the stage, and of its samplings (or layers) those done and all.
+    """Calibrates one model.
 
-    Prompts are taken in two halves, each with statistics of its own: what one half teaches is tried out on the other. What is kept
-    is made of both.
+    Prompts are taken in two halves, each with its own statistics, and what is learned from one half is tried out on the other. The result
+    is made from the statistics of both.
 
-    Memory beyond the model's: on its device one hidden state and input of each cond; in system memory twice n²·d·C floats of
-    statistics (0.6 GiB for FLUX at 28 evaluations) and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024²:
-    1.3 GiB with 28 evaluations of two conds).
+    Memory besides the model's: on its device, one hidden state and one input of each cond. In system memory, twice n²·d·C floats of
+    statistics (0.6 GiB each for FLUX at 28 evaluations), with n recorded evaluations and d and C the channels of an input and of a hidden
+    token, and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024×1024: 1.3 GiB with 28 evaluations of two conds).
+
+    Args:
+        sample: Samples a prompt.
+        prompts: Number of prompts.
+        wishes: What is asked for.
+        told: Called with the name of the stage, the number of its samplings (or layers) that are done, and their total number.
     """
 
     def __init__(
@@ -85,16 +103,20 @@ class Calibrator:
     ) -> None:
         self._sample, self._prompts = sample, prompts
         self._wishes, self._told = wishes, told
-        self._halves = [Moments() for _ in range(min(2, prompts))]  # of the even prompts and of the odd ones
+        self._halves = [Moments() for _ in range(min(2, prompts))]  # statistics of the even prompts and of the odd ones
         self._sites: list[LinearSite] = []
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
         self._references: list[Tensor] = []
         self._times: tuple[float, ...] = ()
         self._start: RunStart | None = None
-        self._dtype = torch.float32  # what the blocks compute in
+        self._dtype = torch.float32  # dtype that the blocks compute in
 
     def run(self) -> Learned:
-        """Raises ValueError where the model's calls cannot be recorded."""
+        """Runs all stages and returns what was learned.
+
+        Raises:
+            ValueError: If the model's calls cannot be recorded or its layers cannot be factorised, with a message for the user.
+        """
         self._record()
         assert self._start is not None, "recording has opened runs"
         forecast = self._forecast(self._start) if self._wishes.forecast else None
@@ -104,7 +126,7 @@ class Calibrator:
     # -- stages -----------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        """Uncached runs of all prompts."""
+        """Samples all prompts in full, and adds up their statistics and magnitudes."""
 
         def listen(call: ModelCall, sites: list[LinearSite]) -> AbstractContextManager[None]:
             self._sites = sites
@@ -121,15 +143,17 @@ class Calibrator:
                 self._add(tape, self._halves[prompt % len(self._halves)])
 
     def _full(self) -> Strategy:
+        """Returns the strategy of the recorded runs."""
         return Strategy(AlwaysCompute(), _Listening() if self._wishes.forecast else Reuse(), name="recording")
 
     def _add(self, tape: Tape, moments: Moments) -> None:
+        """Adds the trajectories of one recorded run to the statistics."""
         trajectories = tape.trajectories()
         if not trajectories:
             raise ValueError("the model's evaluations could not be recorded: another node answers for it, or its conds come and go")
         if any(later > time for time, later in pairwise(tape.times)):
             raise ValueError("this sampler goes back to higher noise levels, which cannot be calibrated: choose another")
-        # of several evaluations at one noise level, the last: that is what a run keeps
+        # of several evaluations at one noise level only the last, which a cached run keeps, too
         apart = [i for i, time in enumerate(tape.times) if time not in tape.times[i + 1 :]]
         nodes = sorted({apart[round(i)] for i in np.linspace(0, len(apart) - 1, min(_NODES, len(apart)))})
         times = tuple(tape.times[node] for node in nodes)
@@ -142,6 +166,7 @@ class Calibrator:
             moments.add(u[nodes][:, rows], z[nodes][:, rows])
 
     def _forecast(self, start: RunStart) -> Forecast:
+        """Measures sensitivities, tries plans out and returns the statistics of all prompts with the plans that did best."""
         halves = [self._measured(half, start) for half in range(len(self._halves))]
         sensitivities = torch.stack([half.sensitivity for half in halves if half.sensitivity is not None])
         moments = self._halves[0]
@@ -165,11 +190,16 @@ class Calibrator:
         return Forecast(model, step_times, tried)
 
     def _measured(self, half: int, start: RunStart) -> ForecastModel:
-        """Of one half of the prompts, with its sensitivity.
+        """Returns the statistics of one half of the prompts, with sensitivities.
 
-        s_i = ‖x_final − x_final,full‖² / e_i with only step i forecast, uncalibrated, at every third step, and e_i what that misses
-        on average; the geometric mean over prompts, as single ones are far more sensitive than others. Between those steps it is
-        interpolated on a log scale, per square of the time that a step stands for: recorded nodes may be further apart than steps.
+        The sensitivity of a step is s_i = mean ‖x_final − x_final,full‖² / e_i, from a run in which only step i is forecast (uncalibrated),
+        with e_i the expected square error of that forecast. It is measured at every third step and at the last one, as the geometric mean
+        over prompts, because single prompts are far more sensitive than others. Between these steps it is interpolated on a log scale,
+        divided by the square of the time that a step stands for, because recorded evaluations may be further apart than steps.
+
+        Args:
+            half: Number of the half, 0 or 1.
+            start: A run of the calibrated model.
         """
         model = self._halves[half].compress(self._times, self._wishes.directions)
         times, steps = start.timeline.times[:-1], start.timeline.steps
@@ -181,7 +211,7 @@ class Calibrator:
         total = halves * len(prompts) * len(measured)
         logs = np.zeros(len(measured))
         for number, prompt in enumerate(prompts):
-            _, tape = self._taped(prompt, Strategy(AlwaysCompute(), AUTO))  # again, so that one tape at a time is kept
+            _, tape = self._taped(prompt, Strategy(AlwaysCompute(), AUTO))  # sampled again, so that only one tape is kept at a time
             for place, step in enumerate(measured):
                 done = (half * len(prompts) + number) * len(measured) + place
                 self._told("measuring sensitivity", min(done, total), total)
@@ -197,6 +227,7 @@ class Calibrator:
         return replace(model, sensitivity=torch.from_numpy(np.exp(over_time) * np.square(stretches(model.times))))
 
     def _factors(self, start: RunStart) -> Factors:
+        """Factorises all linear layers."""
         tensors, energy = factorise_sites(
             self._sites,
             self._wishes.rank,
@@ -219,6 +250,7 @@ class Calibrator:
         until: int = 0,
         listen: Callable[[ModelCall, list[LinearSite]], AbstractContextManager[None]] | None = None,
     ) -> tuple[Tensor, Tape]:
+        """Samples a prompt and returns the final latent with the tape of the run. For the arguments see `TapedRun`."""
         runs: list[TapedRun] = []
 
         def make(start: RunStart) -> TapedRun:
@@ -231,5 +263,5 @@ class Calibrator:
 
 
 def _budgets(steps: int, speedups: Sequence[float]) -> list[int]:
-    """Numbers of full evaluations, most first, fewer than all."""
+    """Returns the numbers of full evaluations for the speedups, most first, without the number that is all steps."""
     return sorted({min(steps, max(2, round(steps / speedup))) for speedup in speedups} - {steps}, reverse=True)

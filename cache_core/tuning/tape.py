@@ -1,4 +1,4 @@
-"""Remembers what a run's model calls gave, so that a run with the same beginning need not compute it again."""
+"""Records the model calls of a run, so that another run with the same beginning need not compute them again."""
 
 from __future__ import annotations
 
@@ -21,20 +21,39 @@ from ..strategy import Strategy
 
 
 class Sample(Protocol):
-    """Samples prompt number `prompt` with the run that `make` gives, and returns the final latent (1, …) in system memory."""
+    """Samples one prompt in a given kind of run.
+
+    Args:
+        prompt: Number of the prompt, from 0.
+        make: Makes the run.
+
+    Returns:
+        The final latent (1, …) in system memory.
+    """
 
     def __call__(self, prompt: int, make: Callable[[RunStart], CacheRun]) -> Tensor: ...
 
 
 class _Kept(NamedTuple):
-    """A cond's hidden state, (rows, L, C) for each tensor that is kept, and, where the predictor uses it, its input (rows, L, d)."""
+    """What is kept of one cond in one model call.
+
+    Args:
+        hidden: Hidden state, one tensor (rows, L, C) for each tensor that the place keeps.
+        input: Input tokens (rows, L, d). None if the predictor does not use them.
+    """
 
     hidden: list[Tensor]
     input: Tensor | None
 
 
 class _Entry(NamedTuple):
-    """One model call, for `conds` conds. kept: one per cond, none where nothing was computed."""
+    """One model call on a tape.
+
+    Args:
+        conds: Number of conds in its batch.
+        output: Answer of the model.
+        kept: What is kept of each cond; empty if the call was not computed.
+    """
 
     conds: int
     output: Tensor
@@ -43,9 +62,13 @@ class _Entry(NamedTuple):
 
 @dataclass
 class Tape:
-    """The model calls of a run, by evaluation and by order within it, in system memory.
+    """The recorded model calls of a run, in system memory.
 
-    times: the model's time at every evaluation. Memory: for every computed evaluation a hidden state of each cond.
+    It takes the memory of one hidden state of each cond for every computed evaluation.
+
+    Args:
+        times: The model's time at every evaluation.
+        entries: The model calls of every evaluation, in order.
     """
 
     times: list[float] = field(default_factory=list)
@@ -53,15 +76,18 @@ class Tape:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the blocks compute in; None before anything was computed."""
+        """The dtype that the blocks compute in. None before anything was computed."""
         return next((kept.hidden[0].dtype for evaluation in self.entries for entry in evaluation for kept in entry.kept), None)
 
     def before(self, time: float) -> int:
-        """How many evaluations come before the first one at `time` or later in the run."""
+        """Returns the number of evaluations before the first one at `time` or later in the run."""
         return next((number for number, at in enumerate(self.times) if at <= time), len(self.times))
 
     def trajectories(self) -> list[tuple[Tensor, Tensor]]:
-        """Input (n, T, d) and hidden state (n, T, C) at all n evaluations, for every cond that was computed at each of them."""
+        """Returns the inputs (n, T, d) and hidden states (n, T, C) of each cond at all n evaluations, with T all its tokens.
+
+        The list is empty if not every evaluation computed equally many conds. A cond without an input is left out.
+        """
         rows = [[kept for entry in evaluation for kept in entry.kept] for evaluation in self.entries]
         if not rows or any(len(row) != len(rows[0]) for row in rows):
             return []
@@ -75,10 +101,17 @@ class Tape:
 
 
 class TapedRun(CacheRun):
-    """A run that is recorded on `tape`; its first `until` evaluations are played back from `before` instead of computed.
+    """A run that is recorded, and whose first evaluations may be played back from another tape instead of computed.
 
-    The run on `before` must have had the same plan, predictor and noise that far. listen: a context around every computed call, given
-    its linear layers.
+    Args:
+        strategy: Strategy of the run.
+        start: What is known of the model and the sampler.
+        before: Tape to play back from. Up to `until`, its run must have had the same plan, predictor and noise.
+        until: Number of evaluations to play back.
+        listen: Makes a context around every computed call, from the call and its linear layers.
+
+    Attributes:
+        tape: The tape that the run is recorded on.
     """
 
     def __init__(
@@ -95,6 +128,7 @@ class TapedRun(CacheRun):
         self._before, self._until, self._listen = before, until, listen
 
     def _answer(self, job: Job) -> Tensor:
+        """Plays the call back where it is on the tape, computes it otherwise, and records it."""
         evaluation = self._evaluation.index
         while len(self.tape.entries) <= evaluation:
             self.tape.entries.append([])
@@ -111,23 +145,29 @@ class TapedRun(CacheRun):
         return result
 
     def _played_back(self, job: Job, entry: _Entry) -> Tensor:
+        """Puts the recorded hidden states into the slots and returns the recorded answer."""
         for slot, kept in zip(job.slots, entry.kept):
             hidden, given = [tensor.to(self._device) for tensor in kept.hidden], kept.input
             slot.remember_hidden(self._time, hidden, None if given is None else given.to(self._device))
-        self._evaluation.add_call(job.kind, 0.0, 0.0)  # so that it does not seem to be answered by another node
+        self._evaluation.add_call(job.kind, 0.0, 0.0)  # without it the evaluation would count as answered by another node
         return entry.output.to(self._device)
 
     def _computed(self, job: Job) -> Tensor:
+        """Computes the call inside the context of `listen`."""
         if self._listen is None:
             return super()._answer(job)
         with self._listen(job.call, linear_sites(self.family, job.known.layer_calls, job.call.model)):
-            return super()._answer(replace(job, watched=None))  # what was watched already went unheard
+            return super()._answer(replace(job, watched=None))  # computed anew: while its place was found, nothing listened
 
     def _fill_without_input(self, _slots: Sequence[Slot], reason: str) -> None:
+        """Raises ValueError: a calibration cannot go on without the model's input."""
         raise ValueError(f"a forecast of this model cannot be calibrated as it is sampled here: {reason}")
 
     def _recorded(self, evaluation: int, conds: int) -> _Entry | None:
-        """What to play back; nothing where the host, short of memory, now calls for other numbers of conds at a time."""
+        """Returns the entry to play back for the next call of an evaluation, or None.
+
+        A host that is short of memory may now put another number of conds into a call than on the tape. That call is computed.
+        """
         number = len(self.tape.entries[evaluation])
         if self._before is None or evaluation >= min(self._until, len(self._before.entries)):
             return None
@@ -136,9 +176,11 @@ class TapedRun(CacheRun):
 
 
 def _kept(slot: Slot) -> _Kept:
+    """Returns a copy of the newest anchor of a slot."""
     anchor = slot.anchors[-1]
     return _Kept([_copy(feature.data) for feature in anchor.hidden], None if anchor.input is None else _copy(anchor.input.data))
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    """Returns a copy in system memory."""
     return tensor.detach().to("cpu", copy=True)

@@ -1,6 +1,7 @@
-"""Tries plans and predictors out on prompts that they were not learned from, and keeps what came closest to the uncached latents.
+"""Tries plans and predictors out on prompts that they were not learned from, and keeps those that come closest to the uncached latents.
 
-Two plans differ by 4 dB on a single prompt, either way, so what is kept stands surely above the setting that needs no calibration.
+On a single prompt two plans may differ by 4 dB in either direction. So a result is kept only where its gain over the uncalibrated setting
+is statistically sure.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from ..run_start import RunStart
 from ..strategy import Strategy
 from .tape import Sample
 
-_SURE = 2.0  # standard errors (over the prompts) by which a trial must stand above the uncalibrated setting
-_WORTH = 0.5  # dB that it must gain: 0.3 dB, two standard errors, were -0.05 on other prompts, and calibrated weights cost some SSIM
+_SURE = 2.0  # standard errors over the prompts that the gain over the uncalibrated setting must exceed
+_WORTH = 0.5  # dB that the gain must exceed: 0.3 dB, two standard errors, became -0.05 on other prompts; calibrated weights cost some SSIM
 
 
 class _Trial(NamedTuple):
-    """origin: of the search for its plans, "" for the plan that does best in general. share: of calibrated weights, None for the
-    uncalibrated predictor. distances: PSNR of every prompt, in dB.
+    """The result of sampling all prompts with one kind of plan and one predictor.
+
+    Args:
+        origin: Where the search for the plans began, one of `ORIGINS`. "" is the front-loaded plan without a search.
+        share: Share 0..1 of calibrated weights. None is the uncalibrated predictor.
+        distances: PSNR of every prompt against its uncached latent, in dB.
     """
 
     origin: str
@@ -37,23 +42,34 @@ class _Trial(NamedTuple):
 
     @property
     def psnr(self) -> float:
+        """The mean PSNR over the prompts, in dB."""
         return statistics.fmean(self.distances)
 
     def is_surely_above(self, other: _Trial) -> bool:
+        """Returns whether the mean gain over `other` exceeds both `_WORTH` and `_SURE` standard errors."""
         gains = [mine - theirs for mine, theirs in zip(self.distances, other.distances)]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         return statistics.fmean(gains) > max(_WORTH, _SURE * error)
 
 
 class Trials:
-    """halves: statistics of a part of the prompts each, prompt p belonging to part p mod their number; every prompt is sampled with
-    what another part taught. pooled: statistics of all prompts, which a plan that is kept is made of. start: of a run to try in.
+    """Tries plans and predictors out for one model. Every prompt is sampled with what another part of the prompts taught.
 
-    references: the uncached latent of every prompt. told: called after every sampling.
+    Args:
+        halves: Statistics of each part of the prompts. Prompt p belongs to part p modulo their number.
+        pooled: Statistics of all prompts, from which a plan that is kept is searched again.
+        start: A run of the calibrated model.
+        sample: Samples a prompt.
+        references: Uncached latent of every prompt.
+        told: Called after every sampling.
+
+    Attributes:
+        SHARE: Share of calibrated weights that is tried. A quarter and all of them were never better by more than 0.1 dB.
+        COUNT: Largest number of trials for one budget. Each samples all prompts.
     """
 
-    SHARE: ClassVar[float] = 0.5  # of calibrated weights; a quarter and all of them were never better by more than 0.1 dB
-    COUNT: ClassVar[int] = 2 + len(ORIGINS)  # trials of one budget at most, each a sampling of all prompts
+    SHARE: ClassVar[float] = 0.5
+    COUNT: ClassVar[int] = 2 + len(ORIGINS)
 
     def __init__(
         self,
@@ -68,9 +84,9 @@ class Trials:
         self._sample, self._references, self._told = sample, references, told
 
     def best(self, budget: int) -> TriedPlan:
-        """The best plan and predictor for `budget` full evaluations; those that need no calibration where none are surely better.
+        """Returns the best plan and predictor for `budget` full evaluations: the uncalibrated ones unless others are surely better.
 
-        Searched plans count on correcting, so they are for Euler samplers. Calibrated weights are tried on the best plan alone.
+        Searched plans rely on the `Corrector`, so only Euler samplers get them. Calibrated weights are tried on the best plan only.
         """
         steps, parts = self._start.timeline.steps, self._others()
         general = origin_plan("general", steps, self._start.window, budget)
@@ -88,16 +104,17 @@ class Trials:
         return TriedPlan(plan, winner.share, winner.psnr, uncalibrated.psnr, winner.origin)
 
     def _others(self) -> list[ForecastModel]:
-        """What the prompts of each part are sampled with."""
+        """Returns the statistics that each part of the prompts is sampled with: those of the next part; its own if there is only one."""
         return [*self._halves[1:], self._halves[0]]
 
     def _searched(self, model: ForecastModel, origin: str, budget: int) -> Plan:
+        """Returns the best plan found from an origin with these statistics."""
         timeline, window = self._start.timeline, self._start.window
         search = search_for(model, timeline.times[:-1], window, is_corrected=True)
         return search.plan(origin_plan(origin, timeline.steps, window, budget))
 
     def _try(self, plans: Sequence[Plan], origin: str, share: float | None) -> _Trial:
-        """Samples all prompts. plans: of every part."""
+        """Samples all prompts with the plans of their parts and a share of calibrated weights."""
         strategies = [
             Strategy(Given(plan), predictor_of(model, share), corrects=True) for plan, model in zip(plans, self._others(), strict=True)
         ]
@@ -114,7 +131,7 @@ class Trials:
 
 
 def psnr(latent: Tensor, reference: Tensor) -> float:
-    """In dB, with the reference's range as the peak."""
+    """Returns the PSNR in dB, with the range of the reference as the peak."""
     error = float((latent.float() - reference.float()).square().mean())
     peak = float(reference.max() - reference.min())
     return 10 * float(torch.log10(torch.tensor(max(peak, 1e-12) ** 2 / max(error, 1e-12))))

@@ -1,4 +1,4 @@
-"""The policies, which choose the steps that are full: one file each, and one line here for each that users may choose."""
+"""The policies, which make plans. Each has a file of its own, and each that users may choose has a line in `POLICIES`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .patterned import Patterned
 from .searched import Searched
 from .within import Within
 
-# By the names that users see in Cache Schedule, in that order.
+# Keys are the names that users see in Cache Schedule, in this order.
 POLICIES: Mapping[str, type[OfferedPolicy]] = MappingProxyType(
     {
         "front-loaded": FrontLoaded,

@@ -1,4 +1,4 @@
-"""Every evaluation in full: the reference that all others are held against."""
+"""The policy that computes every evaluation in full, the reference for all others."""
 
 from __future__ import annotations
 
@@ -10,5 +10,7 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class AlwaysCompute:
+    """Makes every step full."""
+
     def plan(self, steps: int, window: range) -> Plan:
         return Plan((Kind.FULL,) * steps)

@@ -1,4 +1,4 @@
-"""What a policy is, what a user asks of one, and what the cyclic ones share."""
+"""The interface of policies, the request that a user makes of one, and helpers for cyclic policies."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from ..text import parse
 class Policy(Protocol):
     """Chooses the kind of every step before sampling starts. Policies are frozen dataclasses.
 
-    One that users may choose is an `OfferedPolicy` as well.
+    A policy that users may choose is also an `OfferedPolicy`.
     """
 
     def plan(self, steps: int, window: range) -> Plan:
-        """A plan for `steps` sampler steps; every step outside `window` and the first one are full."""
+        """Returns a plan for a run.
+
+        Args:
+            steps: Sampler steps of the run.
+            window: Steps that need not be full. All others, and the first step, are full.
+        """
         ...
 
 
 class OfferedPolicy(Policy, Protocol):
     """A policy that users may choose by its name in `POLICIES`.
 
-    about: What it does, for tooltips. takes: The fields of `Request` that it goes by, apart from warmup and tail.
+    Attributes:
+        about: What it does, for tooltips.
+        takes: Names of the fields of `Request` that it uses, apart from `warmup` and `tail`.
     """
 
     about: ClassVar[str]
@@ -33,7 +40,11 @@ class OfferedPolicy(Policy, Protocol):
 
     @classmethod
     def asked(cls, request: Request) -> Policy:
-        """Makes it for a run. Raises ValueError for what cannot be, in words for the user."""
+        """Makes the policy for a request.
+
+        Raises:
+            ValueError: If the request cannot be met, with a message for the user.
+        """
         ...
 
 
@@ -44,11 +55,11 @@ class Request:
     Args:
         steps: Sampler steps of the run.
         speedup: Wanted number of steps per full evaluation, at least 1.
-        cycle_length: Steps from one full evaluation to the next. 0 leaves it to `speedup`.
-        warmup, tail: Full steps at both ends.
-        text: A schedule that the user wrote; see `planning.text`.
-        costs: What an evaluation of each kind costs, in full ones; 0 where it is not named.
-        searched: The best plan found for a number of full evaluations, from a calibration. None without one.
+        cycle_length: Steps from one full evaluation to the next. 0 follows `speedup`.
+        warmup, tail: Full steps at the beginning and at the end.
+        text: A schedule that the user wrote, in the form of `planning.text`.
+        costs: Cost of an evaluation of each kind, as a share of a full one. A kind without an entry costs nothing.
+        searched: Returns the best plan that a calibration finds with a given number of full evaluations. None without a calibration.
     """
 
     steps: int
@@ -61,22 +72,29 @@ class Request:
     searched: Callable[[int], Plan] | None = None
 
     def length(self, cycle: Callable[[int], Policy]) -> int:
-        """The cycle length that was asked for, or the shortest one whose evaluations cost little enough for the speedup.
+        """Returns `cycle_length` or, if it is 0, the shortest cycle length whose plan is cheap enough for `speedup`.
 
-        cycle: makes the policy of a cycle length.
+        Args:
+            cycle: Makes the policy with a given cycle length.
         """
         return self.cycle_length or next((n for n in range(1, self.steps + 1) if self._is_met(cycle(n))), max(self.steps, 1))
 
     def _is_met(self, policy: Policy) -> bool:
+        """Returns whether the plan costs at most 2 % more than `speedup` allows."""
         plan = policy.plan(self.steps, range(self.steps))
         total = sum(cost * plan.count(kind) for kind, cost in self.costs.items())
         return total * self.speedup <= self.steps * 1.02
 
 
 def cycle(steps: int, window: range, interval: int, between: str, warmup: int, tail: int) -> Plan:
-    """`warmup` full steps, then one full step every `interval`, with `between` repeated in the gaps, then `tail` full.
+    """Makes the plan of a cycle.
 
-    interval counts steps from one full to the next; warmup and tail count steps of the whole run.
+    Args:
+        steps: Sampler steps of the run.
+        window: Steps that need not be full.
+        interval: Steps from one full step to the next.
+        between: Letters of the kinds that fill each gap, repeated as often as they fit.
+        warmup, tail: Full steps at the beginning and at the end of the run.
     """
     filling = parse("F" + between).loop[1:]
     kinds = []
@@ -89,7 +107,7 @@ def cycle(steps: int, window: range, interval: int, between: str, warmup: int, t
 
 
 def check_cycle(interval: int, warmup: int, tail: int) -> None:
-    """Raises ValueError for numbers no cycle can have."""
+    """Raises ValueError for an interval below 1 or a negative number of steps."""
     if interval < 1:
         raise ValueError(f"the cycle length must be at least 1, not {interval}")
     check_counts(warmup, tail)

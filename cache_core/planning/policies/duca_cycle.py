@@ -1,4 +1,4 @@
-"""DuCa's cycle (arXiv 2412.18911): full once, then conservative and skipped in turn."""
+"""The policy of DuCa (arXiv 2412.18911): one full step, then conservative and skipped steps in turn."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from .base import Request, check_cycle, cycle
 
 @dataclass(frozen=True)
 class DucaCycle:
-    """F c a c a F c a c a … with the paper's FLUX setting as default.
+    """Repeats F c a c a. The defaults are the paper's setting for FLUX.
 
-    cycle_length: N, steps from one full evaluation to the next.
-    between: what fills a cycle; "ca" is DuCa, "c" ToCa's all-conservative form (FORA with a token share of 0).
-    warmup, tail: full steps at the beginning and the end of the run.
+    Args:
+        cycle_length: Steps from one full evaluation to the next, N in the paper.
+        between: Letters of the kinds between full steps. "ca" is DuCa. "c" is the all-conservative form of ToCa, and FORA with a token
+            share of 0.
+        warmup, tail: Full steps at the beginning and at the end of the run.
+
+    Raises:
+        ValueError: For a `cycle_length` below 1, a negative number of steps, or other letters than c and a.
     """
 
     about: ClassVar[str] = "full, conservative and skipped in turn"

@@ -1,4 +1,4 @@
-"""Even gaps: full every N steps, nothing computed between (FORA's and TaylorSeer's schedule)."""
+"""The policy with even gaps: one full step every N steps, all others skipped, as in FORA and TaylorSeer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from .base import Request, check_cycle, cycle
 
 @dataclass(frozen=True)
 class FixedInterval:
-    """interval: steps from one full evaluation to the next; warmup, tail: full steps at both ends of the run."""
+    """Makes every N-th step full and skips the others.
+
+    Args:
+        interval: Steps from one full evaluation to the next.
+        warmup, tail: Full steps at the beginning and at the end of the run.
+
+    Raises:
+        ValueError: For an `interval` below 1 or a negative number of steps.
+    """
 
     about: ClassVar[str] = "full every N steps"
     takes: ClassVar[frozenset[str]] = frozenset({"speedup", "cycle_length"})

@@ -1,4 +1,4 @@
-"""Nested plans: a higher speed only takes full evaluations away, the later ones first."""
+"""The policy of mode auto: nested plans with more full steps at the beginning of a run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from typing import ClassVar
 from ..plan import Plan
 from .base import Request, check_counts
 
-_COARSE = 4  # steps between the full evaluations that a run is given first of all
-_LAST = 0.1  # how far the even steps have come, as a part of the run, when its last step is computed as well
-_ODD = 0.26  # how far they have come when the odd steps begin
-_BEHIND = 5.5  # steps by which they stay behind the even ones at least, in short runs
+_COARSE = 4  # distance of the full steps that come first in the order
+_LAST = 0.1  # the last step of the run comes into the order when the even steps have reached this part of the run
+_ODD = 0.26  # the odd steps begin when the even steps have reached this part of the run
+_BEHIND = 5.5  # least number of steps by which the odd steps come after the even ones, which matters in short runs
 
 
 @dataclass(frozen=True)
 class FrontLoaded:
-    """Full evaluations are spent in one order, from the beginning of the run: every 8th step, every 4th; then every second, soon the last
-    step, and behind them, more slowly, those between. A lower budget spends less of the same list, so plans are nested.
+    """Makes the first steps of one fixed order full, as many as the budget allows.
 
-    So gaps never shrink (after a short one no forecast reaches far), the beginning is dense where there is plenty, and the latent that
-    leaves the run comes from a full evaluation where there is a little. Against gaps chosen for each speed alone, which are not nested,
-    that is -0.6 to +2.4 dB on the demo model with 28 steps, and 0.9 to 1.9 below them with 12 (docs/benchmarks.md).
+    The order has the coarsest steps first (every 8th step, then every 4th), each group from the beginning of the run. Then come the even
+    steps, soon the last step of the run, and more slowly the odd steps. A smaller budget takes less of the same list, so plans are nested.
 
-    speedup: steps divided by full evaluations, at least 1; round(steps / speedup) of them, but two of two steps or more.
-    warmup, tail: full steps at both ends of the run, which count towards these.
-    Raises ValueError for a speedup below 1 or a negative count.
+    This way gaps hardly ever shrink (after a short gap no forecast reaches far), the beginning of the run is dense if the budget is large,
+    and the final latent comes from a full evaluation where the budget allows. Compared with gaps that were chosen for each speed alone,
+    which are not nested, these plans gain -0.6 to +2.4 dB on the demo model with 28 steps and lose 0.9 to 1.9 dB with 12 steps
+    (docs/benchmarks.md). docs/method.md, section 5.1, has the order in detail.
+
+    Args:
+        speedup: Steps divided by full evaluations, at least 1. The budget is `round(steps / speedup)` and at least 2.
+        warmup, tail: Full steps at the beginning and at the end of the run. They count towards the budget.
+
+    Raises:
+        ValueError: For a `speedup` below 1 or a negative number of steps.
     """
 
     about: ClassVar[str] = "more full steps at the beginning; a higher speed only takes some of them away"
@@ -54,11 +60,17 @@ class FrontLoaded:
 
 
 def _turn(distance: int, length: int, is_last: bool) -> tuple[int, float]:
-    """When a step `distance` after the first of `length` is computed in full: what sorts lower comes first."""
-    part, spacing = distance / length, distance & -distance  # the largest power of two by which it divides
+    """Returns the key of a step in the order: a step with a lower key becomes full first.
+
+    Args:
+        distance: Steps from the last of the leading full steps.
+        length: Steps from there to the end of the window.
+        is_last: Whether it is the last step of the run.
+    """
+    part, spacing = distance / length, distance & -distance  # spacing: the largest power of two that divides distance
     if spacing >= _COARSE:
         return -spacing, part
-    if is_last:  # right behind a coarse step it is worth less
+    if is_last:  # it gains less directly after a coarse step
         return 0, _LAST if distance % _COARSE > 1 else max(2 * _LAST, (0.5 + _BEHIND) / length)
     if spacing == 2:
         return 0, part

@@ -1,4 +1,4 @@
-"""A plan that was made elsewhere: by a calibration, or by hand."""
+"""The policy that uses a plan from a calibration or one that was written by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class Given:
-    """The plan as it is, but full outside `window`. Raises ValueError for a run of another length."""
+    """Uses a plan as it is, but makes steps outside the window full.
+
+    Args:
+        given: The plan. `plan` raises ValueError for a run with another number of steps.
+    """
 
     given: Plan = Plan(())
 

@@ -1,4 +1,4 @@
-"""ICC's schedule (arXiv 2505.05829): full every N steps, incremental between."""
+"""The policy of ICC (arXiv 2505.05829): one full step every N steps, all others incremental."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from .base import Request, check_cycle, cycle
 
 @dataclass(frozen=True)
 class IccCycle:
-    """F i F i … with the authors' default of every second step; the plan needs factors of the model's linear layers.
+    """Makes every N-th step full and the others incremental, which needs low-rank factors of the model's linear layers.
 
-    interval: steps from one full evaluation to the next; warmup, tail: full steps at both ends of the run.
+    The default, every second step, is the authors'.
+
+    Args:
+        interval: Steps from one full evaluation to the next.
+        warmup, tail: Full steps at the beginning and at the end of the run.
+
+    Raises:
+        ValueError: For an `interval` below 1 or a negative number of steps.
     """
 
     interval: int = 2

@@ -1,4 +1,4 @@
-"""A plan written as text, for runs of any length."""
+"""The policy that a user writes as text, for runs of any length."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from .base import Request, check_counts
 
 @dataclass(frozen=True)
 class Patterned:
-    """The pattern over the whole run, but full outside `window`; warmup, tail: full steps at both ends, over what the pattern says.
+    """Spreads a pattern over the whole run, but makes steps outside the window full.
 
-    Raises ValueError for a negative count.
+    Args:
+        pattern: The pattern.
+        warmup, tail: Steps at the beginning and at the end of the run that are full whatever the pattern says.
+
+    Raises:
+        ValueError: For a negative number of steps.
     """
 
     about: ClassVar[str] = "your own"
@@ -30,7 +35,11 @@ class Patterned:
 
     @classmethod
     def asked(cls, request: Request) -> Patterned:
-        """Raises ScheduleTextError for a text that cannot be read."""
+        """Makes the policy from the text of a request.
+
+        Raises:
+            ScheduleTextError: If the text cannot be read.
+        """
         return cls(parse(request.text), request.warmup, request.tail)
 
     def plan(self, steps: int, window: range) -> Plan:

@@ -1,4 +1,4 @@
-"""Plans that a calibration's search found to move the picture least."""
+"""The policy that uses the plan which the search of a calibration expects to change the picture least."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from .given import Given
 
 @dataclass(frozen=True)
 class Searched(Given):
-    """A plan that was searched for the run."""
+    """Uses a plan that was searched for the run."""
 
     about: ClassVar[str] = "full where a calibration expects it to help the picture most"
     takes: ClassVar[frozenset[str]] = frozenset({"speedup", "searched"})
 
     @classmethod
     def asked(cls, request: Request) -> Searched:
-        """Raises ValueError where no calibration can be searched."""
+        """Searches a plan with `max(2, round(steps / speedup))` full evaluations.
+
+        Raises:
+            ValueError: If there is no calibration to search with.
+        """
         if request.searched is None:
             raise ValueError(
                 "a searched schedule needs a calibrated forecast of this model: run SVD Calibrator first, or choose another kind"

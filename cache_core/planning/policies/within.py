@@ -1,4 +1,4 @@
-"""A policy held to a part of the run that is named in steps."""
+"""A policy that applies another policy to a part of the run, given in steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Within:
-    """`policy` from step `first` up to, not including, step `end` (from 0); None is the end of the run."""
+    """Applies a policy inside a range of steps and makes the others full.
+
+    Args:
+        policy: The policy.
+        first: First step of the range, counted from 0.
+        end: First step after the range. None is the end of the run.
+    """
 
     policy: Policy = AlwaysCompute()
     first: int = 0
