@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..cache_core import find_family
 from ..cache_core.calibration.fingerprint import TENSORS, VALUES, Fingerprint, structure_of
-from ..cache_core.calibration.sidecar import About, Contents, Sidecar, SidecarError, peek, read, write
+from ..cache_core.calibration.sidecar import About, Contents, Sidecar, SidecarError, peek, write
 from .older_names import Shape, namings
 
 FOLDER = "duca_calibration"
@@ -117,16 +117,8 @@ def find(model: ModelPatcher, refused: Refused = lambda path, reason: None) -> F
         return None
     looked = _look(model)
     for path, _, said in sorted(seen, key=lambda at: (at[2].about.created, at[1], str(at[0])), reverse=True):
-        fingerprint = looked.taken_as(said.structure)
-        if fingerprint is None:
-            continue
-        try:
-            sidecar = read(path, ())
-        except SidecarError as error:
-            refused(path, _reason(error))
-            continue
-        if sidecar.fingerprint.matches(fingerprint):
-            return Found(path, sidecar.about)
+        if _is_of(said.fingerprint, looked):
+            return Found(path, said.about)
     return None
 
 
@@ -147,7 +139,11 @@ def fingerprint_of(model: ModelPatcher) -> Fingerprint:
 
 def belongs(fingerprint: Fingerprint, model: ModelPatcher) -> bool:
     """Whether a sidecar's fingerprint is of the model's checkpoint, also one taken in the older way. Raises as `fingerprint_of` does."""
-    mine = _look(model).taken_as(fingerprint.structure)
+    return _is_of(fingerprint, _look(model))
+
+
+def _is_of(fingerprint: Fingerprint, looked: _Looked) -> bool:
+    mine = looked.taken_as(fingerprint.structure)
     return mine is not None and fingerprint.matches(mine)
 
 
@@ -294,7 +290,7 @@ class _Known:
                 key = (path, stat.st_mtime_ns, stat.st_size)
                 self._files[key] = before[key] if key in before else peek(path)
             except SidecarError as error:
-                refused(path, _reason(error))
+                refused(path, f"{error.reason}; {error.remedy}")
             except OSError:  # it was there when the folder was listed
                 continue
         return [(path, mtime, said) for (path, mtime, _), said in self._files.items()]
@@ -319,7 +315,3 @@ def _listed(folder: str) -> list[str]:
     with suppress(OSError):
         return folder_paths.get_filename_list_(folder)[0]
     return []
-
-
-def _reason(error: SidecarError) -> str:
-    return f"{error.reason}; {error.remedy}"

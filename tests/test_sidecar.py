@@ -108,16 +108,16 @@ def test_what_is_written_is_read(file):
     back = read(file)
     assert same(back, sidecar())
     assert load_file(file).keys() == {f"{s}.{n}" for s, tensors in back.sections.items() for n in tensors} | {"fingerprint.values"}
-    written = file.read_bytes()
     write(file, back)
-    assert file.read_bytes() == written, "equal content gives an equal file"
+    assert same(read(file), back)
     assert list(file.parent.iterdir()) == [file]
 
 
 def test_tensors_that_share_memory_or_are_views_are_kept(tmp_path):
     s, shared = sidecar(), torch.randn(6, 6)
     icc = {"a.0.l.p.A": shared[:, :2], "a.0.l.p.B": shared.T[:2], "a.1.l.p.A": shared[:, :2], "a.1.l.p.B": shared[2:4]}
-    icc["energy"] = shared[0, ::3]
+    fused = torch.randn(4, 2)
+    icc |= {"b.0.l.q.A": fused[:2], "b.0.l.q.B": fused[2:], "energy": shared[0, ::2]}
     write(tmp_path / "f", Sidecar(s.about, s.fingerprint, {"icc": icc}))
     back = read(tmp_path / "f").sections["icc"]
     assert all(torch.equal(back[n], icc[n]) for n in icc)
@@ -155,7 +155,7 @@ def test_a_section_that_is_not_there_or_not_known(file):
 
 def test_peek_lists_without_tensors(file):
     contents = peek(file)
-    assert contents.about == ABOUT and contents.structure == sidecar().fingerprint.structure
+    assert contents.about == ABOUT and contents.fingerprint.matches(sidecar().fingerprint)
     assert {s: set(t) for s, t in contents.tensors.items()} == {s: set(t) for s, t in sidecar().sections.items()}
     assert contents.nbytes("icc") == sum(t.nbytes for t in sidecar().sections["icc"].values())
     assert contents.tensors["forecast"]["uz"].shape == (N, N, D, R) and contents.tensors["forecast"]["uz"].dtype == "F16"
@@ -215,8 +215,9 @@ def test_truncated_and_lengthened_files_are_refused(file):
         refused(file, "forecast")
         with pytest.raises(SidecarError):
             peek(file)
-    file.write_bytes(whole + b"\0")
-    refused(file)
+    for tail in (b"\0", b" ", b"\0" * 8, whole):
+        file.write_bytes(whole + tail)
+        refused(file)
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -230,8 +231,8 @@ def test_foreign_files_are_refused(tmp_path):
     for content in (b"", b"\0" * 64, b"{}", b"\x80\x04." * 30, json.dumps({"about": {}}).encode()):
         path.write_bytes(content)
         refused(path)
-    assert "no such file" in refused(tmp_path / "missing").reason
-    assert "no such file" in refused(tmp_path).reason
+    assert "No such file" in refused(tmp_path / "missing").reason
+    assert "cannot be read" in refused(tmp_path).reason
 
 
 def test_a_newer_format_asks_for_an_update(file):
@@ -284,7 +285,7 @@ def _forged(path: Path, change) -> None:
         section, _, rest = name.partition(".")
         listed = sections.get(section, {}).get(rest) if isinstance(sections, dict) else None
         if isinstance(listed, dict) and isinstance(listed.get("shape"), list):
-            listed |= {"shape": list(tensor.shape), "sha256": sidecar_check.hashlib.sha256(sidecar_check.bytes_of(tensor)).hexdigest()}
+            listed |= {"shape": list(tensor.shape), "sha256": sidecar_check.describe(tensor).sha256}
     metadata |= {"about": json.dumps(about), "sections": json.dumps(sections), "fingerprint": json.dumps(fingerprint)}
     save_file(tensors, path, metadata | {"digest": sidecar_check._digest(metadata)})
 
@@ -292,9 +293,6 @@ def _forged(path: Path, change) -> None:
 @pytest.mark.parametrize(
     "change",
     {
-        "NaN": lambda a, s, f, t: t["forecast.gram"].fill_(float("nan")),
-        "infinity": lambda a, s, f, t: t["icc.single.1.linear1.mlp.A"].fill_(float("inf")),
-        "NaN in the fingerprint": lambda a, s, f, t: t["fingerprint.values"].fill_(float("nan")),
         "steps": lambda a, s, f, t: a.update(steps=K + 1, sigmas=[1.0] * (K + 2)),
         "times": lambda a, s, f, t: a.update(times=[1.0] * (N + 1)),
         "noise levels": lambda a, s, f, t: a.update(sigmas=[1.0] * K),

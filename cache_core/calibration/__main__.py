@@ -63,7 +63,8 @@ def _positive(text: str) -> int:
 
 
 def _show(path: str) -> None:
-    contents, fingerprint = peek(path), read(path, ()).fingerprint
+    contents = peek(path)
+    fingerprint = contents.fingerprint
     for field in fields(About):
         value = getattr(contents.about, field.name)
         text = " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else _text(value)

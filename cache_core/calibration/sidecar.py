@@ -20,19 +20,18 @@ n: recorded evaluations; k: steps; p: budgets; d: channels of an input token; C:
 Floats of 64, 32 or 16 bits, finite.
 
 Metadata: `duca_format` "1"; `about` (JSON of About); `sections` (JSON: per section and tensor its dtype, shape and sha256);
-`fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. So every byte of a file is covered.
+`fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. safetensors itself sees to the file's layout,
+`digest` to the metadata and the sha256 of each tensor to its values, so a change of any byte is noticed.
 
 A file is replaced whole or not at all, and a reader meanwhile sees the old or the new one.
 """
 
 from __future__ import annotations
 
-import errno
 import glob
-import json
 import os
 import secrets
-import struct
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,7 +40,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .fingerprint import Fingerprint
@@ -55,9 +56,6 @@ from .sidecar_check import (
     RefusedError,
     SidecarError,
     TensorInfo,
-    bytes_of,
-    check,
-    compare,
     describe,
     from_metadata,
     to_metadata,
@@ -67,13 +65,17 @@ __all__ = ["About", "Contents", "Sidecar", "SidecarError", "TensorInfo", "peek",
 
 _Path = str | os.PathLike[str]
 _T = TypeVar("_T")
-_STRAY_AGE = 3600.0  # seconds after which a temporary file belongs to nobody: a writer at work touches it all the time
-_TRIES = 50  # reads of a file that is replaced meanwhile
+_STRAY_AGE = 3600.0  # seconds after which what a writer left belongs to nobody: none takes as long
+_TRIES = 5  # reads of a file that is replaced meanwhile
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before the file is replaced once more, which takes longer than reading a large one
 
 
 @dataclass(frozen=True, eq=False)
 class Sidecar:
-    """What a sidecar holds. sections: "forecast" and/or "icc", each its tensors by name; names, shapes and dtypes above."""
+    """What a sidecar holds. sections: "forecast" and/or "icc", each its tensors by name; names, shapes and dtypes above.
+
+    No two tensors overlap in memory: safetensors writes none that do.
+    """
 
     about: About
     fingerprint: Fingerprint
@@ -82,10 +84,10 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a sidecar says without its tensors. structure: its fingerprint's. tensors: per section, by name."""
+    """What a sidecar says without its sections' tensors. tensors: what they are, per section and name."""
 
     about: About
-    structure: str
+    fingerprint: Fingerprint
     tensors: Mapping[str, Mapping[str, TensorInfo]]
 
     def nbytes(self, section: str) -> int:
@@ -97,20 +99,17 @@ def write(path: _Path, sidecar: Sidecar) -> None:
     """Writes `sidecar` to `path`, replacing what is there in one go; of two writers at once the last wins.
 
     Raises SidecarError when the sidecar breaks a rule of this module, or when the folder cannot be written to or the disk
-    is full; what was there before then still is.
+    is full; what was there before then still is. Memory: safetensors before 0.8 copies all tensors first.
     """
     try:
         target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
-        pieces = _encode(sidecar)
+        tensors, metadata = _encode(sidecar)
         _sweep(target)
-        _replace(target, pieces)
+        _replace(target, tensors, metadata)
     except RefusedError as error:
         raise SidecarError(path, f"not written, because {error.reason}", error.remedy) from error
-    except PermissionError as error:
-        raise SidecarError(path, f"not written: {_said(error)}", "allow writing to its folder, or choose another") from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "make room on the disk and save again" if full else "check that its folder exists and can be written to"
+    except (OSError, SafetensorError) as error:
+        remedy = "make its folder, allow writing to it or make room on the disk, and save again"
         raise SidecarError(path, f"not written: {_said(error)}", remedy) from error
 
 
@@ -124,153 +123,144 @@ def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
     wanted = None if sections is None else tuple(sections)
     if wanted is not None and not set(wanted) <= set(SECTIONS):
         raise ValueError(f"sections are {SECTIONS}, not {wanted}")
-    return _steadily(path, lambda: _read(path, wanted))
+    return _steadily(path, lambda file: _sidecar(file, wanted))
 
 
 def peek(path: _Path) -> Contents:
-    """What the file at `path` says of itself, without reading a tensor: for lists. Raises SidecarError as `read` does."""
-
-    def look() -> Contents:
-        with _opened(path) as file:
-            header = _header(file)
-        shown = {section: MappingProxyType(dict(header.catalogue[section])) for section in SECTIONS if section in header.catalogue}
-        return Contents(header.about, header.structure, MappingProxyType(shown))
-
-    return _steadily(path, look)
+    """What the file at `path` says of itself, without reading its sections: for lists. Raises SidecarError as `read` does."""
+    return _steadily(path, _contents)
 
 
-def _encode(sidecar: Sidecar) -> list[bytes | memoryview]:
-    """The file in pieces. Written here and not by safetensors, whose own temporary file and permissions we could not control."""
-    if not set(sidecar.sections) <= set(SECTIONS):
-        raise RefusedError(f"its sections are {sorted(sidecar.sections)}, and known are {', '.join(SECTIONS)}", CALIBRATE)
+def _encode(sidecar: Sidecar) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of the file. Raises RefusedError for what `read` would refuse."""
     groups = {**sidecar.sections, FINGERPRINT: {"values": sidecar.fingerprint.values}}
-    tensors = {s: {n: t.detach().cpu().contiguous() for n, t in group.items()} for s, group in groups.items()}
-    listed = {s: {n: describe(f"{s}.{n}", t) for n, t in group.items()} for s, group in tensors.items()}
-    header = Header(sidecar.about, listed, sidecar.fingerprint.structure, sidecar.fingerprint.dtype)
-    check(header)
-    metadata = to_metadata(header)
-    from_metadata(metadata)  # whatever is written can be read
-    order = sorted(((s, n) for s, group in tensors.items() for n in group), key=lambda at: (-tensors[at[0]][at[1]].itemsize, at))
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for s, n in order:  # widest first, so that every tensor is aligned
-        info = listed[s][n]
-        entries[f"{s}.{n}"] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (offset, offset + info.nbytes)}
-        offset += info.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)) + text, *(bytes_of(tensors[s][n]) for s, n in order)]
+    catalogue: dict[str, dict[str, TensorInfo]] = {section: {} for section in groups}
+    tensors = {}
+    for section, group in groups.items():
+        for name, tensor in group.items():
+            ours = tensors[f"{section}.{name}"] = tensor.detach().cpu().contiguous()
+            catalogue[section][name] = describe(ours)
+    metadata = to_metadata(Header(sidecar.about, catalogue, sidecar.fingerprint.structure, sidecar.fingerprint.dtype))
+    from_metadata(metadata)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RefusedError(f"{name} holds NaN or infinity", CALIBRATE)
+    return tensors, metadata
 
 
-def _replace(target: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+def _replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # safetensors has a temporary file of its own, which stays when the process is killed: `_sweep` finds it in this folder
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    folder.mkdir()
     try:
-        with temporary.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
+        written = folder / "written"
+        written.touch()
+        usual = written.stat().st_mode  # safetensors makes a file that only its owner may read
+        save_file(tensors, written, metadata)
+        with written.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:  # Ctrl-C too
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with suppress(OSError):  # not every system can; the file is in place either way
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        written.chmod(usual)
+        _put(written, target)
+    finally:  # Ctrl-C too
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(written: Path, target: Path) -> None:
+    """Windows replaces no file that is open, as it is to a reader for a moment: torch opens it without FILE_SHARE_DELETE."""
+    for pause in _PAUSES:
+        with suppress(PermissionError):
+            written.replace(target)
+            return
+        time.sleep(pause)
+    written.replace(target)
 
 
 def _sweep(target: Path) -> None:
     """Removes what writers of this file left behind that were killed."""
-    with suppress(OSError):
-        for stray in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-            with suppress(OSError):
-                if time.time() - stray.stat().st_mtime > _STRAY_AGE:
-                    stray.unlink()
+    for stray in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - stray.stat().st_mtime > _STRAY_AGE:
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()  # a file is by an older version of the pack
 
 
-def _read(path: _Path, wanted: tuple[str, ...] | None) -> Sidecar:
-    with _opened(path) as file:
-        header = _header(file)
-        held = [section for section in SECTIONS if section in header.catalogue]
-        missing = [section for section in wanted or () if section not in held]
-        if missing:
-            raise RefusedError(f"it has no {' and no '.join(missing)} section", "calibrate with it, or choose another file")
-        values = _load(file, header, FINGERPRINT)["values"]
-        try:
-            fingerprint = Fingerprint(header.structure, header.fingerprint_dtype, values)
-        except ValueError as error:
-            raise RefusedError(str(error), CALIBRATE) from error
-        chosen = held if wanted is None else [section for section in held if section in wanted]
-        return Sidecar(header.about, fingerprint, MappingProxyType({section: _load(file, header, section) for section in chosen}))
+def _sidecar(file: Any, wanted: tuple[str, ...] | None) -> Sidecar:
+    header = _header(file)
+    held = [section for section in SECTIONS if section in header.catalogue]
+    missing = [section for section in wanted or () if section not in held]
+    if missing:
+        raise RefusedError(f"it has no {' and no '.join(missing)} section", "calibrate with it, or choose another file")
+    sections = {section: _load(file, header, section) for section in held if wanted is None or section in wanted}
+    return Sidecar(header.about, _fingerprint(file, header), MappingProxyType(sections))
+
+
+def _contents(file: Any) -> Contents:
+    header = _header(file)
+    shown = {section: MappingProxyType(dict(header.catalogue[section])) for section in SECTIONS if section in header.catalogue}
+    return Contents(header.about, _fingerprint(file, header), MappingProxyType(shown))
+
+
+def _header(file: Any) -> Header:
+    """The metadata, and that the file has just the tensors it lists."""
+    header = from_metadata(file.metadata())
+    odd = {f"{section}.{name}" for section, tensors in header.catalogue.items() for name in tensors} ^ set(file.keys())
+    if odd:
+        raise RefusedError(f"its tensors are not those it lists ({', '.join(sorted(odd)[:3])})")
+    return header
+
+
+def _fingerprint(file: Any, header: Header) -> Fingerprint:
+    values = _load(file, header, FINGERPRINT)["values"]
+    try:
+        return Fingerprint(header.structure, header.fingerprint_dtype, values)
+    except ValueError as error:
+        raise RefusedError(str(error), CALIBRATE) from error
 
 
 def _load(file: Any, header: Header, section: str) -> Mapping[str, Tensor]:
     tensors = {}
     for name, listed in header.catalogue[section].items():
         # a clone: what safe_open gives is the mapped file itself, and what is checked must be what is used
-        tensor = file.get_tensor(f"{section}.{name}").clone()
-        compare(f"{section}.{name}", tensor, listed)
-        tensors[name] = tensor
+        tensors[name] = file.get_tensor(f"{section}.{name}").clone()
+        if describe(tensors[name]) != listed:
+            raise RefusedError(f"{section}.{name} is damaged")
     return MappingProxyType(tensors)
-
-
-def _header(file: Any) -> Header:
-    """The metadata, and that the file has just the tensors it lists, in their shapes."""
-    header = from_metadata(file.metadata())
-    listed = {f"{section}.{name}": info for section, tensors in header.catalogue.items() for name, info in tensors.items()}
-    if set(file.keys()) != set(listed):
-        odd = sorted(set(file.keys()) ^ set(listed))
-        raise RefusedError(f"its tensors are not those it lists ({', '.join(odd[:3])})")
-    for name, info in listed.items():
-        shape = tuple(file.get_slice(name).get_shape())
-        if shape != info.shape:
-            raise RefusedError(f"{name} has the shape {shape}, where {info.shape} was written")
-    return header
 
 
 @contextmanager
 def _opened(path: _Path) -> Iterator[Any]:
     """safe_open, with every way a file can be unfit as a SidecarError."""
     try:
-        if not Path(path).is_file():
-            raise SidecarError(path, "there is no such file", "choose another file, or calibrate")
-        with Path(path).open("rb"):  # safe_open does not tell a file that may not be read from one that cannot be
+        with Path(path).open("rb"):  # safe_open calls a file that may not be read, and a folder, something else
             pass
         with safe_open(path, framework="pt") as file:
             yield file
     except RefusedError as error:
         raise SidecarError(path, error.reason, error.remedy) from error
-    except PermissionError as error:
-        raise SidecarError(path, f"it cannot be read: {_said(error)}", "allow reading it") from error
     except OSError as error:
-        raise SidecarError(path, f"it cannot be read: {_said(error)}", COPY_AGAIN) from error
+        remedy = "choose a file that is there and allow reading it, or calibrate"
+        raise SidecarError(path, f"it cannot be read: {_said(error)}", remedy) from error
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise SidecarError(path, f"it is damaged, cut short or no safetensors file ({error})", COPY_AGAIN) from error
 
 
-def _steadily(path: _Path, attempt: Callable[[], _T]) -> _T:
-    """Tries again while the file is being replaced: safe_open opens it twice by name, header and tensors apart."""
-    for _ in range(_TRIES):
-        before = _identity(path)
-        try:
-            return attempt()
-        except SidecarError:
-            if _identity(path) == before:
-                raise
-    return attempt()
+def _steadily(path: _Path, take: Callable[[Any], _T], tries: int = _TRIES) -> _T:
+    """What `take` makes of the open file; again where it is replaced meanwhile: safe_open opens it twice, for header and tensors."""
+    before = _identity(path)
+    try:
+        with _opened(path) as file:
+            return take(file)
+    except SidecarError:
+        if tries == 1 or _identity(path) == before:
+            raise
+    return _steadily(path, take, tries - 1)
 
 
 def _identity(path: _Path) -> tuple[int, int, int] | None:
-    try:
+    with suppress(OSError, ValueError):
         stat = Path(path).stat()
-    except (OSError, ValueError):
-        return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return None
 
 
-def _said(error: OSError) -> str:
-    return error.strerror or str(error)
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -27,7 +27,6 @@ CALIBRATE = "calibrate again"
 _KEYS = ("about", "digest", "duca_format", "fingerprint", "sections")
 _LARGEST = sys.float_info.max
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # one letter per dimension, equal letters for equal sizes, a digit for itself, and the dtypes allowed
 _FORECAST = MappingProxyType(
     {
@@ -165,29 +164,11 @@ def check(header: Header) -> None:
         _check_icc(header.catalogue["icc"])
 
 
-def describe(name: str, tensor: Tensor) -> TensorInfo:
-    """What the metadata will list for `tensor`, on the CPU and contiguous. Raises RefusedError for NaN, infinity or another dtype."""
+def describe(tensor: Tensor) -> TensorInfo:
+    """What the metadata lists of `tensor`, on the CPU and contiguous. A dtype that no sidecar has is named as torch does."""
     dtype = next((text for text, kind in DTYPES.items() if kind is tensor.dtype), str(tensor.dtype))
-    if dtype not in DTYPES:
-        raise RefusedError(f"{name} is {dtype}, and a sidecar holds {', '.join(DTYPES)}", CALIBRATE)
-    if not torch.isfinite(tensor).all():
-        raise RefusedError(f"{name} holds NaN or infinity", CALIBRATE)
-    return TensorInfo(dtype, tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
-
-
-def compare(name: str, tensor: Tensor, listed: TensorInfo) -> None:
-    """Raises RefusedError unless `tensor` is what the metadata lists."""
-    if DTYPES[listed.dtype] is not tensor.dtype or tuple(tensor.shape) != listed.shape:
-        raise RefusedError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, where {listed.dtype} {listed.shape} was written")
-    if hashlib.sha256(bytes_of(tensor)).hexdigest() != listed.sha256:
-        raise RefusedError(f"{name} is damaged")
-    if not torch.isfinite(tensor).all():
-        raise RefusedError(f"{name} holds NaN or infinity", CALIBRATE)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, not a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    memory = tensor.reshape(-1).view(torch.uint8).numpy().data  # not a copy
+    return TensorInfo(dtype, tuple(tensor.shape), hashlib.sha256(memory).hexdigest())
 
 
 def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
@@ -226,17 +207,14 @@ def _same(section: str, found: Iterable[str], expected: Iterable[str]) -> None:
 
 
 def _catalogue(raw: Any) -> Catalogue:
-    if not isinstance(raw, dict) or not all(isinstance(tensors, dict) for tensors in raw.values()):
-        raise RefusedError("its list of sections is not of the form this version reads", CALIBRATE)
-    return {section: {name: _info(name, entry) for name, entry in tensors.items()} for section, tensors in raw.items()}
+    try:
+        return {section: {name: _info(**entry) for name, entry in tensors.items()} for section, tensors in raw.items()}
+    except (AttributeError, TypeError) as error:
+        raise RefusedError("its list of tensors is not of the form this version reads", CALIBRATE) from error
 
 
-def _info(name: str, raw: Any) -> TensorInfo:
-    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "sha256"}:
-        raise RefusedError(f"its entry for {name} is not of the form this version reads", CALIBRATE)
-    if raw["dtype"] not in tuple(DTYPES) or not isinstance(raw["sha256"], str) or not _SHA256.fullmatch(raw["sha256"]):
-        raise RefusedError(f"its entry for {name} is not of the form this version reads", CALIBRATE)
-    return TensorInfo(raw["dtype"], _numbers(int)(raw["shape"]), raw["sha256"])
+def _info(dtype: Any, shape: Any, sha256: Any) -> TensorInfo:
+    return TensorInfo(_scalar(str)(dtype), _numbers(int)(shape), sha256)
 
 
 def _about(raw: Any) -> About:
