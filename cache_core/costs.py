@@ -36,7 +36,9 @@ class Costs(NamedTuple):
 
 
 def assumed_costs(token_share: float, factors: Factors | None = None) -> dict[Kind, float]:
-    """Returns what an evaluation of each kind costs as a share of a full one, before anything is counted. Skipped ones are left out.
+    """Returns what an evaluation of each kind costs as a share of a full one, before anything is counted.
+
+    Skipped ones are left out, as they cost next to nothing.
 
     Args:
         token_share: Share of the tokens that conservative evaluations recompute, 0..1.
@@ -50,7 +52,7 @@ def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> C
     """Returns what a run with this plan will cost. Kinds that were not counted yet cost as on a usual model.
 
     Args:
-        shape: What the calls of an earlier run were like, None where there was none.
+        shape: What earlier calls were like, None where there were none.
     """
     usual = {**assumed_costs(strategy.token_share, strategy.factors), Kind.SKIPPED: _SKIPPED}
     if shape is None or shape.known.place is None:

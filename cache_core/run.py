@@ -378,7 +378,7 @@ class CacheRun:
         return engine
 
     def _follows_a_skip(self, step: int) -> bool:
-        """Returns whether the step before is not full. Nothing rests where full steps follow each other, as warm-ups and tails must be exact."""
+        """Returns whether the step before is not full. Nothing rests in full steps in a row, as warm-ups and tails must be exact."""
         return step > 0 and self.plan[step - 1] is not Kind.FULL
 
     def _entered(self, engine: EngineCall) -> None:

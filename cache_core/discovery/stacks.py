@@ -13,7 +13,7 @@ from .watch import BlockCall, ListCalls, Spec
 
 
 class Stack(NamedTuple):
-    """A list of blocks that were called once each; some may have been left out.
+    """A list of blocks that were called once each, all or at least half of them.
 
     Args:
         passed: What its blocks return in a skip.

@@ -59,8 +59,8 @@ def changed(before: Facts, after: Facts, strict: Collection[str] = ("",)) -> tup
     """Returns the name of the first fact that has changed, and of the first that is new; "" for none.
 
     Args:
-        strict: Prefixes of the names in blocks, where a new tensor in place of another of its shape is a change. Elsewhere it is
-            not: some networks keep a log that nobody reads, and where it is read the proof fails.
+        strict: Prefixes of the names in blocks, by default all names. There, a new tensor in place of another of its shape is a
+            change. Elsewhere it is not: some networks keep a log that nobody reads, and where it is read the proof fails.
     """
     starts = tuple(strict)
     other = (name for name, value in before.items() if name in after and _differ(value, after[name], name.startswith(starts)))
