@@ -1,6 +1,6 @@
-"""Feature caching for diffusion transformers in plain torch: no host import, no state outside a run.
+"""Caches features of diffusion transformers, in plain torch: no host is imported, and no state is kept outside a run.
 
-`Settings` says what is wanted, `find_family` where, `CacheRun` does it for one sampling run.
+`Settings` are a user's choices, `find_family` recognises the model, and `CacheRun` carries out one sampling run.
 """
 
 from __future__ import annotations

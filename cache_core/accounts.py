@@ -1,4 +1,4 @@
-"""What the calls of one run cost: multiply-adds, counted by torch when a call is the first of its like, and bytes, foretold."""
+"""Keeps account of what the calls of one run cost: multiply-adds, counted at the first call of each kind, and bytes, predicted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from .strategy import Strategy
 
 
 class Accounts:
-    """choose_device: given the bytes that will be kept, the device to keep them on (None: the model's)."""
+    """Keeps account of the calls of one run.
+
+    Args:
+        plan: The plan of the run.
+        report: The report in which predictions are entered.
+        store: Keeps the features.
+        choose_device: Is called with the bytes that will be kept and returns the device to keep them on, None for the model's.
+            Where it is None itself, `store.format` is left as it is.
+    """
 
     def __init__(
         self, plan: Plan, report: RunReport, store: FeatureStore, choose_device: Callable[[int], torch.device | None] | None
@@ -33,7 +41,7 @@ class Accounts:
 
     @contextmanager
     def counting(self, engine: EngineCall, strategy: Strategy, kind: Kind) -> Iterator[None]:
-        """Around a call: counts its multiply-adds where it is the first of its like."""
+        """Counts the multiply-adds of the call inside the context, if it is the first of its kind."""
         key = _key(engine, strategy, kind)
         if key in engine.known.costs:
             yield
@@ -44,12 +52,12 @@ class Accounts:
             engine.known.costs[key] = macs.so_far
 
     def add(self, evaluation: Evaluation, engine: EngineCall, strategy: Strategy, kind: Kind) -> None:
-        """Enters a call that was carried out; nothing where another node answered for the model."""
+        """Enters a call that was carried out in the evaluation, unless another node answered for the model."""
         if engine.is_touched:
             evaluation.add_call(kind, engine.known.costs.get(_key(engine, strategy, kind), 0.0), engine.known.macs)
 
     def past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        """The answer of a call that the cache has no part in, and its multiply-adds: 0 where another node answered for the model."""
+        """Returns the answer of a call without the cache, and its multiply-adds: 0 where another node answered for the model."""
         key = call.model, call.likeness
         if key in self._past:
             return compute(), self._past[key]
@@ -59,7 +67,15 @@ class Accounts:
         return result, self._past[key]
 
     def predict(self, engine: EngineCall, new: Sequence[Slot], slots: SlotTable, strategy: Strategy, step: int) -> None:
-        """Foretells the bytes of slots that are new, and chooses a device for the first."""
+        """Predicts the bytes of new slots, and chooses the device where nothing is kept yet.
+
+        Args:
+            engine: The call that the slots are for.
+            new: The new ones among its slots.
+            slots: All slots of the run.
+            strategy: What the run does.
+            step: The step at which the slots are met.
+        """
         known, layer_bytes = engine.known, 0
         if engine.layers is not None:
             layer_bytes = known.rows // len(engine.slots) * engine.layers.bytes(engine.dtype, strategy.storage)
@@ -74,7 +90,7 @@ class Accounts:
 
 
 def _key(engine: EngineCall, strategy: Strategy, kind: Kind) -> Hashable:
-    """See `costs.cost_key`; a full evaluation costs more where it keeps what incremental ones need, and less where sublayers rest."""
+    """Returns the key of a call's costs (`costs.cost_key`). A full one costs more with `layers` to keep, less where sublayers rest."""
     if kind is Kind.FULL and engine.layers is not None:
         return anchor_key(strategy)
     return (kind, engine.rests) if engine.rests else cost_key(kind, strategy)

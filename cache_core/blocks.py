@@ -1,4 +1,4 @@
-"""The blocks in a network's lists."""
+"""Lists the blocks of a network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def blocks_of(container: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks of a ModuleList, ModuleDict or Sequential in order, even where a node has changed how it is iterated over."""
+    """Returns the blocks of a ModuleList, ModuleDict or Sequential in order, even where a node has changed its iteration."""
     blocks = container._modules.values() if isinstance(container, nn.Module) else container
     return [block for block in blocks if block is not None]
 
 
 def blocks_at(network: nn.Module, path: str) -> list[nn.Module]:
-    """The same, by the container's dotted path on the network."""
+    """Returns the blocks of the container at a dotted path on the network."""
     return blocks_of(attrgetter(path)(network))

@@ -1,4 +1,4 @@
-"""What a plan will cost, before it is run: multiply-adds and bytes."""
+"""Estimates what a plan will cost before it is run: multiply-adds and bytes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from .store import StoreFormat
 if TYPE_CHECKING:
     from .strategy import Strategy
 
-# For a model that was not sampled yet, as shares of a full evaluation, counted on FLUX.1 at 1024x1024.
-_CONSERVATIVE = 0.7  # per share of tokens: 0.071 at share 0.1
+# Costs for a model that was not sampled yet, as shares of a full evaluation, counted on FLUX.1 at 1024x1024.
+_CONSERVATIVE = 0.7  # times the share of tokens: 0.071 at share 0.1
 _INCREMENTAL = 0.2  # at rank 128
-_ATTENTION = 0.1  # of an incremental evaluation, beyond what its factors cost; counted 0.15
+_ATTENTION = 0.1  # of an incremental evaluation, besides what its factors cost; 0.15 was counted
 _SKIPPED = 0.0002
 
 
 class Costs(NamedTuple):
-    """compute: multiply-adds of the run as a share of those without a cache. bytes: of the cache at most, None where not known.
+    """What a run will cost.
 
-    is_counted: for this model; else a usual one's costs were taken.
+    Args:
+        compute: Multiply-adds as a share of those without a cache.
+        bytes: Bytes of the cache at most, None where they are not known.
+        is_counted: Whether the costs were counted on this model. If not, those of a usual one were taken.
     """
 
     compute: float
@@ -33,16 +36,24 @@ class Costs(NamedTuple):
 
 
 def assumed_costs(token_share: float, factors: Factors | None = None) -> dict[Kind, float]:
-    """What an evaluation of each kind costs, in full ones, before anything is counted. Skipped ones cost next to nothing.
+    """Returns what an evaluation of each kind costs as a share of a full one, before anything is counted.
 
-    token_share: recomputed by conservative evaluations, 0..1. factors: of incremental ones, where they are known.
+    Skipped ones are left out, as they cost next to nothing.
+
+    Args:
+        token_share: Share of the tokens that conservative evaluations recompute, 0..1.
+        factors: Low-rank factors of incremental evaluations, where they are known.
     """
     incremental = _INCREMENTAL if factors is None else weight_share(factors) + _ATTENTION
     return {Kind.FULL: 1.0, Kind.INCREMENTAL: incremental, Kind.CONSERVATIVE: _CONSERVATIVE * token_share}
 
 
 def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> Costs:
-    """shape: of calls that were made before, None where there were none. What was not counted in them is taken from the usual."""
+    """Returns what a run with this plan will cost. Kinds that were not counted yet cost as on a usual model.
+
+    Args:
+        shape: What earlier calls were like, None where there were none.
+    """
     usual = {**assumed_costs(strategy.token_share, strategy.factors), Kind.SKIPPED: _SKIPPED}
     if shape is None or shape.known.place is None:
         return Costs(_share(plan, usual), None, False)
@@ -57,7 +68,7 @@ def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> C
 
 
 def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
-    """Evaluations of this kind, by strategies with the same key, have the same number of multiply-adds."""
+    """Returns a key under which evaluations of one kind have the same multiply-adds, whatever else the strategy is."""
     if kind is Kind.SKIPPED and strategy.predictor.uses_input:
         return kind, "corrected"
     if kind is Kind.CONSERVATIVE:
@@ -68,14 +79,16 @@ def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
 
 
 def anchor_key(strategy: Strategy) -> Hashable:
-    """The same of full evaluations that keep what incremental ones need, which costs more."""
+    """Returns the key of full evaluations that keep what incremental ones need, which costs more."""
     return Kind.FULL, cost_key(Kind.INCREMENTAL, strategy)
 
 
 def slot_bytes(strategy: Strategy, plan: Plan, shape: CallShape, first_step: int = 0) -> int:
-    """Bytes the cache will hold for one slot, a cond or all that share one, when its history is full.
+    """Returns the bytes that the cache will hold for one slot when its history is full.
 
-    first_step: at which the cond is met; its first evaluation is full whatever its step has in the plan.
+    Args:
+        shape: What the calls are like.
+        first_step: Step at which the slot is met. Its first evaluation is full whatever the plan says.
     """
     known, fmt = shape.known, strategy.storage
     assert known.place is not None, "nothing is kept where there is no place"

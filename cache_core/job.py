@@ -1,4 +1,4 @@
-"""One model call of a run, with what was decided for it."""
+"""Describes what was decided for one model call of a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .planning.kinds import Kind
 
 @dataclass(frozen=True)
 class Job:
-    """What to do for a model call.
+    """A model call, and what was decided for it.
 
     Args:
         kind: How to carry it out.
         call: What the host says about it.
         compute: Runs the host's model.
         known: What was found out about such calls.
-        slots: Of every cond, or one for all where the place is joint.
-        watched: The call as it was computed in full already, while its place was found. None otherwise.
+        slots: One slot for each cond, or one for all where the place is joint.
+        watched: The full evaluation in which the call's place was found just now. None for all other calls.
     """
 
     kind: Kind
@@ -36,12 +36,12 @@ class Job:
 
     @property
     def in_full(self) -> Job:
-        """The same call computed in full, from the start."""
+        """The same call, to be computed in full from the start."""
         return replace(self, kind=Kind.FULL, watched=None)
 
 
 def possible_kind(wanted: Kind, slots: Sequence[Slot]) -> Kind:
-    """The wanted kind, or full where a cond has nothing to go by yet."""
+    """Returns the wanted kind, or full where a slot does not yet hold what that kind needs."""
     needed = {
         Kind.SKIPPED: lambda slot: slot.anchors,
         Kind.CONSERVATIVE: lambda slot: slot.sublayers,

@@ -1,4 +1,4 @@
-"""What a run cost: multiply-adds, milliseconds and bytes of every evaluation, and their sums."""
+"""Measures what a run cost: multiply-adds, milliseconds and bytes of every evaluation, and their sums."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ from .planning.timeline import Timeline
 
 @dataclass
 class Evaluation:
-    """One model evaluation as the sampler asked for it (cond and uncond together).
+    """One evaluation as the sampler asked for it (cond and uncond together).
 
-    planned: the kind its step has in the plan. kind: the costliest kind that a model call of it really was; None where no call
-    reached the model, as another node answered.
-    macs, full_macs: multiply-adds done, and those of the same evaluation in full, embedding and head included.
-    skipped: calls that were aggressive. ms: wall time. cache_bytes: kept after it.
+    Args:
+        index: Number of the evaluation in the run, from 0.
+        step: The sampler's step that it belongs to.
+        sigma: The noise level.
+        planned: The kind that the plan has for the step.
+        kind: The costliest kind that one of its model calls really was. None where no call reached the model, as another node answered.
+        calls: Number of model calls.
+        skipped: Number of calls that were skipped.
+        macs: Multiply-adds done, embedding and head included.
+        full_macs: Multiply-adds of the same evaluation in full.
+        ms: Wall time in milliseconds, 0 before the end of the run.
+        cache_bytes: Bytes kept after it.
     """
 
     index: int
@@ -37,6 +45,7 @@ class Evaluation:
     cache_bytes: int = 0
 
     def add_call(self, kind: Kind, macs: float, full_macs: float) -> None:
+        """Enters a model call, with its multiply-adds and those of the same call in full."""
         cheapest_first = (Kind.SKIPPED, Kind.CONSERVATIVE, Kind.INCREMENTAL, Kind.FULL)
         self.kind = kind if self.kind is None else max(self.kind, kind, key=cheapest_first.index)
         self.calls += 1
@@ -46,22 +55,31 @@ class Evaluation:
 
     @property
     def letter(self) -> str:
-        """Of its kind, as in a plan; "-" where another node answered."""
+        """The letter of its kind, as in a plan; "-" where another node answered."""
         return self.kind.value if self.kind is not None else "-"
 
     @property
     def label(self) -> str:
+        """Its kind in words, for reports."""
         return self.kind.label if self.kind is not None else "elsewhere"
 
 
 @dataclass
 class RunReport:
-    """A finished run in plain numbers; it holds no tensors.
+    """What a run did, in plain numbers. It holds no tensors.
 
-    setting: the strategy in words. plan: its text. predicted_bytes, peak_bytes: of the cache.
-    corrected: full evaluations that made up for skipped ones. notices: what the user was told during the run.
-    is_complete: False after a cancel or an error.
-    shape: what its calls were like, None where none was cached. place: where the hidden state was found, or why not, in words.
+    Args:
+        setting: The strategy in words.
+        plan: The plan as text.
+        family: Name of the model's family.
+        evaluations: All evaluations, in order.
+        predicted_bytes: Bytes that the cache was predicted to hold.
+        peak_bytes: The most bytes that it really held.
+        corrected: Number of full evaluations that were corrected for the forecasts before them.
+        notices: The notices that the user got during the run.
+        is_complete: False after a cancel or an error.
+        shape: What the calls were like, None where none was cached.
+        place: Where the hidden state was found, or why not, in words.
     """
 
     setting: str
@@ -81,7 +99,7 @@ class RunReport:
 
     @property
     def compute_speedup(self) -> float:
-        """Multiply-adds of the same evaluations in full over those done."""
+        """Multiply-adds of the same evaluations in full, divided by those done."""
         done = sum(e.macs for e in self.evaluations)
         return sum(e.full_macs for e in self.evaluations) / done if done else 1.0
 
@@ -91,18 +109,21 @@ class RunReport:
 
     @property
     def time_speedup(self) -> float:
-        """Time that all evaluations would have taken at the median of the full ones, over the time taken."""
+        """Time of all evaluations if each took the median of the full ones, divided by the time taken."""
         full = [e.ms for e in self.evaluations if e.kind is Kind.FULL]
         return statistics.median(full) * len(self.evaluations) / self.total_ms if full and self.total_ms else 1.0
 
 
 def unsaid(report: RunReport, timeline: Timeline, is_explained: bool) -> list[str]:
-    """At the end of a finished run: what the list of evaluations does not say by itself. is_explained: whether the user was told why calls
-    were computed in full.
+    """Returns the notices for the end of a finished run: what the list of evaluations does not show on its own.
+
+    Args:
+        timeline: The noise levels of the run.
+        is_explained: Whether the user was notified why calls were computed in full.
     """
     levels, texts = timeline.sigmas[:-1], []
     seen = {levels[evaluation.step] for evaluation in report.evaluations if evaluation.calls}
-    unseen = sum(level not in seen for level in levels)  # by level, as some schedules have one twice
+    unseen = sum(level not in seen for level in levels)  # by level, as some samplers have the same one twice
     if unseen:
         texts.append(f"the model was not called at {unseen} of {timeline.steps} steps: another node answered, or the sampler left them out")
     wanted = any(evaluation.planned is not Kind.FULL for evaluation in report.evaluations)
@@ -113,15 +134,15 @@ def unsaid(report: RunReport, timeline: Timeline, is_explained: bool) -> list[st
 
 
 class Stopwatch:
-    """Times stretches of work; on CPU and CUDA without making the device wait, with readings collected once, at the end."""
+    """Times work between two marks. On CPU and CUDA the device need not wait for a mark; times are read once, at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._must_wait = device.type not in ("cpu", "cuda") and hasattr(torch, "accelerator")
 
     def mark(self) -> Any:
-        """A point in time of the device's queue (CUDA) or of the clock."""
-        if self._must_wait:  # no timed events there: let the queue run empty
+        """Returns a point in time: of the device's queue on CUDA, else of the clock."""
+        if self._must_wait:  # these devices have no timed events, so the queue must run empty
             torch.accelerator.synchronize()
         if not self._is_cuda:
             return time.perf_counter()
@@ -130,7 +151,7 @@ class Stopwatch:
         return event
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """Between two marks. Waits for the device to reach the later one."""
+        """Returns the time between two marks. Waits for the device to reach the later one."""
         if not self._is_cuda:
             return (end - start) * 1000
         end.synchronize()

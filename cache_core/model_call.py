@@ -1,4 +1,4 @@
-"""What a host says about one call of its model."""
+"""Describes one call of a host's model to the core."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from .planning.kinds import Kind
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of the host's model.
+    """One call of the host's model, as the host describes it.
 
-    model: the network that is called. is_copy: whether it holds the weights of the run's own network on another device.
-    conds: identity of each cond in the batch, in row order; all have equally many rows.
-    signature: shape, dtype and so on: features are only used for calls with an equal one. weights: the same for weights that change
-    while sampling (hook LoRAs). variant: options that change what the network computes, by name, to tell passes apart.
-    given: shapes of what the network is given beside the latent, such as the text's: what is found out about a call holds for equal ones.
-    bypass: why this call must neither use nor fill the cache; "" if it may.
-    starting: told the kind each time before the model is run. abandoned: told when that ended half-way, by an exception of the cache's own.
+    Args:
+        model: The network that is called.
+        conds: Identity of each cond in the batch, in row order. All have the same number of rows.
+        signature: Shape, dtype and so on. Features are only used for calls with an equal signature.
+        variant: The options that change what the network computes, by name. They tell passes over the same conds apart.
+        given: Shapes of what the network is given besides the latent, such as the text. What is found out about a call holds only for
+            calls with equal shapes.
+        bypass: Why this call must neither use nor fill the cache, "" if it may.
+        weights: Identifies weights that change while sampling (hook LoRAs). Features are only used while it is equal.
+        is_copy: Whether the network holds the weights of the run's own network on another device.
+        starting: Is called with the kind of evaluation each time before the model is run.
+        abandoned: Is called when that ended half-way, by an exception of the cache's own.
     """
 
     model: nn.Module
@@ -36,5 +41,5 @@ class ModelCall:
 
     @property
     def likeness(self) -> Hashable:
-        """What is found out about a call of a network holds for those of it for which this is equal."""
+        """Equal for calls that are alike: what is found out about one call of a network holds for all those of it."""
         return self.signature, self.given, self.variant, len(self.conds)

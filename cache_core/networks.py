@@ -1,4 +1,4 @@
-"""Which networks a run serves. Most runs see one; guidance may bring a second model, several devices a copy each."""
+"""Decides which networks a run serves. Most runs call one; guidance may bring a second model, and several devices have a copy each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .strategy import Strategy
 
 
 class Networks:
-    """Of one run. The first network that is called is the run's own."""
+    """Knows the networks of one run. The first one that is called is the run's own."""
 
     def __init__(self, strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
         self._family = family
@@ -20,13 +20,13 @@ class Networks:
         self._unfit: dict[nn.Module, str] = {}
 
     def unfit(self, call: ModelCall) -> str:
-        """Why a call of its network must go past the cache, in words for the user; "" if it need not."""
+        """Returns why calls of a call's network must go past the cache, in words for the user; "" if they need not."""
         if call.model not in self._unfit:
             self._unfit[call.model] = self._reason(call)
         return self._unfit[call.model]
 
     def is_known(self, network: nn.Module) -> bool:
-        """Whether the family describes this network."""
+        """Returns whether the family describes this network."""
         return self._family.matches(network)
 
     def _reason(self, call: ModelCall) -> str:
@@ -39,7 +39,11 @@ class Networks:
 
 
 def check(strategy: Strategy, plan: Plan, family: ModelFamily) -> None:
-    """Raises ValueError, with a remedy, for what this family or this strategy cannot do."""
+    """Checks that this family and this strategy can carry out a plan.
+
+    Raises:
+        ValueError: Where they cannot; the text names a remedy.
+    """
     if plan.has(Kind.CONSERVATIVE) and not family.is_conservative:
         raise ValueError(f"{family.name} models have no conservative evaluation: choose mode auto or forecast")
     if plan.has(Kind.INCREMENTAL) and strategy.factors is None:

@@ -1,7 +1,7 @@
-"""Puts other `forward` functions on modules for the length of one model call.
+"""Overrides the `forward` functions of modules for the length of one model call.
 
-Modules are never replaced: parameter names, and with them LoRA keys, stay as they are, and whoever wrapped a
-forward before us is called as before.
+Modules are never replaced. So parameter names, and with them LoRA keys, stay as they are, and a forward that another
+node has wrapped is called as before.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 Forward = Callable[..., Any]
-Override = tuple[nn.Module, Callable[[Forward], Forward]]  # a module and what makes its new forward from its present one
+Override = tuple[nn.Module, Callable[[Forward], Forward]]  # a module, and a function from its present forward to the new one
 _ABSENT = object()
 
 
 @contextmanager
 def forward_overrides(overrides: Iterable[Override]) -> Iterator[None]:
-    """Applies the overrides in order (a later one on the same module wraps an earlier) and always undoes them."""
+    """Applies the overrides in order and always undoes them. A later one on the same module wraps an earlier one."""
     undo: list[tuple[nn.Module, Any]] = []
     try:
         for module, make in overrides:
@@ -39,18 +39,18 @@ def forward_overrides(overrides: Iterable[Override]) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Compiled blocks run as they were written, for overrides inside them.
+    """Returns a context in which compiled blocks run uncompiled, for overrides inside them.
 
-    torch.compile would trace those of every layer anew at each call: on the demo model a minute and a half for the
-    250 graphs of a run. Where nothing was compiled, or torch is older than 2.6, there is nothing to do.
+    torch.compile would trace the overrides of every layer anew at each call: on the demo model this takes a minute and a
+    half for the 250 graphs of a run. Where nothing was compiled, or torch is older than 2.6, the context does nothing.
     """
     set_stance = getattr(torch.compiler, "set_stance", None)
-    is_compiled = "torch._dynamo" in sys.modules  # loaded by the first torch.compile
+    is_compiled = "torch._dynamo" in sys.modules  # imported by the first torch.compile
     return set_stance("force_eager") if is_compiled and set_stance is not None else nullcontext()
 
 
 def around(before: Callable[[tuple, dict], None] | None = None, after: Callable[[Any], None] | None = None) -> Callable[[Forward], Forward]:
-    """An override that runs the present forward and tells `before` its arguments and `after` its result."""
+    """Returns an override that runs the present forward, calls `before` with its arguments and `after` with its result."""
 
     def make(forward: Forward) -> Forward:
         def listened(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where the hidden state is in every network of one run: found once in the process, proved once in the run."""
+"""Knows where the hidden state lies in every network of one run: finds it once in a process, proves it once in every run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,19 @@ from .refusals import ModelFailedError, UnsupportedCallError, failures_refused
 from .store import FeatureStore, Unrecorded, memory_ends
 
 _Key = tuple[nn.Module, Hashable]
-_REPLAY_SLACK = 10.0  # a replay has the same arithmetic for fewer tokens at a time, in every block
+_REPLAY_SLACK = 10.0  # a replay does the same arithmetic for fewer tokens at a time, in every block, so its rounding differs more
 
 
 @dataclass
 class Discovered:
-    """A full evaluation in which a network was watched. known: None where nothing that lasts was found, as another node answered, or
-    what was computed is no use. macs: of it. hidden: what the place keeps. given: the input, where the run keeps it.
+    """A full evaluation in which a network was watched.
+
+    Args:
+        result: Its answer.
+        macs: Its multiply-adds.
+        known: What was found out. None where that does not hold for later calls, as another node answered, for example.
+        hidden: What the place keeps, each (B, L, C).
+        given: The model's input, where the run keeps it.
     """
 
     result: Tensor
@@ -43,33 +49,46 @@ class Discovered:
 
 
 class Placing:
-    """Of one run. keeps_input: whether it keeps the model's input."""
+    """Knows the places of one run.
+
+    Args:
+        family: What is known of the model besides.
+        places: What was found out in this process so far.
+        keeps_input: Whether the run keeps the model's input.
+        unrecorded: See `store.Unrecorded`.
+    """
 
     def __init__(self, family: ModelFamily, places: Places, keeps_input: bool, unrecorded: Unrecorded) -> None:
         self._family, self._places, self._keeps_input, self._unrecorded = family, places, keeps_input, unrecorded
-        self._proved: dict[_Key, int] = {}  # in which evaluation
-        self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, for this run alone
+        self._proved: dict[_Key, int] = {}  # evaluation of the last proof
+        self._narrowed: dict[_Key, Known] = {}  # with fewer lists left out, or refused, for this run alone
         self._replayed: dict[_Key, bool] = {}
-        self._sketches: dict[_Key, tuple[int, Mapping[Path, Tensor]]] = {}  # and of which evaluation
-        self._failed: dict[_Key, int] = {}  # evaluation in which no place inside was found first
+        self._sketches: dict[_Key, tuple[int, Mapping[Path, Tensor]]] = {}  # sketches of a proof, and its evaluation
+        self._failed: dict[_Key, int] = {}  # first evaluation in which no place inside the network was found
         self._lock = threading.Lock()
 
     def known(self, call: ModelCall) -> Known | None:
-        """What was found out about calls of this signature, None before it was."""
+        """Returns what was found out about calls like this one, None before anything was."""
         with self._lock:
             return self._narrowed.get(_key(call)) or self._places.of(*_key(call))
 
     def is_proved(self, call: ModelCall, known: Known, evaluation: int) -> bool:
-        """Whether no proof is due: one in a run, and one more the first time, as a first noise level may show nothing of what blocks do."""
+        """Returns whether no proof is due in this evaluation.
+
+        One is due in every run, and one more in the first run, as the first noise level may not show what the blocks do.
+        """
         return _key(call) in self._proved and (known.is_confirmed or self._proved[_key(call)] == evaluation)
 
     def sketches(self, call: ModelCall, evaluation: int) -> Mapping[Path, Tensor]:
-        """Of a proof in the evaluation before, for the first skip. One further back tells nothing: what is embedded is another latent."""
+        """Returns the sketches of a proof in the evaluation before, for the first skip.
+
+        Older ones tell nothing, as another latent was embedded.
+        """
         proved, sketches = self._sketches.pop(_key(call), (evaluation, {}))
         return sketches if evaluation - proved <= 1 else {}
 
     def refuse(self, call: ModelCall, reason: str) -> None:
-        """From here on in this run, nothing of such calls is cached."""
+        """Caches nothing of calls like this one, from here on in this run."""
         known = self.known(call)
         assert known is not None, "only what is known is carried out"
         self._narrowed[_key(call)] = replace(known, place=None, reason=reason)
@@ -79,10 +98,15 @@ class Placing:
         self._sketches.clear()
 
     def discover(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
-        """Computes the call in full, watched, and finds its place. A place inside is looked for in two evaluations of a run before the
-        whole output is taken for it: some hosts compute something else the first time. Raises StoreFullError where memory ends meanwhile.
+        """Computes the call in full while watching it, and finds its place.
+
+        A place inside the network is looked for in two evaluations of a run before the whole output is used instead, as some hosts compute
+        something else the first time.
+
+        Raises:
+            StoreFullError: Where memory ends meanwhile.
         """
-        with memory_ends():  # what is done here is done for the cache; the host's own evaluation is made again without
+        with memory_ends():  # all this is done for the cache: after a failure the host's evaluation is computed again without it
             return self._discovered(call, compute, evaluation)
 
     def _discovered(self, call: ModelCall, compute: Callable[[], Tensor], evaluation: int) -> Discovered:
@@ -105,20 +129,28 @@ class Placing:
             discovered.known.sublayers = tuple((tokens // prover.rows, channels) for tokens, channels in sublayers)
             self._places.remember(*_key(call), discovered.known)
             self._sketches[_key(call)] = evaluation, prover.sketches
-            if given is None:  # else it must still be seen whether a skip leaves the embedded input as it is
+            if given is None:  # otherwise `prove` must still show whether a skip leaves the embedded input as it is
                 self._proved[_key(call)] = evaluation
         discovered.hidden = [tensor.clone() for tensor in found.hidden]
         discovered.given = given
         return discovered
 
     def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall, evaluation: int) -> bool:
-        """After a full evaluation that kept copies of its hidden state: whether the place still holds. If not, it is forgotten.
+        """Returns whether the place still holds, after a full evaluation that kept copies of its hidden state. If not, it is forgotten.
 
-        Raises StoreFullError where memory ends meanwhile.
+        Args:
+            call: The call.
+            compute: Runs it again on the same inputs.
+            answer: Its answer in the full evaluation.
+            engine: The full evaluation as the engine saw it.
+            evaluation: Index of the evaluation.
+
+        Raises:
+            StoreFullError: Where memory ends meanwhile.
         """
         prover = Prover(call.model, _again(call, compute), answer, len(call.conds), self._unrecorded, self._places.bookkeeping)
         if not is_finite(answer):
-            return True  # it tells nothing; what was kept is given up anyway
+            return True  # it proves nothing, and what was kept is dropped anyway
         given = self._input(call.model)
         with memory_ends(), forward_overrides(given.overrides() if given is not None else ()):
             holds = prover.holds(engine.place, engine.hidden)
@@ -134,9 +166,20 @@ class Placing:
         return True
 
     def prove_replays(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, full: EngineCall, store: FeatureStore) -> bool:
-        """After a full evaluation that kept sublayers: whether a conservative one of the same, where nothing has changed, answers the same.
+        """Returns whether conservative evaluations answer as full ones do. Is called after a full evaluation that kept sublayers.
 
-        Tried once in a run; what is kept stays as it is. Raises StoreFullError where memory ends meanwhile.
+        The same call is evaluated conservatively: as nothing has changed, its answer must be the same. This is tried once in a run, and
+        leaves the kept features as they are.
+
+        Args:
+            call: The call.
+            compute: Runs it again on the same inputs.
+            answer: Its answer in the full evaluation.
+            full: The full evaluation as the engine saw it.
+            store: Holds the features.
+
+        Raises:
+            StoreFullError: Where memory ends meanwhile.
         """
         if _key(call) not in self._replayed and is_finite(answer):
             trial = replace(full, layers=None, given=None, rests=frozenset(), on_enter=lambda _call: None, is_trial=True)
@@ -145,9 +188,9 @@ class Placing:
                 alone = untouched(call.model, self._places.bookkeeping)
                 with memory_ends(), own_random_numbers(), alone, uncompiled(), failures_refused(), conservative(trial, store):
                     again = compute()
-                kept_in = store.format.dtype or full.dtype  # what is kept in fewer digits answers no better than those
+                kept_in = store.format.dtype or full.dtype  # fewer digits allow no better answer
                 same = is_equal(answer, again, full.dtype, _REPLAY_SLACK) or is_equal(answer, again, kept_in)
-            except UnsupportedCallError as reason:  # one that the replay raises itself is said when it is asked for
+            except UnsupportedCallError as reason:  # the user is notified of a replay's own refusals when it is due
                 call.abandoned()
                 same = not isinstance(reason, ModelFailedError)
             with self._lock:
@@ -155,11 +198,11 @@ class Placing:
         return self.may_replay(call)
 
     def may_replay(self, call: ModelCall) -> bool:
-        """False where conservative evaluations were seen not to answer as full ones do."""
+        """Returns False where a trial has shown that conservative evaluations do not answer as full ones do."""
         return self._replayed.get(_key(call), True)
 
     def _narrow(self, call: ModelCall, known: Known, full: ModelInput | None, skipped: ModelInput | None) -> None:
-        """Where a skip leaves out what the embedded input is made by, and that input is used: it must run."""
+        """Leaves fewer lists out where a skip changes the embedded input, as the blocks that it depends on must run."""
         if full is None or skipped is None or full.embedded is None or skipped.embedded is None or known.place is None:
             return
         if not is_equal(full.embedded, skipped.embedded, known.place.kept[0].dtype):
@@ -176,7 +219,7 @@ class Placing:
         return {key: layer for path, blocks in lists_of(network).items() for key, layer in linear_layers(path, blocks)}
 
     def _noting_sublayers(self, network: nn.Module, kept: list[tuple[int, int]]) -> list[Override]:
-        """Notes tokens of all rows, and channels, of what conservative evaluations would keep."""
+        """Returns the overrides that note the number of tokens (of all rows) and channels of what conservative evaluations would keep."""
         if not self._family.is_conservative:
             return []
         overrides: list[Override] = []
@@ -213,7 +256,7 @@ def _key(call: ModelCall) -> _Key:
 
 
 def _again(call: ModelCall, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Runs the call once more, as one that skips."""
+    """Returns a function that runs the call once more, announced to the host as a skipped one."""
 
     def again() -> Tensor:
         call.starting(Kind.SKIPPED)

@@ -1,4 +1,4 @@
-"""Why a call of the model cannot be served from the cache: raised inside it, and answered by computing the call in full."""
+"""Defines why a call of the model cannot be served from the cache. These errors are raised inside it; it is then computed in full."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 
 class UnsupportedCallError(Exception):
-    """A block was called in a way that a replay or a skip does not know: compute this call in full instead."""
+    """A block was called in a way that the evaluation of this kind does not know. The call is computed in full instead."""
 
 
 class UnsteadyError(UnsupportedCallError):
-    """Tokens do not lie where they lay before: what is kept of one evaluation is no use in another."""
+    """The tokens do not lie where they lay before, so what is kept of one evaluation cannot be used in another."""
 
 
 class UnknownInputError(UnsupportedCallError):
-    """What the model was given cannot be told from what it added before its blocks."""
+    """The model's input could not be noted where the family says it enters, or its tokens are not those of the hidden state."""
 
 
 class ModelFailedError(UnsupportedCallError):
@@ -29,7 +29,7 @@ _FAILURES = (LookupError, TypeError, ValueError, AttributeError, AssertionError,
 
 @contextmanager
 def failures_refused() -> Iterator[None]:
-    """Around the host's code in a call that need not succeed: its errors become ModelFailedError. A lack of memory is raised as it is."""
+    """Turns errors of the host's code into ModelFailedError, in calls that need not succeed. A lack of memory is raised as it is."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""One sampling run: decides the kind of each evaluation once, carries out its model calls, frees everything at the end."""
+"""Carries out one sampling run: decides the kind of each evaluation once, answers its model calls, frees everything at the end."""
 
 from __future__ import annotations
 
@@ -41,19 +41,20 @@ from .strategy import Strategy
 
 
 class CacheRun:
-    """State of one sampling run. Make one when sampling starts and `close` it when sampling ends, however it ends.
+    """The state of one sampling run. Make one when sampling starts and `close` it when sampling ends, however it ends.
+
+    Model calls of one evaluation may come in several threads at once, each with a network of its own.
 
     Args:
-        strategy: What to do.
+        strategy: When to compute, and with what skipped evaluations are filled.
         start: What is known of the model and the sampler.
-        say: Is told every notice once, in words for the user.
-        choose_device: Where to keep features, given their bytes; None is the model's device. Left out, `strategy.storage` says it.
-        on_evaluation: Is told every evaluation when it is over. Its time is known only at the end of the run.
+        say: Is called with every notice to the user, once.
+        choose_device: Is called with the bytes of the features and returns the device to keep them on, None for the model's. Left out,
+            `strategy.storage` decides.
+        on_evaluation: Is called with every evaluation when it is over. Its time is known only at the end of the run.
 
     Raises:
         ValueError: For a plan that the model or the strategy cannot carry out, with a remedy.
-
-    Model calls of one evaluation may come in several threads at once, each with a network of its own.
     """
 
     def __init__(
@@ -86,16 +87,16 @@ class CacheRun:
         self._sigma, self._time = float("inf"), 1.0
         self._kind = Kind.FULL
         self._is_disabled = self._lacks_input = False
-        self._is_explained = False  # whether the user was told why calls are computed in full
-        self._weights: dict[Hashable, Hashable] = {}  # by cond, as its last call had them
-        self._is_owed = False  # a full evaluation that another node answered
-        self._lock = threading.RLock()  # of all that calls in several threads share; not held while the model runs
+        self._is_explained = False  # whether the user was notified why calls are computed in full
+        self._weights: dict[Hashable, Hashable] = {}  # of the last call with a cond, by cond
+        self._is_owed = False  # whether another node answered a full evaluation, so that the next one is full
+        self._lock = threading.RLock()  # for what calls in several threads share; not held while the model runs
         for text in strategy.notices:
             self.notify(text)
 
     @contextmanager
     def evaluation(self, sigma: float) -> Iterator[None]:
-        """Around one evaluation of the sampler, at noise level `sigma`."""
+        """Begins and ends one evaluation of the sampler, at noise level `sigma`."""
         before, step = self._evaluation.step, self._timeline.step_of(sigma)
         self._look_back()
         self._kind = self.plan[step]
@@ -122,15 +123,15 @@ class CacheRun:
             self._on_evaluation(self._evaluation)
 
     def corrected(self, latent: Tensor, denoised: Tensor) -> Tensor:
-        """After an evaluation of `latent`, for all conds and guidance together: what the sampler is to get for its answer."""
+        """Returns what the sampler gets for an evaluation of `latent`: `denoised` (after guidance), corrected where `Corrector` says so."""
         return denoised if self._corrector is None else self._corrector.answer(self._evaluation, latent, denoised)
 
     def cond_batch(self) -> None:
-        """Before each pass over the conds; the first of an evaluation is the sampler's own, others are guidance (SLG, PAG …)."""
+        """Begins a pass over the conds. The first one of an evaluation is the sampler's own, others are guidance (SLG, PAG …)."""
         self._slots.next_pass()
 
     def model_call(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
-        """Carries out one model call. `compute` runs the host's model; it may be called more than once."""
+        """Answers one model call. `compute` runs the host's model; it may be called more than once."""
         if not self._may_cache(call):
             return self._past_the_cache(call, compute)
         try:
@@ -163,14 +164,14 @@ class CacheRun:
             self.report.corrected = self._corrector.corrected
             self._corrector.clear()
         self._layers.clear()
-        if is_complete:  # after an error the device may not answer, and the error matters more than its times
+        if is_complete:  # after an error the device may not answer, and the error matters more than times
             for evaluation, (start, end) in zip(self.report.evaluations, self._marks):
                 evaluation.ms = self._stopwatch.milliseconds(start, end)
         self._marks.clear()
         return self.report
 
     def notify(self, text: str) -> None:
-        """Tells the user, once per run."""
+        """Notifies the user, once per run for each text."""
         with self._lock:
             if text in self.report.notices:
                 return
@@ -178,7 +179,7 @@ class CacheRun:
         self._say(text)
 
     def _look_back(self) -> None:
-        """What the evaluation before left: values that are not finite, known only now as reading them makes a GPU wait."""
+        """Checks what the evaluation before kept. This is done only now, as reading the values at once would make a GPU wait."""
         kept, answered = self._slots.checked()
         if not kept:
             self.notify("a full evaluation gave values that are not finite: they are not kept, and the next one is computed in full")
@@ -196,7 +197,7 @@ class CacheRun:
     # -- one call ---------------------------------------------------------------------------------------
 
     def _may_cache(self, call: ModelCall) -> bool:
-        """Whether a call may use the cache; why not is said to the user."""
+        """Returns whether a call may use the cache. If not, the user is notified why."""
         with self._lock:
             bypass = "" if self._is_disabled else self._networks.unfit(call) or call.bypass
             if bypass:
@@ -204,7 +205,7 @@ class CacheRun:
             return not (self._is_disabled or bypass)
 
     def _decided(self, call: ModelCall, compute: Callable[[], Tensor], watched: Discovered | None) -> Job | None:
-        """What to do for a call. None, said to the user, where it must go past the cache."""
+        """Decides what to do for a call. None where it must go past the cache, of which the user is notified."""
         known = self._placing.known(call)
         slots = None if known is None else self._slots_for(call, known)
         if known is None or slots is None:
@@ -215,7 +216,7 @@ class CacheRun:
         return Job(kind, call, compute, known, slots, watched)
 
     def _slots_for(self, call: ModelCall, known: Known) -> list[Slot] | None:
-        """The slots of a call's conds, one for all where they cannot be told apart; None, said to the user, where there are none."""
+        """Returns the slots of a call's conds, one for all where they cannot be told apart. None, with a notice, where there are none."""
         with self._lock:
             if known.place is None:
                 self.report.place = f"not cached: {known.reason}"
@@ -236,7 +237,7 @@ class CacheRun:
         self.notify(f"{reason}: computed in full, past the cache")
 
     def _describe(self, known: Known) -> None:
-        """Says in the report where the hidden state is, and to the user where only the last resort is left."""
+        """Enters the place of the hidden state in the report, and notifies the user where it is only the whole output."""
         assert known.place is not None
         self.report.place = known.place.text
         if known.place.is_whole_output and (self.plan.has(Kind.SKIPPED) or self._strategy.first_only):
@@ -246,7 +247,7 @@ class CacheRun:
             )
 
     def _explain(self, call: ModelCall) -> None:
-        """Why there is nothing yet to skip with, where an option of the network or its weights changed since the evaluation before."""
+        """Notifies the user why nothing is kept yet, where an option or the weights changed since the evaluation before."""
         for cond in call.conds:
             if self._weights.get(cond, call.weights) != call.weights:
                 self.notify("the weights change while sampling (hooks): after every change an evaluation is computed in full")
@@ -256,9 +257,9 @@ class CacheRun:
                 self.notify(f"the option {', '.join(changed)} of the network changes while sampling: computed in full after every change")
 
     def _answer(self, job: Job) -> Tensor:
-        """Runs the call and judges its answer: as decided, else in full, else past the cache. Every turn comes nearer to the last."""
+        """Runs the call as decided and judges its answer; if it fails, runs it in full, then past the cache. So the loop always ends."""
         while True:
-            strategy = self._strategy  # another thread may replace it
+            strategy = self._strategy  # read once, as another thread may replace it
             try:
                 engine, result = self._run(job, strategy)
             except UnknownInputError as reason:
@@ -276,18 +277,18 @@ class CacheRun:
             job = job.in_full
 
     def _run(self, job: Job, strategy: Strategy) -> tuple[EngineCall, Tensor]:
-        """The call as the engine saw it, and its answer. Raises UnsupportedCallError where the host's model does not run that way."""
+        """Runs a call and returns it with its answer. Raises UnsupportedCallError where the host's model does not run that way."""
         engine = self._engine_call(job, strategy)
         if job.watched is not None and not engine.keeps_sublayers and engine.layers is None:
             return engine, self._kept(engine, job.watched)
         job.call.starting(job.kind)
-        again = nullcontext() if job.watched is None else own_random_numbers()  # what was watched has drawn them already
+        again = nullcontext() if job.watched is None else own_random_numbers()  # the watched evaluation has drawn them already
         mended = failures_refused() if job.kind is Kind.SKIPPED else nullcontext()
         with mended, again, self._accounts.counting(engine, strategy, job.kind), self._engine_for(job.kind, engine, strategy):
             return engine, job.compute()
 
     def _judged(self, job: Job, engine: EngineCall, result: Tensor) -> bool:
-        """Whether an answer is to be used. Of a full evaluation also whether what it kept is: that is proved where it is due."""
+        """Returns whether to use an answer. Makes the proofs that are due, and drops what a full evaluation kept where they fail."""
         call, compute, is_full, keeps = job.call, job.compute, job.kind is Kind.FULL, True
         if not engine.is_touched:
             self.notify("another node answered for the model in some evaluations; the cache does not see those")
@@ -301,19 +302,19 @@ class CacheRun:
             self._is_explained = True
             self.notify("this model's blocks are not as described: conservative evaluations are computed in full")
         if is_full and not keeps:
-            for slot in engine.slots:  # what was kept so far does not belong together
+            for slot in engine.slots:  # what is kept does not belong together
                 slot.reset(slot.signature)
         return is_full or keeps
 
     def _kept(self, engine: EngineCall, watched: Discovered) -> Tensor:
-        """The answer of an evaluation that was watched, with what it showed kept."""
+        """Keeps the hidden state of the watched evaluation and returns its answer."""
         engine.given, engine.hidden, engine.is_touched = watched.given, watched.hidden, True
         self._entered(engine)
         engine.keep(watched.hidden)
         return watched.result
 
     def _refuse(self, call: ModelCall, reason: UnsupportedCallError) -> None:
-        """Says that a use of the model is not known; of one that would go wrong again, nothing is skipped any more."""
+        """Notifies the user that a use of the model is not known. Calls whose tokens change their order are not cached any more."""
         call.abandoned()
         if isinstance(reason, UnsteadyError):
             self._placing.refuse(call, str(reason))
@@ -321,7 +322,10 @@ class CacheRun:
         self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
 
     def _fill_without_input(self, slots: Sequence[Slot], reason: str) -> None:
-        """From here on. What was kept lacks the embedded input: that of these slots goes now, of others before the next evaluation."""
+        """Forecasts without the model's input from here on.
+
+        What was kept lacks the embedded input. These slots are emptied now, all others before the next evaluation.
+        """
         with self._lock:
             self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
             if self._strategy.predictor.uses_input:
@@ -334,7 +338,7 @@ class CacheRun:
             self.report.predicted_bytes = self._slots.predicted_bytes
 
     def _past_the_cache(self, call: ModelCall, compute: Callable[[], Tensor], watched: Discovered | None = None) -> Tensor:
-        """watched: where that was computed already."""
+        """Computes a call without the cache, or takes its answer from `watched` where it was computed already."""
         call.starting(Kind.FULL)
         if not self._networks.is_known(call.model):
             return compute()
@@ -354,7 +358,7 @@ class CacheRun:
         return incremental(engine, self.store) if kind is Kind.INCREMENTAL else listening(engine)
 
     def _engine_call(self, job: Job, strategy: Strategy) -> EngineCall:
-        """The call as the engine sees it. A full one only keeps what a step from this one on can use: samplers may come back to a step."""
+        """Describes a call to the engine. A full one keeps what the plan needs from this step on, as samplers may come back to it."""
         kind, call, known = job.kind, job.call, job.known
         step, is_full = self._evaluation.step, kind is Kind.FULL
         engine = EngineCall(call.model, known, self.family, job.slots, self._time, self._selection)
@@ -374,13 +378,13 @@ class CacheRun:
         return engine
 
     def _follows_a_skip(self, step: int) -> bool:
-        """Whether the step before is not full. Warm-ups, tails and what else is full twice in a row are to be exact."""
+        """Returns whether the step before is not full. Nothing rests in full steps in a row, as warm-ups and tails must be exact."""
         return step > 0 and self.plan[step - 1] is not Kind.FULL
 
     def _entered(self, engine: EngineCall) -> None:
-        """When a call reaches its first block: puts the factors in place, and foretells the bytes of slots that are new."""
+        """Moves the factors to a call's device when it reaches its first block, and predicts the bytes of slots that are new."""
         new = [slot for slot in engine.slots if not slot.predicted_bytes]
-        if engine.layers is None and not new:  # without the lock, which torch.compile cannot trace
+        if engine.layers is None and not new:  # before the lock, which torch.compile cannot trace
             return
         with self._lock:
             self._layers.put_in_place(engine)

@@ -1,4 +1,4 @@
-"""What is known when a sampling run begins."""
+"""Describes what is known when a sampling run begins."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from .store import Unrecorded
 
 
 class RunStart(NamedTuple):
-    """network: the diffusion model, of `family`. window: steps that may be skipped. device: where the model runs.
+    """What is known of the model and the sampler when a run begins.
 
-    is_euler: whether the sampler takes plain steps along the direction of one evaluation each. adds_noise: whether it adds noise that
-    a forecast from older latents would leave in the picture; None where that is not known. unrecorded: see `store.Unrecorded`.
-    places: what was found out about networks in this process so far; None starts anew.
+    Args:
+        network: The network.
+        family: Its family.
+        timeline: The sampler's noise levels, with the model's times.
+        window: The steps that may be skipped.
+        device: Device that the model runs on.
+        is_euler: Whether the sampler takes plain steps, each along the direction of one evaluation.
+        adds_noise: Whether the sampler adds noise that a forecast from older latents would leave in the picture. None where that is
+            not known.
+        unrecorded: See `store.Unrecorded`.
+        places: What was found out about networks in this process so far. None starts anew.
     """
 
     network: nn.Module

@@ -1,4 +1,4 @@
-"""Keeps tensors between evaluations: on a chosen device, in a chosen precision, and knows its bytes."""
+"""Keeps tensors between evaluations on a chosen device in a chosen precision, and counts their bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 
 Unrecorded = Callable[[], AbstractContextManager[None]]
-"""A context around the allocation of what outlives a block. Some hosts record a block's allocations and expect them freed at its end."""
+"""Returns a context around the allocation of what outlives a block, as some hosts record a block's allocations and expect them to be
+freed at its end."""
 
 
 class StoreFullError(Exception):
@@ -25,7 +26,10 @@ class StoreFullError(Exception):
 
 @contextmanager
 def memory_ends() -> Iterator[None]:
-    """Around what is done for the cache alone: a lack of memory there becomes StoreFullError, as the model can do without."""
+    """Turns a lack of memory into StoreFullError, around what is done for the cache alone.
+
+    The model can do without the cache.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -34,31 +38,44 @@ def memory_ends() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StoreFormat:
-    """device: where features are kept, None for the device they come from.
-    dtype: what they are kept in, None for their own; torch.float8_e4m3fn is scaled per token.
+    """How features are kept.
+
+    Args:
+        device: Device to keep them on, None for the one they come from.
+        dtype: Dtype to keep them in, None for their own. With torch.float8_e4m3fn, each token has a scale.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
 
     def bytes_per_token(self, channels: int, dtype: torch.dtype) -> int:
+        """Returns the bytes of one kept token that comes in `dtype`."""
         kept = self.dtype or dtype
         return channels * kept.itemsize + (4 if kept is _FP8 else 0)
 
 
 @dataclass(eq=False)
 class Feature:
-    """One kept tensor (B, L, C), with a scale (B, L, 1) if it is kept in fp8. Owned by its store."""
+    """One kept tensor (B, L, C), with a scale (B, L, 1) if it is kept in fp8. Its store owns it."""
 
     data: Tensor
     scale: Tensor | None = None
 
 
 class FeatureStore:
-    """Copies what it is given; only it writes to what it keeps. Several threads may use it, each with features of its own.
+    """Keeps copies of tensors, to which only it writes. Several threads may use it, each with features of its own.
 
-    Memory of a dropped feature serves the next one of its shape (histories rotate) until `trim` or `clear`.
-    bytes: all memory held, spare memory included. peak_bytes: the most so far. unrecorded: see there.
+    The memory of a dropped feature is reused for the next one of its shape, until `trim` or `clear`: a full history drops its oldest
+    feature for each new one.
+
+    Args:
+        fmt: How features are kept.
+        unrecorded: See `Unrecorded`.
+
+    Attributes:
+        format: The same as `fmt`; it may be changed while nothing is kept.
+        bytes: Bytes of all memory held, spare memory included.
+        peak_bytes: The most bytes so far.
     """
 
     def __init__(self, fmt: StoreFormat = StoreFormat(), unrecorded: Unrecorded = nullcontext) -> None:
@@ -70,23 +87,27 @@ class FeatureStore:
         self._spare: dict[tuple, list[Tensor]] = defaultdict(list)
 
     def put(self, tensor: Tensor) -> Feature:
-        """Keeps a copy of `tensor` (B, L, C). Raises StoreFullError where the device has no room for it."""
+        """Keeps a copy of `tensor` (B, L, C).
+
+        Raises:
+            StoreFullError: Where the device has no room for it.
+        """
         with memory_ends(), self.unrecorded():
             values, scale = self._encode(tensor)
             return Feature(self._copy(values), self._copy(scale) if scale is not None else None)
 
     def load(self, feature: Feature, like: Tensor) -> Tensor:
-        """The feature in the dtype and on the device of `like`. Not to be written to: it may be the kept memory itself."""
+        """Returns a feature in the dtype and on the device of `like`. Do not write to it: it may be the kept memory itself."""
         return self._decode(feature.data, feature.scale, like)
 
     def load_tokens(self, feature: Feature, tokens: Tensor, like: Tensor) -> Tensor:
-        """Chosen tokens only: (B, len(tokens), C)."""
+        """Returns only the tokens with these indices, (B, len(tokens), C), in the dtype and on the device of `like`."""
         tokens = tokens.to(feature.data.device)
         scale = feature.scale[:, tokens] if feature.scale is not None else None
         return self._decode(_raw(feature.data)[:, tokens].view(feature.data.dtype), scale, like)
 
     def write_tokens(self, feature: Feature, tokens: Tensor, fresh: Tensor) -> None:
-        """Overwrites chosen tokens of a kept feature with `fresh` (B, len(tokens), C)."""
+        """Overwrites the tokens of a feature with these indices with `fresh` (B, len(tokens), C)."""
         values, scale = self._encode(fresh)
         target = feature.data
         tokens = tokens.to(target.device)
@@ -95,26 +116,29 @@ class FeatureStore:
             feature.scale.index_copy_(1, tokens, scale.to(feature.scale))
 
     def drop(self, feature: Feature) -> None:
-        """Gives a feature up; its memory may serve the next one."""
+        """Drops a feature. Its memory may be reused for the next one."""
         with self._alone():
             for tensor in (feature.data, feature.scale):
                 if tensor is not None:
                     self._spare[_key(tensor)].append(tensor)
 
     def trim(self) -> None:
-        """Frees spare memory, for when shapes have changed."""
+        """Frees spare memory, after shapes have changed."""
         with self._alone():
             self.bytes -= sum(tensor.nbytes for spare in self._spare.values() for tensor in spare)
             self._spare.clear()
 
     def clear(self) -> None:
-        """Forgets everything; features still held elsewhere are not to be used again."""
+        """Forgets everything. Features that are still held elsewhere must not be used again."""
         with self._alone():
             self._spare.clear()
             self.bytes = 0
 
     def _alone(self) -> AbstractContextManager[Any]:
-        """Around what threads must not do at the same time. torch.compile traces no locks; compiled models are called by one thread."""
+        """Returns a context for what threads must not do at the same time.
+
+        torch.compile cannot trace locks, so there is none inside a compiled model, which only one thread calls.
+        """
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _encode(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -138,7 +162,7 @@ class FeatureStore:
         return target.copy_(tensor, non_blocking=True)
 
     def _allocate(self, tensor: Tensor, device: torch.device) -> Tensor:
-        # pinned memory lets the copy to system memory run behind the computation; same-stream order keeps it safe
+        # pinned memory lets the copy to system memory run beside the computation; the order of the stream keeps it safe
         pinned = device.type == "cpu" and tensor.device.type == "cuda"
         target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned)
         self.bytes += target.nbytes
@@ -151,5 +175,5 @@ def _key(tensor: Tensor) -> tuple:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    """fp8 has no index operations of its own; its bytes do."""
+    """Returns the bytes of an fp8 tensor, as fp8 has no index operations; any other tensor as it is."""
     return tensor.view(torch.uint8) if tensor.dtype is _FP8 else tensor

@@ -1,1 +1,1 @@
-"""WHERE features live in a network: found by watching one full evaluation, proved by skipping once."""
+"""Finds where a network's hidden state can be put back, by watching one full evaluation, and proves that place by skipping."""

@@ -1,4 +1,4 @@
-"""Multiply-adds of what runs, counted by torch."""
+"""Counts the multiply-adds of what torch runs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def _nothing(*_args: Any, **_kwargs: Any) -> int:
     return 0
 
 
-# Made of several operations, none of which is a product: taken apart they would cost time and count nothing.
+# Composed of several operations, none of which is a product: to decompose them would take time and count nothing.
 _WITHOUT_PRODUCTS = ("reshape", "flatten", "chunk", "contiguous", "expand_as", "to", "type_as", "layer_norm", "rms_norm")
-# What torch's table lacks: attention on the CPU, int8 layers, and linear layers as a whole, which it would take apart into slower products.
+# Missing from torch's table: attention on the CPU, int8 products, and linear layers as a whole, which it would decompose into slower ones.
 _MORE = MappingProxyType(
     {
         _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -46,22 +46,22 @@ _MORE = MappingProxyType(
 
 
 class _Counting(TorchDispatchMode):
-    """Torch's FlopCounterMode without its sums by module, which takes about a quarter of its time an operation."""
+    """Counts as torch's `FlopCounterMode` does, but without sums per module: this takes about a quarter of its time per operation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self._how: dict[int, Callable[..., int] | None] = {}  # by an operation's id, None for one that counts nothing
+        self._how: dict[int, Callable[..., int] | None] = {}  # by the id of an operation, None for one that counts nothing
         self._registry = {**flop_registry, **_MORE}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, OpOverload):  # such as torch.cond, which no mode may carry out in another's place
+        if not isinstance(func, OpOverload):  # higher-order operators such as torch.cond, which a mode must leave to torch
             return NotImplemented
         if id(func) not in self._how:
             count = self._registry.get(func.overloadpacket)
             if count is None:
-                with self:  # inference mode hands over whole what is made of several operations
+                with self:  # inference mode passes composite operations on undecomposed
                     result = func.decompose(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
@@ -73,7 +73,10 @@ class _Counting(TorchDispatchMode):
 
 
 class Macs:
-    """Multiply-adds since `counted` was entered: matrix products, convolutions and attention. Kernels that torch does not know count 0."""
+    """Gives the multiply-adds since `counted` was entered.
+
+    Matrix products, convolutions and attention are counted. Kernels that torch does not know count 0.
+    """
 
     def __init__(self, mode: _Counting) -> None:
         self._mode = mode
@@ -85,6 +88,9 @@ class Macs:
 
 @contextmanager
 def counted() -> Iterator[Macs]:
-    """Counts what runs inside, in this thread. Costs some microseconds an operation, so it is for the first call of a kind."""
+    """Counts the multiply-adds of what this thread runs inside the context.
+
+    It costs some microseconds per operation, so it is meant for the first call of a kind.
+    """
     with _Counting() as mode:
         yield Macs(mode)

@@ -1,4 +1,4 @@
-"""Linear layers inside blocks, found by their calls: those that are given tokens can answer with a low-rank increment (ICC)."""
+"""Finds the linear layers inside blocks that are given tokens: these can answer with a low-rank increment (ICC)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,45 @@ from torch import nn
 
 from .watch import Spec
 
-_FEW = 3  # vectors a row, for as many kinds of frames, say; tokens are more
-LayerKey = tuple[str, int, str]  # path of the list, index of the block, dotted path inside the block
+_FEW = 3  # vectors per batch row that are not tokens yet, such as one for each kind of frame; tokens are more
+LayerKey = tuple[str, int, str]  # path of the list of blocks, index of the block, dotted path inside the block
 
 
 class LayerCall(NamedTuple):
-    """tokens: of every batch row in each call of one evaluation. batch: axis of the batch, or of batch times groups of tokens."""
+    """The calls of one layer in one evaluation.
+
+    Args:
+        tokens: Number of tokens per batch row, for every call in order.
+        batch: Axis of the batch in the layer's input, or of batch times groups of tokens.
+    """
 
     tokens: tuple[int, ...]
     batch: int = 0
 
 
 def linear_layers(path: str, blocks: Sequence[nn.Module]) -> Iterator[tuple[LayerKey, nn.Module]]:
-    """What has `in_features` and `out_features`: quantised and wrapped layers need not be `nn.Linear`."""
+    """Yields the key and the module of every linear layer inside the blocks of one list.
+
+    A layer is known by its `in_features` and `out_features`, as quantised and wrapped layers need not be `nn.Linear`.
+    """
     for index, block in enumerate(blocks):
         outer = ""
         for name, module in getattr(block, "_orig_mod", block).named_modules():  # a compiled block wraps the real one
             if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or (outer and name.startswith(f"{outer}.")):
-                continue  # the latter lies in a wrapper that is itself called as the layer
+                continue  # the second case: it lies inside a wrapper that is itself called as the layer
             outer = name
             yield (path, index, name), module
 
 
 def token_layers(given: Mapping[LayerKey, Sequence[Spec]], rows: int, axis: int | None) -> dict[LayerKey, LayerCall]:
-    """Of layers that were given such inputs, those that get tokens of every batch row.
+    """Selects the layers that are given tokens of every batch row.
 
-    A modulation gets one vector a row, or a few; an expert whichever tokens are sent to it, side by side. axis: the batch of the hidden
-    state.
+    A modulation layer is given one vector per row, or a few. An expert is given whichever tokens are routed to it, one after another.
+
+    Args:
+        given: The inputs of every layer, in order of its calls.
+        rows: Batch rows of the model call.
+        axis: Axis of the batch in the hidden state, None where it has none.
     """
     found = {}
     for key, specs in given.items():
@@ -49,8 +61,10 @@ def token_layers(given: Mapping[LayerKey, Sequence[Spec]], rows: int, axis: int 
 
 
 def _batch(specs: Sequence[Spec], rows: int, axis: int | None) -> int | None:
-    """The axis of the batch in a layer's inputs. Where it is not the first of the hidden state, it is there or next to the channels, as
-    text beside a grid has it; None where it is at neither.
+    """Returns the axis of the batch in a layer's inputs, None where it is not found.
+
+    Where the batch is not the first axis of the hidden state, it is the same axis here, or the one next to the channels, as in text
+    beside a grid of image tokens.
     """
     if not axis:
         return 0

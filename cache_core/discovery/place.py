@@ -1,4 +1,4 @@
-"""Where a network's hidden state is put in: which blocks pass on what they are given, and which one answers with what was kept."""
+"""Describes where a network's hidden state is put in: which blocks hand on what they are given, and which one answers with it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from ..refusals import UnsupportedCallError
 from ..store import Unrecorded
 from .trees import Path, at, filled, replaced
 
-Answer = Callable[[list[Tensor | None]], Sequence[Tensor]]
+Answer = Callable[[list[Tensor | None]], Sequence[Tensor]]  # from what the answering block is given to what takes its place
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """In place of a template: the block was not called, so what it returns is not known. Guidance leaves layers out (SLG)."""
+    """Stands in place of a template for a block that was not called, so that its result is not known.
+
+    Guidance such as SLG leaves blocks out.
+    """
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A list of blocks that a skip does not run. path: of the list on the network, "" for the network itself as the only block.
+    """A list of blocks that a skip does not run.
 
-    templates: of every block, what it returns instead: `trees.Given` where it hands on what it was given, or `LeftOut`. first, last: by
-    order of calls.
+    Args:
+        path: Dotted path of the list on the network, "" where the network itself is the only block.
+        templates: For every block, what it returns instead, with `trees.Given` where it hands on what it was given; or `LeftOut`.
+        first: Index of the block that is called first.
+        last: Index of the block that is called last.
     """
 
     path: str
@@ -42,11 +48,15 @@ class Passed:
 
 @dataclass(frozen=True)
 class Kept:
-    """One tensor that is kept of the answering block's result, as tokens (B, L, C).
+    """One tensor of the answering block's result that is kept, as tokens (B, L, C).
 
-    out: its path there. like: path in (args, kwargs) of the tensor whose place it takes, None where there is none of its shape.
-    shape, dtype: of the whole tensor. rows: axis of the batch, None where conds cannot be told apart: all is one row then.
-    tokens: the part of axis 1 that is kept, None for all; the rest is handed on as given.
+    Args:
+        out: Its path in the result.
+        like: Path in (args, kwargs) of the given tensor that it replaces, None where none of its shape is given.
+        shape: Shape of the whole tensor.
+        dtype: Its dtype.
+        rows: Axis of the batch. None where conds cannot be told apart: the whole tensor is one row then.
+        tokens: Part of axis 1 that is kept, None for all of it. The other tokens are handed on as given.
     """
 
     out: Path
@@ -57,7 +67,11 @@ class Kept:
     tokens: slice | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What is kept of the tensor, (B, L, C): a view where that is possible. Raises UnsupportedCallError for another shape."""
+        """Returns the part of `tensor` that is kept, (B, L, C), as a view where possible.
+
+        Raises:
+            UnsupportedCallError: Where the tensor has another shape.
+        """
         if tensor.shape != self.shape:
             raise UnsupportedCallError("other numbers of tokens")
         ordered = tensor.unsqueeze(0) if self.rows is None else tensor.movedim(self.rows, 0)
@@ -67,12 +81,20 @@ class Kept:
 
     @property
     def rows_and_tokens(self) -> int:
-        """B·L of what is kept."""
+        """B · L of the part that is kept."""
         total = self.shape.numel() // self.shape[-1]
         return total if self.tokens is None else total // self.shape[1] * (self.tokens.stop - self.tokens.start)
 
     def whole(self, part: Tensor, given: Tensor | None) -> Tensor:
-        """The tensor to answer with. part: what `of` gives. given: what the block was given in its place."""
+        """Returns the whole tensor to answer with.
+
+        Args:
+            part: The kept part (B, L, C), as `of` returns it.
+            given: The tensor that the block was given in its place, None where there is none.
+
+        Raises:
+            UnsupportedCallError: Where `given` has another shape.
+        """
         if given is not None and given.shape != self.shape:
             raise UnsupportedCallError("other numbers of tokens")
         if self.tokens is not None and given is not None:
@@ -84,7 +106,7 @@ class Kept:
 
 
 class Position(NamedTuple):
-    """A block: its list and its number there."""
+    """A block, by the path of its list and its index there."""
 
     path: str
     number: int
@@ -92,11 +114,14 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Found for one network and one signature of its calls. It holds no modules and no tensors.
+    """Where the hidden state of one network lies, for calls of one signature. It holds no modules and no tensors.
 
-    passed: all lists that a skip leaves out, in running order; the last one answers. first: the block that is reached first.
-    last: the one that answers. kept: what of its result. reason: why only the whole output can be kept, "" where a place inside was
-    proved. is_joint: conds of one call share what is kept and cannot be told apart.
+    Args:
+        passed: All lists of blocks that a skip leaves out, in running order. The last block of the last list answers.
+        first: The block that is reached first.
+        kept: The tensors that are kept of the answering block's result.
+        reason: Why only the whole output can be kept, "" where a place inside the network was proved.
+        is_joint: Whether the conds of one call share what is kept, as they cannot be told apart.
     """
 
     passed: tuple[Passed, ...]
@@ -107,16 +132,17 @@ class Place:
 
     @property
     def last(self) -> Position:
+        """The block that answers."""
         return Position(self.passed[-1].path, self.passed[-1].last)
 
     @property
     def is_whole_output(self) -> bool:
-        """Whether nothing but the network's output is kept: the last resort, which the user is told of."""
+        """Whether only the network's output is kept. This is the last resort, and the user is notified of it."""
         return not self.passed[-1].path
 
     @property
     def text(self) -> str:
-        """For reports."""
+        """The place in words, for reports."""
         if self.is_whole_output:
             return f"whole output ({self.reason})"
         return f"found and proved: skips {', '.join(passed.path for passed in self.passed)}"
@@ -125,7 +151,7 @@ class Place:
         return next(passed for passed in self.passed if passed.path == position.path).blocks(network)[position.number]
 
     def since(self, path: str) -> Place:
-        """The same without the lists that run before the one at `path`: what they make is needed."""
+        """Returns the same place without the lists that run before the one at `path`, for when their results are needed."""
         paths = [passed.path for passed in self.passed]
         if path not in paths:
             return self
@@ -133,7 +159,11 @@ class Place:
         return replace(self, passed=passed, first=Position(passed[0].path, passed[0].first))
 
     def hidden(self, result: Any) -> list[Tensor]:
-        """What is kept of the answering block's result, each (B, L, C). Raises UnsupportedCallError where it is not there."""
+        """Returns the kept tensors of the answering block's result, each (B, L, C).
+
+        Raises:
+            UnsupportedCallError: Where one is missing or has another shape.
+        """
         try:
             return [kept.of(at(result, kept.out)) for kept in self.kept]
         except LookupError as error:
@@ -142,9 +172,13 @@ class Place:
     def skip(
         self, network: nn.Module, answer: Answer, unrecorded: Unrecorded, reached: Callable[[], None] = lambda: None
     ) -> list[Override]:
-        """A skipped evaluation. answer: given what the answering block is given in the place of every kept tensor, what to put there.
+        """Returns the overrides of a skipped evaluation.
 
-        unrecorded: around what is allocated in the answering block (see `store.Unrecorded`). reached: told of every other block.
+        Args:
+            network: The network that the place was found in.
+            answer: Is called with what the answering block is given in place of every kept tensor, and returns what to put there.
+            unrecorded: Context around what is allocated in the answering block (see `store.Unrecorded`).
+            reached: Is called whenever another block is reached.
         """
         overrides: list[Override] = []
         for passed in self.passed:
@@ -169,7 +203,10 @@ class Place:
         return lambda _forward: answered
 
     def _check_control(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """A ControlNet may be switched on or off between evaluations; a network that is answered for as a whole would not see it."""
+        """Refuses a ControlNet where the whole network is skipped.
+
+        It may be switched on or off between evaluations, which such a skip would not see.
+        """
         if self.is_whole_output and any(_is_control(value) for value in (kwargs.get("control"), *args)):
             raise UnsupportedCallError("a ControlNet, which a skipped evaluation would not see")
 
@@ -188,7 +225,7 @@ def _passing(template: Any, reached: Callable[[], None]) -> Callable[[Forward], 
 
 
 def _is_control(value: Any) -> bool:
-    """The host's form: lists of tensors by where they are added."""
+    """Returns whether a value has the host's form of ControlNet residuals: lists of tensors by where they are added."""
     return isinstance(value, Mapping) and any(
         isinstance(item, list) and name in ("input", "middle", "output") for name, item in value.items()
     )

@@ -1,4 +1,4 @@
-"""What was found out, remembered for the process: once per network and signature of its calls."""
+"""Remembers for the process what was found out, once per network and signature of its calls."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from torch import nn
 from .layers import LayerCall, LayerKey
 from .place import Place
 
-_MOST = 32  # signatures of one network, before the one found first is forgotten
+_MOST = 32  # signatures of one network that are remembered; the one found first is forgotten first
 
 
 @dataclass(eq=False)
 class Known:
-    """Of one network and one signature. It holds no modules and no tensors.
+    """What was found out about one network's calls of one signature. It holds no modules and no tensors.
 
-    place: None where nothing may be cached, with the `reason`. conds: in a call. rows: of the batch, of all conds together.
-    macs: multiply-adds of a full evaluation, all rows together. costs: of other evaluations, by what they are like; filled in as they
-    are first carried out. layer_calls: layers inside the place's stacks that are given tokens. sublayers: tokens and channels, of every
-    batch row, of what conservative evaluations keep. is_confirmed: whether the place was proved in a later evaluation of a run too.
+    Args:
+        place: Where the hidden state lies, None where nothing may be cached.
+        reason: Why nothing, or only the whole output, may be cached. "" where a place inside the network was proved.
+        conds: Number of conds in a call.
+        rows: Batch rows of a call, of all conds together.
+        macs: Multiply-adds of a full evaluation, all rows together.
+        costs: Multiply-adds of evaluations by their key (see `costs.cost_key`), filled in when each is first carried out.
+        layer_calls: Calls of the layers inside the place's lists that are given tokens.
+        sublayers: Numbers of tokens and channels, per batch row, of everything that conservative evaluations keep.
+        is_confirmed: Whether the place was also proved in a later evaluation of a run.
     """
 
     place: Place | None
@@ -38,7 +44,7 @@ class Known:
 
     @property
     def features(self) -> Hashable:
-        """What is kept and where: what was kept elsewhere is no use beside it, be it of the same shape."""
+        """Identifies what is kept and where. Features kept elsewhere cannot be combined with it, even if they have the same shape."""
         if self.place is None:
             return None
         kept = tuple((each.out, each.tokens and (each.tokens.start, each.tokens.stop)) for each in self.place.kept)
@@ -46,14 +52,19 @@ class Known:
 
     @property
     def kept_of_a_row(self) -> tuple[tuple[int, int], ...]:
-        """Tokens and channels of every tensor that is kept, of all rows where they cannot be told apart."""
+        """Numbers of tokens and channels of every kept tensor, per batch row; of all rows where they cannot be told apart."""
         kept = () if self.place is None else self.place.kept
         return tuple((each.rows_and_tokens // (1 if each.rows is None else self.rows), each.shape[-1]) for each in kept)
 
 
 class CallShape(NamedTuple):
-    """What a run's calls were like. known: as found out for one of them. slots: of all conds together. input_channels: of the model's
-    input, where it was kept. layer_bytes: kept of every slot for incremental evaluations.
+    """What the calls of a run were like.
+
+    Args:
+        known: What was found out about one of them.
+        slots: Number of slots, of all conds together.
+        input_channels: Channels of the model's input where it is kept, else 0.
+        layer_bytes: Bytes kept per slot for incremental evaluations.
     """
 
     known: Known
@@ -63,10 +74,11 @@ class CallShape(NamedTuple):
 
 
 class Places:
-    """Kept by the host for as long as it runs; entries go with their networks.
+    """Remembers what is known of each network and signature. The host keeps one for its process; entries go with their networks.
 
-    bookkeeping: what the names of attributes begin with that the host keeps on modules for itself, such as where weights are: they
-    change without the network remembering anything.
+    Args:
+        bookkeeping: Prefixes of the attributes that the host keeps on modules for itself, such as where weights are. These change
+            without the network remembering anything.
     """
 
     def __init__(self, bookkeeping: tuple[str, ...] = ()) -> None:
@@ -89,6 +101,6 @@ class Places:
             own.pop(signature, None)
 
     def latest(self, network: nn.Module) -> Known | None:
-        """What was found last; for a forecast of costs."""
+        """Returns what was found last, to estimate costs."""
         own = self._known.get(network)
         return next(reversed(own.values())) if own else None

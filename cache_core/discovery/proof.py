@@ -23,18 +23,23 @@ from .state import untouched
 from .trees import Path, mapped, tensors
 from .watch import Watched
 
-_MOST_LEFT = 0.8  # of a full evaluation's multiply-adds that a skip may cost: with more, little is gained for what is lost
-_WORTH = 0.2  # of them, before what a later stack would save is worth keeping more
-_MOST_AXES = 6  # places of the batch that are tried
-_PEAK = 16  # times the root of the mean square that rounding may be off at most
-_EXACT = 1e-5  # what counts as equal in any dtype
-Hidden = dict[Path, Tensor]  # what the answering block gave, by path
+_MOST_LEFT = 0.8  # share of a full evaluation's multiply-adds that a skip may cost; with more, the gain is not worth the loss
+_WORTH = 0.2  # share of them that a later stack must save to be worth keeping more bytes than an earlier one
+_MOST_AXES = 6  # combinations of batch axes that are tried
+_PEAK = 16  # the largest rounding error at most, as a multiple of the root of the mean square
+_EXACT = 1e-5  # distance up to which answers count as equal in any dtype
+Hidden = dict[Path, Tensor]  # the tensors of the answering block's result, by path
 
 
 class Found(NamedTuple):
-    """place: None where nothing of the network may be cached, with the `reason`. skip_macs: of a skipped evaluation.
+    """What was found out in one full evaluation.
 
-    is_lasting: whether that can be relied on in calls to come.
+    Args:
+        place: The best place, None where nothing of the network may be cached.
+        hidden: What the place keeps of this evaluation, each (B, L, C).
+        reason: Why nothing, or only the whole output, may be cached.
+        skip_macs: Multiply-adds of a skipped evaluation.
+        is_lasting: Whether this holds for later calls too.
     """
 
     place: Place | None
@@ -45,14 +50,15 @@ class Found(NamedTuple):
 
 
 def is_finite(answer: Any) -> bool:
-    """Whether all numbers of an answer are. Waits for the device."""
+    """Returns whether all numbers of an answer are finite. Waits for the device."""
     return all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(answer))
 
 
 def is_equal(one: Any, other: Any, dtype: torch.dtype, slack: float = 1.0) -> bool:
-    """Whether two answers differ by no more than rounding in `dtype`, measured against their spread. Waits for the device.
+    """Returns whether two answers differ by no more than rounding in `dtype`, relative to their spread. Waits for the device.
 
-    slack: times as much as between two evaluations of the same operations in the same shapes.
+    Args:
+        slack: Allowed rounding, as a multiple of that between two evaluations of the same operations in the same shapes.
     """
     return _distance(one, other) <= slack * _rounding(one, dtype)
 
@@ -63,9 +69,10 @@ def _rounding(answer: Any, dtype: torch.dtype) -> float:
 
 
 def _distance(one: Any, other: Any) -> float:
-    """Of two answers, against the spread: 0 only for equal ones, infinite for what cannot be compared or is not finite.
+    """Returns the distance of two answers relative to their spread: 0 only where they are equal, infinite where they cannot be compared.
 
-    The root of the mean square, or a part of the largest difference where that is more: one wrong token of thousands is wrong.
+    It is the root of the mean square of the differences, or a part of the largest one where that is more: one wrong token among
+    thousands is wrong.
     """
     ours, theirs = list(tensors(one)), list(tensors(other))
     if [(path, tensor.shape) for path, tensor in ours] != [(path, tensor.shape) for path, tensor in theirs]:
@@ -84,9 +91,15 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 class Prover:
-    """Of one network, in one full evaluation. compute: runs it again on the same inputs. answer: what it returned. conds: in the call.
+    """Proves places of one network by repeating one full evaluation with skips.
 
-    unrecorded: see `store.Unrecorded`. bookkeeping: see `Places`.
+    Args:
+        network: The network.
+        compute: Runs it again on the same inputs.
+        answer: What it returned in the full evaluation.
+        conds: Number of conds in the call.
+        unrecorded: See `store.Unrecorded`.
+        bookkeeping: See `Places`.
     """
 
     def __init__(
@@ -101,15 +114,19 @@ class Prover:
         self._unrecorded, self._bookkeeping = unrecorded, bookkeeping
         self._is_tried = False
         self._network, self._compute, self._answer, self._conds = network, compute, answer, conds
-        self._allowed = math.inf  # how far answers may be apart, beside what rounding allows
+        self._allowed = math.inf  # distance of answers that is allowed, where rounding would allow more
         self.rows = next(tensor.shape[0] for _, tensor in tensors(answer))
-        self.sketches: dict[Path, Tensor] = {}  # of what the answering block was given in a skip, by path of what it answered
-        self._pieces = conds if conds > 1 else self.rows  # conds, or the pictures of one
+        self.sketches: dict[Path, Tensor] = {}  # of what the answering block was given in a skip, by path in its result
+        self._pieces = conds if conds > 1 else self.rows  # number of conds, or of the pictures of a single one
 
     def skipped(self, place: Place, hidden: Sequence[Tensor]) -> Any:
-        """The network's answer with `hidden`, one tensor for each that the place keeps, put in.
+        """Returns the network's answer with a hidden state put in.
 
-        Raises UnsupportedCallError where it was not asked for: then another node answered for the network.
+        Args:
+            hidden: One tensor (B, L, C) for each that the place keeps.
+
+        Raises:
+            UnsupportedCallError: Where the answering block was not reached, as another node answered for the network.
         """
         is_asked = False
 
@@ -126,12 +143,12 @@ class Prover:
         return answer
 
     def holds(self, place: Place, hidden: Sequence[Tensor]) -> bool:
-        """Whether the place is proved here. Random numbers that the network draws meanwhile are given back."""
+        """Returns whether the place is proved in this evaluation. The state of the random number generators is restored."""
         return self._is_same(self._tried(place, hidden), hidden)
 
     def find(self, watched: Watched) -> Found:
-        """The best place that is proved; else the network's whole output, or none where that would be wrong."""
-        if watched.changed or watched.appeared:  # what only appeared may be a table that is made once: that is seen next time
+        """Returns the best place that is proved, else the network's whole output, or none where that would be wrong."""
+        if watched.changed or watched.appeared:  # what only appeared may be a table made once: the next evaluation shows it
             reason = f"it remembers what it saw ({watched.changed or watched.appeared})"
             return Found(None, reason=reason, is_lasting=bool(watched.changed))
         if not is_finite(self._answer):
@@ -154,7 +171,7 @@ class Prover:
     # -- one choice of stacks ---------------------------------------------------------------------------
 
     def _found(self, chosen: list[Stack], macs: float, lengths: list[int]) -> Found | None:
-        """The place that leaves these stacks out, with no more kept than the answer needs; None where it is not proved or saves little."""
+        """Returns the place that skips these stacks and keeps only what the answer needs, None where it is not proved or saves little."""
         answering = _answering(chosen, macs)
         stacks = sorted((stack for stack in chosen if stack.ends <= answering.ends), key=lambda stack: stack.starts)
         if macs - sum(stack.macs for stack in stacks) > _MOST_LEFT * macs:
@@ -166,7 +183,7 @@ class Prover:
             first = self._tried(place, _parts(place, hidden))
         if not self._is_same(first, _parts(place, hidden)):
             return None
-        self._allowed = max(_EXACT, 4 * _distance(self._answer, first))  # what is left out must not hide in the rounding of a short dtype
+        self._allowed = max(_EXACT, 4 * _distance(self._answer, first))  # what is left out must not hide in a short dtype's rounding
         place = self._with_rows(self._with_fewer(place, hidden), hidden)
         if not self._is_seen(place, hidden):
             return Found(None, reason="its answer is the same whatever its blocks give", is_lasting=False)
@@ -174,7 +191,7 @@ class Prover:
         return Found(place, _parts(place, hidden), skip_macs=cost.so_far)
 
     def _with_fewer(self, place: Place, hidden: Hidden) -> Place:
-        """Streams that the answer does not need are handed on and not kept: a double block's text, position tables."""
+        """Hands on tensors that the answer does not need instead of keeping them, such as a double block's text or position tables."""
         for entry in place.kept:
             fewer = replace(place, kept=tuple(kept for kept in place.kept if kept is not entry))
             if fewer.kept and self._holds_with(fewer, hidden):
@@ -182,8 +199,9 @@ class Prover:
         return place
 
     def _with_rows(self, place: Place, hidden: Hidden) -> Place:
-        """Where each cond's part of the kept tensors lies, or the first picture's of one cond: proved by changing it and looking whose
-        answer changes.
+        """Finds the axis of the batch in the kept tensors.
+
+        It is proved by changing each cond's part, or the first picture's of a single cond: no other answer may change.
         """
         for axes in islice(product(*(_rows_axes(kept.shape, self.rows, self._conds) for kept in place.kept)), _MOST_AXES):
             there = replace(place, kept=tuple(replace(kept, rows=axis) for kept, axis in zip(place.kept, axes)))
@@ -194,13 +212,13 @@ class Prover:
         return replace(place, kept=tuple(replace(kept, rows=None) for kept in place.kept), is_joint=self._conds > 1)
 
     def _is_one_alone(self, place: Place, hidden: Hidden, piece: int) -> bool:
-        """Whether another hidden state of this cond, or picture, changes its answer, and no other one's."""
+        """Returns whether another hidden state of this cond, or picture, changes its answer and no other."""
         parts = [list(part.chunk(self._pieces)) for part in _parts(place, hidden)]
         altered = [torch.cat((*part[:piece], _other(part[piece]), *part[piece + 1 :])) for part in parts]
         return self._changed(place, altered) == {piece}
 
     def _changed(self, place: Place, altered: Sequence[Tensor]) -> set[int]:
-        """The conds, or pictures, that are answered otherwise with this hidden state."""
+        """Returns the conds, or pictures, whose answer changes with this hidden state."""
         answer = self._tried(place, altered)
         changed = set[int]()
         for (_, one), (_, other) in zip(tensors(self._answer), tensors(answer)):
@@ -209,8 +227,10 @@ class Prover:
         return changed
 
     def _is_cut_between(self, place: Place, hidden: Hidden) -> bool:
-        """Whether the parts of conds begin and end where they seem to, where an axis holds more than the batch. In a stream that conds of
-        other lengths are packed in, the half of it may be one cond's image with some of another's text, which no answer shows.
+        """Returns whether the kept tensors are cut exactly between conds. This is tried only on axes that are longer than the batch.
+
+        Where conds of different lengths are packed into one stream, half of it may hold one cond's image and some of another's text, which
+        `_is_one_alone` does not notice. So the first and the last row of every part are changed, and must change its cond's answer.
         """
         if all(kept.rows is not None and kept.shape[kept.rows] == self.rows for kept in place.kept):
             return True
@@ -224,16 +244,19 @@ class Prover:
         return True
 
     def _is_seen(self, place: Place, hidden: Hidden) -> bool:
-        """Whether the answer depends on what is kept: else that it stays the same proves nothing. A final layer may begin at zero."""
+        """Returns whether the answer depends on what is kept. If not, an equal answer proves nothing: a final layer may start at zero."""
         if self._pieces > 1 and not any(kept.rows is None for kept in place.kept):
-            return True  # seen when the rows were told apart
+            return True  # shown when the batch axis was found
         parts = _parts(place, hidden)
         answer = self._tried(place, [_other(part) for part in parts])
         return answer is not None and not self._is_near(self._answer, answer, parts)
 
     def _with_tokens(self, place: Place, hidden: Hidden, lengths: list[int]) -> Place:
-        """Of joint text and image tokens, those that the answer sees. That the others, as given, answer the same is not enough: blocks may
-        leave some tokens alone in one evaluation and not in the next."""
+        """Keeps only those of joint text and image tokens that the answer depends on.
+
+        The others are replaced by wrong ones for the test. It would not be enough to hand them on as given, as blocks may leave some
+        tokens unchanged in one evaluation and not in the next.
+        """
         whole = place
         for number, kept in enumerate(whole.kept):
             if len(kept.shape) != 3 or kept.rows != 0 or kept.like is None:
@@ -256,11 +279,11 @@ class Prover:
         return self.holds(place, _parts(place, hidden))
 
     def _tried(self, place: Place, hidden: Sequence[Tensor]) -> Any:
-        """The answer, None where the network does not run so."""
+        """Returns the network's answer with this hidden state put in, None where it fails."""
         return self._attempt(lambda: self.skipped(place, hidden))
 
     def _attempt(self, run: Callable[[], Any]) -> Any:
-        """What `run` answers, None where the network fails in it. It leaves no trace."""
+        """Returns the result of `run`, None where the network fails in it. Restores the network and the random numbers."""
         try:
             with own_random_numbers(), untouched(self._network, self._bookkeeping), uncompiled(), failures_refused():
                 return run()
@@ -285,7 +308,7 @@ class Prover:
 
 
 def _choices(stacks: list[Stack]) -> Iterator[list[Stack]]:
-    """All stacks, then all but a few, the smallest left out first; of many only the largest."""
+    """Yields all stacks, then fewer and fewer of the six largest ones, and of equally many the largest first."""
     largest_first = sorted(stacks, key=lambda stack: -stack.macs)[:6]
     yield stacks
     for left_out in range(1, len(largest_first)):
@@ -294,7 +317,10 @@ def _choices(stacks: list[Stack]) -> Iterator[list[Stack]]:
 
 
 def _answering(stacks: Sequence[Stack], macs: float) -> Stack:
-    """The last stack, unless it keeps more than an earlier one for little: a pixel head's small blocks."""
+    """Returns the last stack, or an earlier one that keeps fewer bytes while little more is computed.
+
+    The last one may be a pixel head's small blocks.
+    """
     best, *earlier = sorted(stacks, key=lambda stack: -stack.ends)
     for stack in earlier:
         if stack.bytes < best.bytes and best.ends - stack.ends <= _WORTH * macs:
@@ -303,7 +329,7 @@ def _answering(stacks: Sequence[Stack], macs: float) -> Stack:
 
 
 def _other(part: Tensor) -> Tensor:
-    """Something else in the place of a hidden state."""
+    """Returns a wrong hidden state of the same shape."""
     return part.roll(1, -1) if part.shape[-1] > 1 else -part
 
 
@@ -317,20 +343,24 @@ def _with_cut(place: Place, own: Kept, start: int, stop: int) -> Place:
 
 
 def _rows_axes(shape: torch.Size, rows: int, conds: int) -> Iterator[int]:
-    """The axes that may be the batch, the likeliest first: as long as the answer's, then those that the conds divide."""
+    """Yields the axes that may be the batch: first those as long as the answer's, then those whose size the number of conds divides."""
     yield from (axis for axis, size in enumerate(shape) if size == rows)
     if conds > 1:
         yield from (axis for axis, size in enumerate(shape) if size != rows and size % conds == 0)
 
 
 def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]) -> tuple[int, int]:
-    """The tokens, of `total`, that have to be kept: those before the first and after the last of them may be anything.
+    """Returns the range of tokens that must be kept, as start and stop. Those before and after it may have any values.
 
-    holds: whether keeping [start, stop) is enough. lengths: of other streams, the likeliest places to cut at. Both ends may be cut: text
-    before the image, references or padding behind it.
+    Both ends may be cut: text before the image, references or padding after it.
+
+    Args:
+        total: Number of tokens.
+        lengths: Numbers of tokens in other streams, which are the likeliest lengths to cut off.
+        holds: Returns whether it is enough to keep the tokens [start, stop).
     """
     start, stop, cuts = 0, total, [length for length in lengths if length < total]
-    if total > 1 and holds(1, total):  # most often not even one
+    if total > 1 and holds(1, total):  # most often not even one can be cut
         start = next((cut for cut in cuts if holds(cut, total)), 1)
         start += _furthest(total - start, lambda cut: holds(start + cut, total))
     if stop - start > 1 and holds(start, stop - 1):
@@ -340,10 +370,10 @@ def needed(total: int, lengths: Sequence[int], holds: Callable[[int, int], bool]
 
 
 def _furthest(total: int, holds: Callable[[int], bool]) -> int:
-    """The largest cut 0..total-1 that holds, where every smaller one does."""
+    """Returns the largest cut in 0..total-1 that holds, where all smaller ones do too."""
     low, high = 0, total
     step = 1
-    while low + step < total and holds(low + step):  # most often not even the first
+    while low + step < total and holds(low + step):  # most often not even the first one holds
         low, step = low + step, step * 2
     high = min(total, low + step)
     while high - low > 1:
@@ -354,7 +384,7 @@ def _furthest(total: int, holds: Callable[[int], bool]) -> int:
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Numbers drawn inside are not missing outside."""
+    """Restores the random number generators at the end, so that what is drawn inside changes nothing outside."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         yield

@@ -1,4 +1,4 @@
-"""Which of the watched lists can be passed through, and what each of their blocks would return then."""
+"""Selects the watched lists whose blocks can hand on what they are given, and notes what each block would return then."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from .watch import BlockCall, ListCalls, Spec
 
 
 class Stack(NamedTuple):
-    """A list whose blocks were called once each, or most of them. macs: of all of them; starts, ends: of the model until the first and
-    after the last.
+    """A list of blocks that were called once each, all or at least half of them.
 
-    hidden: copies of the tensors that the last block gave.
+    Args:
+        passed: What its blocks return in a skip.
+        kept: The tensors of the last block's result.
+        hidden: Copies of these tensors, by path in the result.
+        macs: Multiply-adds of all its blocks.
+        starts: Multiply-adds of the network before the first block.
+        ends: Multiply-adds of the network by the end of the last block.
     """
 
     passed: Passed
@@ -36,7 +41,10 @@ class Stack(NamedTuple):
 
 
 def stack_of(watched: ListCalls) -> Stack | None:
-    """None where the list is no stack: blocks are called twice, most are left out, or they hand on nothing of what they were given."""
+    """Returns the stack that a watched list is.
+
+    None where it is none: a block is called twice, most blocks are left out, or the last one can hand on nothing that it is given.
+    """
     called = {call.index for call in watched.calls}
     if len(called) < len(watched.calls) or not watched.kept:
         return None
@@ -61,7 +69,7 @@ def stack_of(watched: ListCalls) -> Stack | None:
 
 
 def _common(links: list[dict[Path, Path | None]]) -> dict[Path, Path]:
-    """Where the next block most often gets what a block gave."""
+    """Returns, for each path in a block's result, the path in (args, kwargs) at which the next block most often receives it."""
     seen: dict[Path, Counter[Path]] = {}
     for link in links:
         for out, path in link.items():
@@ -71,10 +79,10 @@ def _common(links: list[dict[Path, Path | None]]) -> dict[Path, Path]:
 
 
 def _template(call: BlockCall, common: dict[Path, Path]) -> Any:
-    """What the block would return if it handed on what it was given. A tensor that was made anew between blocks is told by its shape.
+    """Returns the template of a call: what the block would return if it handed on what it was given.
 
-    None stands for a tensor like none that was given and for a number, which might be another one next time: the proof shows whether the
-    network does without.
+    A tensor that is created anew between blocks is recognised by its shape. None stands for a tensor of a shape that was not given, and
+    for a number, which may differ next time: the proof shows whether the network can do without them.
     """
     used = {path for out, path in common.items() if call.given.get(path) == _spec_at(call.gave, out)}
 

@@ -1,4 +1,4 @@
-"""What a network remembers from one call to the next: counters, caches of keys and values, on it or in what it is handed."""
+"""Detects what a network remembers from one call to the next: counters, caches of keys and values, on itself or in its arguments."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from torch import Tensor, nn
 from .trees import tensors
 
 Facts = dict[str, Any]
-_MOST_ITEMS = 64  # of a container that are looked at; its length counts anyway
-_DEEPEST = 3  # containers and plain objects inside each other
+_MOST_ITEMS = 64  # of a container that are compared; its length is compared in any case
+_DEEPEST = 3  # levels of containers and plain objects inside each other
 
 
 class TensorFact(NamedTuple):
-    """Which tensor, and how often it was written to; of one made in inference mode, where that is not counted, what is in it."""
+    """Identifies a tensor and its contents.
 
-    tensor: Tensor  # itself, as another might get the number of one that is gone
+    Args:
+        tensor: The tensor itself, as the id of one that is gone may be used again.
+        written: How often it was written to. In inference mode, where torch does not count that, its sum and norm.
+    """
+
+    tensor: Tensor
     written: Any
 
 
 def facts_of(network: nn.Module, bookkeeping: tuple[str, ...] = ()) -> Facts:
-    """Numbers and tensors that modules hold beside weights, comparable.
+    """Returns the numbers and tensors that modules hold beside weights, by name, in a form that can be compared.
 
-    Layers with a weight of their own are left out: hosts keep books there. bookkeeping: what the names of other attributes that hosts keep
-    on modules begin with.
+    Layers with a weight of their own are left out, as hosts keep records on them.
+
+    Args:
+        bookkeeping: Prefixes of attributes that are left out, see `Places`.
     """
     facts: Facts = {}
     for name, module in network.named_modules():
@@ -41,15 +48,19 @@ def facts_of(network: nn.Module, bookkeeping: tuple[str, ...] = ()) -> Facts:
 
 
 def facts_given(args: tuple, kwargs: Mapping[str, Any]) -> Facts:
-    """The tensors that a call is given inside containers. Those that it is given plainly some networks write into, skipped or not."""
+    """Returns the tensors that a call is given inside containers.
+
+    Those given directly as arguments are left out, as some networks write into them, skipped or not.
+    """
     return {f"given {'.'.join(map(str, path[1:]))}": fact_of(tensor) for path, tensor in tensors((args, kwargs)) if len(path) > 2}
 
 
 def changed(before: Facts, after: Facts, strict: Collection[str] = ("",)) -> tuple[str, str]:
-    """The first fact that is another one now, and the first that was not there; "" for none.
+    """Returns the name of the first fact that has changed, and of the first that is new; "" for none.
 
-    strict: what names in blocks begin with. Elsewhere a tensor in the place of another of its shape counts for nothing: some networks
-    keep a log that nobody reads, and where it is read the proof fails.
+    Args:
+        strict: Prefixes of the names in blocks, by default all names. There, a new tensor in place of another of its shape is a
+            change. Elsewhere it is not: some networks keep a log that nobody reads, and where it is read the proof fails.
     """
     starts = tuple(strict)
     other = (name for name, value in before.items() if name in after and _differ(value, after[name], name.startswith(starts)))
@@ -66,7 +77,11 @@ def _differ(one: Any, other: Any, is_strict: bool) -> bool:
 
 @contextmanager
 def untouched(network: nn.Module, bookkeeping: tuple[str, ...] = ()) -> Iterator[None]:
-    """Around calls that only try something: numbers and tensors that modules have hold of are put back. bookkeeping: as in `facts_of`."""
+    """Puts back the numbers and tensors that modules hold, after calls that only try something.
+
+    Args:
+        bookkeeping: Prefixes of attributes that are left as they are, see `Places`.
+    """
     before = [(own, dict(own)) for own in _attributes(network)]
     try:
         yield
@@ -130,6 +145,6 @@ def fact_of(tensor: Tensor) -> TensorFact:
         values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         total = values.sum(dtype=torch.float64 if values.is_floating_point() else torch.int64)
         size = torch.linalg.vector_norm(values) if values.is_floating_point() else total
-        return TensorFact(tensor, f"{total.item()} {size.item()}")  # as text: what is not a number equals itself
-    except (RuntimeError, NotImplementedError):  # formats that torch does not add up
+        return TensorFact(tensor, f"{total.item()} {size.item()}")  # as text, in which NaN equals itself
+    except (RuntimeError, NotImplementedError):  # formats that torch cannot add up
         return TensorFact(tensor, 0)

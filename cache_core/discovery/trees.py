@@ -1,4 +1,4 @@
-"""Tensors inside the tuples, lists and dicts that blocks take and return."""
+"""Reads and changes the nested tuples, lists and dicts that blocks take and return."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 Path = tuple[Any, ...]  # index or key at every level
-_DEEPEST = 4  # containers inside each other: options of a host may hold half the program
+_DEEPEST = 4  # levels of containers that are searched: a host's options may hold half the program
 
 
 @dataclass(frozen=True)
 class Given:
-    """In a template: what the call is given at `path` of (args, kwargs)."""
+    """Stands in a template for what the call is given at `path` of (args, kwargs)."""
 
     path: Path
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Everything that is no container, with its path."""
+    """Yields everything that is not a container, with its path."""
     if len(path) > _DEEPEST:
         return
     if isinstance(value, Mapping):
@@ -35,12 +35,16 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def tensors(value: Any) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor, with its path."""
+    """Returns every tensor with its path."""
     return ((path, leaf) for path, leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
 def at(value: Any, path: Path) -> Any:
-    """What lies at `path`. Raises LookupError where there is nothing."""
+    """Returns what lies at `path`.
+
+    Raises:
+        LookupError: Where there is nothing.
+    """
     for step in path:
         try:
             value = value[step]
@@ -50,7 +54,7 @@ def at(value: Any, path: Path) -> Any:
 
 
 def replaced(value: Any, path: Path, new: Any) -> Any:
-    """A copy with `new` at `path`; what does not lie on the way is shared."""
+    """Returns a copy with `new` at `path`. Containers that are not on the way to it are shared."""
     if not path:
         return new
     if isinstance(value, Mapping):
@@ -61,7 +65,7 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
 
 
 def mapped(value: Any, leaf_of: Any, path: Path = ()) -> Any:
-    """The same containers with `leaf_of(path, leaf)` for every leaf."""
+    """Returns the same containers with `leaf_of(path, leaf)` in place of every leaf."""
     if isinstance(value, Mapping):
         return {key: mapped(item, leaf_of, (*path, key)) for key, item in value.items()}
     if _is_row(value):
@@ -70,7 +74,11 @@ def mapped(value: Any, leaf_of: Any, path: Path = ()) -> Any:
 
 
 def filled(template: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """A template with what this call is given in its places. Raises LookupError where that is not there."""
+    """Returns a template with what this call is given in place of every `Given`.
+
+    Raises:
+        LookupError: Where the call is not given it.
+    """
     return mapped(template, lambda _path, leaf: at((args, kwargs), leaf.path) if isinstance(leaf, Given) else leaf)
 
 

@@ -1,4 +1,4 @@
-"""One full evaluation, watched: which lists of blocks run, what their blocks are given and give, and what that costs."""
+"""Watches one full evaluation: which lists of blocks run, what their blocks are given and return, and what that costs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .flops import Macs, counted
 from .state import Facts, changed, fact_of, facts_given, facts_of
 from .trees import Path, mapped, tensors
 
-_LEAST = 0.03  # of a model's multiply-adds, before a list of blocks is worth a copy of what it gives
+_LEAST = 0.03  # share of a network's multiply-adds from which on a list of blocks is worth a copy of its result
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor looks like."""
+    """The shape and dtype of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -30,8 +30,15 @@ class Spec:
 
 @dataclass
 class BlockCall:
-    """One call of a block. given: its tensors by their path in (args, kwargs), their number ones too. gave: its result, with a `Spec`
-    for every tensor. same: paths of tensors that it gave -> where it was given the very same one. starts, ends: multiply-adds so far.
+    """One call of a block.
+
+    Args:
+        index: Index of the block in its list.
+        given: A `Spec` of every tensor that it was given, by path in (args, kwargs).
+        gave: Its result, with a `Spec` in place of every tensor.
+        same: For tensors that it returned as they were given, from the path in the result to that in (args, kwargs).
+        starts: Multiply-adds of the network before the call.
+        ends: Multiply-adds of the network after it.
     """
 
     index: int
@@ -44,8 +51,15 @@ class BlockCall:
 
 @dataclass
 class ListCalls:
-    """The calls of a list's blocks. links: for every call but the first, the path in (args, kwargs) of each tensor that the call before
-    gave, as the same object. kept: copies of what the last block gave, empty where less than half of them were called.
+    """The calls of the blocks of one list.
+
+    Args:
+        path: Dotted path of the list on the network.
+        blocks: Its blocks, in order.
+        calls: Their calls, in order.
+        links: For every call but the first, where it received each tensor of the result before: from the path in that result to the
+            path in (args, kwargs) of the same object, None where it is not there.
+        kept: Copies of the tensors of the last block's result, by path. Empty where few blocks were called or do little.
     """
 
     path: str
@@ -53,7 +67,7 @@ class ListCalls:
     calls: list[BlockCall] = field(default_factory=list)
     links: list[dict[Path, Path | None]] = field(default_factory=list)
     kept: dict[Path, Tensor] = field(default_factory=dict)
-    _before: Any = None  # what the block before gave, until the next one is called
+    _before: Any = None  # the result of the last call, until the next block is called
 
     @property
     def macs(self) -> float:
@@ -61,17 +75,23 @@ class ListCalls:
 
     @property
     def ends(self) -> float:
-        """Multiply-adds by the time the last block is left."""
+        """Multiply-adds of the network by the end of the last block."""
         return self.calls[-1].ends
 
 
 @dataclass
 class Watched:
-    """What one full evaluation showed. output: a copy of what the network returned, None where it was not called or ran nothing.
+    """What one full evaluation showed.
 
-    lengths: numbers of tokens that blocks of any list were given. inputs: what every watched layer was given, call by call, by its key.
-    changed: what the call left changed in the network, or in what that was given, by name; "" for nothing. appeared: what it left there
-    anew: a table made at the first call, or a cache of keys and values. plain: ids of tensors that the network was given by themselves.
+    Args:
+        lists: The lists of blocks that ran and did enough of the work, with their calls.
+        lengths: Numbers of tokens that blocks of any list were given.
+        macs: Multiply-adds of the network.
+        output: A copy of what the network returned, None where it was not called or ran nothing.
+        inputs: A `Spec` of what every watched layer was given, in order of its calls, by its key.
+        changed: The name of what the call changed in the network or in its arguments, "" for nothing.
+        appeared: The name of what it added there, such as a table made at the first call or a cache of keys and values.
+        plain: Ids of the tensors that the network was given directly as arguments.
     """
 
     lists: list[ListCalls]
@@ -84,13 +104,13 @@ class Watched:
     plain: set[int] = field(default_factory=set)
 
     def compare(self, before: Facts, after: Facts, strict: Collection[str] = ("",)) -> None:
-        """Notes what changed in a call. strict: see `changed`."""
+        """Notes what changed in a call. See `state.changed`."""
         other, new = changed(before, after, strict)
         self.changed, self.appeared = self.changed or other, self.appeared or new
 
 
 def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
-    """The outermost lists of blocks, by their dotted path. A sequence counts where its modules are of one class."""
+    """Returns the outermost lists of blocks by dotted path. An `nn.Sequential` counts where its modules are of one class."""
     found: dict[str, list[nn.Module]] = {}
     for name, module in network.named_modules():
         if not name or any(name.startswith(f"{other}.") for other in found):
@@ -108,9 +128,13 @@ def lists_of(network: nn.Module) -> dict[str, list[nn.Module]]:
 def watching(
     network: nn.Module, layers: Mapping[Any, nn.Module], unrecorded: Unrecorded, bookkeeping: tuple[str, ...] = ()
 ) -> Iterator[Watched]:
-    """Around one full evaluation. layers: whose inputs are to be noted, by any key. bookkeeping: see `Places`.
+    """Watches the full evaluation that is made inside the context. What it yields is complete when the context ends.
 
-    The result is complete when the context ends.
+    Args:
+        network: The network.
+        layers: The layers whose inputs are noted, by any key.
+        unrecorded: Context around what is allocated in blocks (see `store.Unrecorded`).
+        bookkeeping: See `Places`.
     """
     lists = [ListCalls(path, blocks) for path, blocks in lists_of(network).items()]
     watched = Watched(lists)
@@ -163,8 +187,10 @@ def _noting(watched: Watched, entry: ListCalls, index: int, macs: Macs, unrecord
 
 
 def _copy(kept: dict[Path, Tensor], result: Any) -> None:
-    """Copies of a result's tensors, as the host may write into them, in place of those of the block before: which block is the last one is
-    known only when no other follows, as guidance leaves layers out."""
+    """Replaces the copies of the result before by copies of this one, as the host may write into its tensors.
+
+    Every block may be the last one, as guidance leaves blocks out: that is known only when no other follows.
+    """
     found = dict(tensors(result))
     for path in kept.keys() - found.keys():
         del kept[path]

@@ -1,4 +1,4 @@
-"""HOW an evaluation is carried out: each kind is a context manager around one call of the host's model."""
+"""Carries out evaluations: each kind is a context manager around one call of the host's model."""
 
 from __future__ import annotations
 

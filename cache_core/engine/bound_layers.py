@@ -1,4 +1,4 @@
-"""The factorised linear layers of every network of a run, with their factors in place."""
+"""Keeps the factorised linear layers of every network of a run, with their factors on the right device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from .linear_sites import FactorisedLayers, Factors, linear_sites
 
 
 class BoundLayers:
-    """By what is known of the calls that they are for: other numbers of tokens bind anew, with the same factors.
+    """Keeps one `FactorisedLayers` for each `Known`: calls with other numbers of tokens are bound anew, with the same factors.
 
-    unrecorded: see `store.Unrecorded`.
+    Args:
+        family: Says which layers are several matrices in one.
+        factors: The low-rank factors of the layers, None for a run without incremental evaluations.
+        unrecorded: See `store.Unrecorded`.
     """
 
     def __init__(self, family: ModelFamily, factors: Factors | None, unrecorded: Callable[[], AbstractContextManager[None]]) -> None:
@@ -25,14 +28,18 @@ class BoundLayers:
         self._bound: dict[Known, FactorisedLayers] = {}
 
     def of(self, network: nn.Module, known: Known) -> FactorisedLayers:
-        """The layers that the network has in this run: since the strategy was made, other nodes may have replaced some."""
+        """Returns the layers as the network has them now. Other nodes may have replaced some since the strategy was made."""
         if known not in self._bound:
             assert self._factors is not None, "plans with incremental evaluations are refused without factors"
             self._bound[known] = FactorisedLayers.bind(linear_sites(self._family, known.layer_calls, network), self._factors)
         return self._bound[known]
 
     def put_in_place(self, call: EngineCall) -> None:
-        """Once its first block is reached: factors on the call's device and in its dtype. Raises StoreFullError where there is no room."""
+        """Moves a call's factors to its device and dtype, once its first block is reached.
+
+        Raises:
+            StoreFullError: Where there is no room for them.
+        """
         if call.layers is None:
             return
         ready = [bound for bound in self._bound.values() if bound.place == (call.device, call.dtype)]

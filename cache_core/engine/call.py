@@ -1,4 +1,4 @@
-"""One call of the host's model, as the engine sees it."""
+"""Describes one call of the host's model to the engine."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ from .tokens import TokenSelection
 
 @dataclass
 class EngineCall:
-    """A model call over the rows of one or more conds, in order; every cond has the same number of rows.
+    """A model call over the rows of one or more conds, in order. Every cond has the same number of rows.
 
-    known: what was found out about such calls, the place of the hidden state first of all. family: what is known of the model beside it.
-    slots: of every cond, or one of all where the place is joint. time: the model's time coordinate of this evaluation.
-    keeps_sublayers: whether a full evaluation keeps them.
-    given: the model's input, where hidden states are kept without what it is embedded as and it is kept beside them; else None.
-    layers: of an incremental evaluation, or of a full one that keeps what those need; None for all others.
-    rests: sublayers that a full evaluation leaves out, by name, as they are computed in only some of them.
-    on_enter: told this call when the first block is reached. unrecorded: around the allocation of what outlives a block (see
-    `store.Unrecorded`). keeps_hidden: whether copies of the last hidden state stay here too, for a proof.
-    is_trial: whether a conservative evaluation is to leave what is kept as it is.
-    is_touched, is_finished: filled in while the blocks run. A call that touched neither the first nor the
-    last block was answered by someone else's wrapper; one that did but did not finish met someone else's patch.
-    hidden: the copies. sketches: of what the answering block was given in a proof before, for the first skip (see `persistence`).
-    device: of what the first block is given.
+    Args:
+        model: The network that is called.
+        known: What was found out about such calls, above all the place of the hidden state.
+        family: What is known of the model besides.
+        slots: One slot for each cond, or one for all where the place is joint.
+        time: The model's time coordinate of this evaluation.
+        selection: The tokens that a conservative evaluation recomputes.
+        on_enter: Is called with this call when the first block is reached.
+        keeps_sublayers: Whether a full evaluation keeps the outputs of sublayers.
+        given: The model's input, for a predictor that uses it. Hidden states are then kept minus the embedded input, and the input is
+            kept beside them. None for all other predictors.
+        layers: The linear layers of an incremental evaluation, or of a full one that keeps what those need. None for all others.
+        rests: Keys of the sublayers that rest in this full evaluation: what is kept of them answers (see `families.base.Site`).
+        unrecorded: Context around the allocation of what outlives a block (see `store.Unrecorded`).
+        keeps_hidden: Whether copies of the last hidden state stay in `hidden` too, for a proof.
+        is_trial: Whether a conservative evaluation leaves the kept features as they are.
+        is_touched: Filled in: whether a block of the place was reached. If not, another node's wrapper answered the call.
+        is_finished: Filled in: whether the last block was left. If it was not, but blocks were reached, another node had replaced one.
+        hidden: Filled in: the copies for a proof, (B, L, C) for each tensor that the place keeps.
+        sketches: What the answering block was given in the proof before, for the first skip (see `discovery.persistence`).
+        device: Filled in: the device of what the first block is given.
     """
 
     model: nn.Module
@@ -68,10 +76,10 @@ class EngineCall:
         self.last_block = self.place.block(self.model, self.place.last)
 
     def entry(self) -> list[Override]:
-        """What every kind of evaluation listens to: the arrival at the first block, and the model's input where it is used."""
+        """Returns the overrides of every kind: they notice the first block being reached, and note the model's input where it is used."""
         if self.given is None or not self.family.embed:
             return [(self.first_block, around(before=self._enter))]
-        entered = self.family.stacks[0].blocks(self.model)[0]  # other lists may run before the input is seen
+        entered = self.family.stacks[0].blocks(self.model)[0]  # other lists of blocks may run before the input is seen
         return [*self.given.overrides(), (entered, around(before=self._enter))]
 
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -80,11 +88,11 @@ class EngineCall:
         self.on_enter(self)
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
-        """The rows of each slot, as views."""
+        """Returns the rows of each slot, as views."""
         return list(tensor.chunk(len(self.slots)))
 
     def remember_hidden(self, result: Any) -> None:
-        """To be told the result of the last block: keeps its hidden state."""
+        """Keeps the hidden state. Is called with the result of the last block."""
         self.is_touched = True
         hidden = self.place.hidden(result)
         if self.keeps_hidden:
@@ -93,11 +101,11 @@ class EngineCall:
         self.keep(hidden)
 
     def is_answered(self, _result: Any) -> None:
-        """To be told that the last block was left, where nothing is to be kept."""
+        """Notes that the last block was left, where its hidden state is not kept. Is called with the block's result."""
         self.is_finished = True
 
     def keep(self, hidden: Sequence[Tensor]) -> None:
-        """Keeps a hidden state, (B, L, C) for each tensor that the place keeps."""
+        """Keeps a hidden state in the slots, given as (B, L, C) for each tensor that the place keeps."""
         inputs: Sequence[Tensor | None] = [None] * len(self.slots)
         if self.given is not None:
             inputs = self.rows(self.given.tokens(hidden[0], self.place))
@@ -108,5 +116,5 @@ class EngineCall:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """Dtype of the activations."""
         return self.place.kept[0].dtype

@@ -1,6 +1,6 @@
-"""A conservative evaluation: every block is replayed from its kept sublayer outputs (DuCa, arXiv 2412.18911).
+"""Carries out a conservative evaluation: every block is replayed from its kept sublayer outputs (DuCa, arXiv 2412.18911).
 
-Attention comes from the cache, the MLP is recomputed for the chosen tokens and written back, gates and shifts
+Attention comes from the cache, the MLP is recomputed for the chosen tokens and written back, and gates and shifts
 are those of the current noise level. The arithmetic of a block is its family's `replay`.
 """
 
@@ -20,41 +20,53 @@ from .call import EngineCall
 
 
 class BlockFeatures:
-    """The kept features of one block over all rows of a call (see `families.base.Cached`)."""
+    """Gives a block's replay its kept features, over all rows of a call (see `families.base.Cached`).
+
+    Args:
+        call: The call.
+        store: Holds the features.
+        stack: The block's list.
+        index: Index of the block there.
+        blocks: Number of blocks there.
+        like: Tensor whose dtype and device features are returned in.
+    """
 
     def __init__(self, call: EngineCall, store: FeatureStore, stack: Stack, index: int, blocks: int, like: Tensor) -> None:
         self._call, self._store, self._like = call, store, like
         self._stack, self._index, self._blocks = stack, index, blocks
 
     def all_tokens(self, key: str) -> Tensor:
-        """All tokens (B, L, C)."""
+        """Returns a feature for all tokens, (B, L, C)."""
         return _join([self._store.load(feature, self._like) for feature in self._features(key)])
 
     def some_tokens(self, key: str, tokens: Tensor) -> Tensor:
-        """Chosen tokens (B, k, C)."""
+        """Returns a feature for the chosen tokens, (B, k, C)."""
         return _join([self._store.load_tokens(feature, tokens, self._like) for feature in self._features(key)])
 
     def refreshed(self, key: str, tokens: Tensor, fresh: Tensor) -> Tensor:
-        """Writes `fresh` (B, k, C) over the chosen tokens, for good, and returns all tokens."""
-        if self._call.is_trial:  # a sublayer may be shorter than the stream that it is added to
+        """Overwrites the chosen tokens of a feature with `fresh` (B, k, C) and returns all tokens. A trial overwrites only a copy."""
+        if self._call.is_trial:  # a sublayer's dtype may be shorter than that of the stream it is added to
             return self.all_tokens(key).index_copy(1, tokens, fresh.to(self._like.dtype))
         for feature, rows in zip(self._features(key), self._call.rows(fresh)):
             self._store.write_tokens(feature, tokens, rows)
         return self.all_tokens(key)
 
     def choose(self, stream: str, length: int) -> Tensor | None:
-        """The tokens this block recomputes in a stream; None for none."""
+        """Returns the indices (k,) of the tokens that this block recomputes in a stream, None for none."""
         return self._call.selection.tokens(stream, self._index, self._blocks, length, self._like.device)
 
     def _features(self, key: str) -> list[Feature]:
         place = (self._stack.path, self._index, key)
-        if not all(place in slot.sublayers for slot in self._call.slots):  # the host went past the module, into a kernel of its own
+        if not all(place in slot.sublayers for slot in self._call.slots):  # the host bypassed the module with a kernel of its own
             raise UnsupportedCallError(f"nothing is kept of {key} in {self._stack.path}.{self._index}")
         return [slot.sublayers[place] for slot in self._call.slots]
 
 
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:
-    """Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept, as the paper does."""
+    """Replays every block in place of the host's own.
+
+    Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept as an anchor, as in the paper.
+    """
     placed = call.family.placed(call.model)
     overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in placed]
     overrides += call.entry()
@@ -69,7 +81,7 @@ def _replaying(call: EngineCall, store: FeatureStore, stack: Stack, index: int, 
         named = stack.checked(args, kwargs)
         features = BlockFeatures(call, store, stack, index, blocks, stack.inputs(args, kwargs)[0])
         assert stack.replay is not None, "plans with conservative evaluations are refused for families without"
-        with call.unrecorded():  # the streams are new tensors, where the host's own block may write into those it was given
+        with call.unrecorded():  # a replay makes new streams, where the host's block may write into those it was given
             return stack.result(stack.replay(block, named, features))
 
     def make(_forward: Forward) -> Forward:

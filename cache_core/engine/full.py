@@ -1,4 +1,4 @@
-"""A full evaluation: the host's own blocks run, and what later evaluations need is copied on the way."""
+"""Carries out a full evaluation: the host's own blocks run, and what later evaluations need is copied."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from .slot import SiteKey
 
 @contextmanager
 def listening(call: EngineCall) -> Iterator[None]:
-    """Keeps the last hidden state and what the call asks for: every sublayer's output for conservative evaluations to
-    come, every linear layer's output and projected input for incremental ones."""
+    """Keeps the last hidden state and what the call asks for besides.
+
+    That is every sublayer's output for later conservative evaluations, and every linear layer's output and projected input for later
+    incremental ones.
+    """
     overrides: list[Override] = [*call.entry(), (call.last_block, around(after=call.remember_hidden))]
     if call.keeps_sublayers:
         for stack, index, block in call.family.placed(call.model):
@@ -46,13 +49,13 @@ def _tap(call: EngineCall, stack: Stack, site: Site, key: SiteKey, block: nn.Mod
 
 
 def _resting(call: EngineCall, key: SiteKey) -> Callable[[Forward], Forward]:
-    """A sublayer that what was kept of it answers for."""
+    """Makes a sublayer answer with its kept output instead of running."""
 
     def make(forward: Forward) -> Forward:
         def rested(*args: Any, **kwargs: Any) -> Any:
             if not args:
                 return forward(*args, **kwargs)
-            return torch.cat([slot.rest(key, args[0]) for slot in call.slots])  # a copy even of one: the host may write into it
+            return torch.cat([slot.rest(key, args[0]) for slot in call.slots])  # always a copy: the host may write into it
 
         return rested
 
@@ -60,7 +63,7 @@ def _resting(call: EngineCall, key: SiteKey) -> Callable[[Forward], Forward]:
 
 
 def resting(call: EngineCall) -> frozenset[str]:
-    """The keys of sublayers that may rest in a full evaluation: in all blocks and slots, or in none."""
+    """Returns the keys of the sublayers that may rest in a full evaluation. Each rests in all blocks and slots or in none."""
     sites = [(site, (stack.path, i, site.key)) for stack, i, block in call.family.placed(call.model) for site in stack.sites_of(block)]
     rare = {site.key for site, _ in sites if site.every > 1}
     awake = {site.key for site, key in sites for slot in call.slots if site.key in rare and not slot.can_rest(key, site.every)}

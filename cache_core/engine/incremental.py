@@ -1,13 +1,13 @@
-"""Increment-calibrated caching (ICC, arXiv 2505.05829) of every linear layer inside the blocks.
+"""Carries out an incremental evaluation: increment-calibrated caching (ICC, arXiv 2505.05829) of every linear layer inside the blocks.
 
-A full evaluation keeps, of every layer y = Wx + b, its output y_c and z_c = B·x_c. An incremental one answers
-y_t = y_c + A·(B·x_t - z_c) in the layer's place, W ≈ A·B; all else in the block is the host's and runs as it is.
-That is the paper's y_c + A·B·(x_t - x_c), rewritten exactly so that rank instead of input channels are kept.
+For every layer y = Wx + b with W ≈ A·B, a full evaluation keeps the output y_c and z_c = B·x_c. An incremental one
+answers y_t = y_c + A·(B·x_t - z_c) in the layer's place. Everything else in the block is the host's and runs as it is.
+This is the paper's y_c + A·B·(x_t - x_c), rewritten exactly so that z_c (rank channels) is kept instead of x_c (input channels).
 
-Precision: B·x and z are in the call's own dtype. Measured in bfloat16 on every linear of the demo model, two steps of 28
-apart at rank 64: rounding costs 0.31 % of y_t (rms), 0.24 % with B·x and z in float32 or with x_c kept as in the paper,
-and 0.17 % is y_c's own rounding, while truncation costs 5.1 %. So float32 is not worth its memory and time.
-Subtracting in float32 alone gains nothing: the difference of close numbers is exact.
+Precision: B·x and z are in the call's own dtype. This was measured in bfloat16 on every linear layer of the demo model,
+two steps of 28 apart, at rank 64. Rounding costs 0.31 % of y_t (rms), or 0.24 % with B·x and z in float32 or with x_c
+kept as in the paper; 0.17 % is y_c's own rounding. Truncation to the rank costs 5.1 %, so float32 is not worth its
+memory and time. To subtract in float32 alone gains nothing, as the difference of close numbers is exact.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ from .slot import SiteKey
 
 
 def keeping_layers(call: EngineCall) -> list[Override]:
-    """For a full evaluation that also notes the stream lengths: keeps y_c and z_c of every layer of `call.layers`.
+    """Returns the overrides of a full evaluation that keep y_c and z_c of every layer of `call.layers`, none where it has no layers.
 
-    A layer called in a way that `incremental` would refuse is left out. The host's results are not changed.
+    A layer that is called in a way that `incremental` would refuse is left out. The host's results are not changed.
     """
     return [(site.module, _keeping(call, site)) for site in call.layers.sites] if call.layers is not None else []
 
 
 @contextmanager
 def incremental(call: EngineCall, store: FeatureStore) -> Iterator[None]:
-    """An incremental evaluation: every layer answers from what the last full one kept. Only the hidden state is written.
+    """Makes every linear layer answer from what the last full evaluation kept. Of this evaluation only the hidden state is kept.
 
-    call.layers must be set, best with factors in the call's dtype and on its device by the time the first block is
-    entered; others are converted at every use. Inside, a layer that was not kept, or is called with another shape than
-    (B, L, in_features) of the anchor, raises UnsupportedCallError.
+    `call.layers` must be set. Its factors should be in the call's dtype and on its device by the time the first block is
+    entered; others are converted at every use.
+
+    Raises:
+        UnsupportedCallError: In the host's call, where a layer was not kept, or is called with another shape (B, L, in_features) than in
+            the full evaluation.
     """
     assert call.layers is not None, "plans with incremental evaluations are refused without factors"
     overrides: list[Override] = [(site.module, _calibrating(call, site, store)) for site in call.layers.sites]
@@ -54,7 +57,7 @@ def incremental(call: EngineCall, store: FeatureStore) -> Iterator[None]:
 
 
 def _factors(call: EngineCall) -> Factors:
-    """Those of the call as they are now: a run's first call puts them in place when it reaches the first block."""
+    """Returns the call's factors as they are now. They are moved to its device only when it reaches the first block."""
     assert call.layers is not None
     return call.layers.factors
 
@@ -68,7 +71,7 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
             tokens = _tokens(call, site, args, number)
             if tokens is None:
                 return forward(*args, **kwargs)
-            projection = _project(site, tokens, _factors(call))  # before the call: fp8 layers clamp their input in place
+            projection = _project(site, tokens, _factors(call))  # before the call, as fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
             output = site.ordered(result).reshape(*tokens.shape[:2], result.shape[-1])
             for slot, y, z in zip(call.slots, call.rows(output), call.rows(projection)):
@@ -90,7 +93,7 @@ def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Cal
             tokens = _tokens(call, site, args, number)
             if tokens is None:
                 raise UnsupportedCallError(f"{site.name} is called with another shape or more often than before")
-            # copies even of one: y is added to below
+            # torch.cat also copies a single tensor: y is written to below
             y = torch.cat(_features(call, site, _numbered(site.output_key, number), store, tokens))
             z = torch.cat(_features(call, site, _numbered(site.projection_key, number), store, tokens))
             _add_increment(site, tokens, _factors(call), y.flatten(0, 1), z.flatten(0, 1))
@@ -103,7 +106,7 @@ def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Cal
 
 
 def _add_increment(site: LinearSite, x: Tensor, factors: Factors, y: Tensor, z: Tensor) -> None:
-    """Adds A·(B·x - z) of every part to its outputs in y (B·L, out_features), in place."""
+    """Adds A·(B·x - z) of every part to its channels of y (B·L, out_features), in place. z: (B·L, sum of ranks)."""
     increments = (_project(site, x, factors).flatten(0, 1) - z).split(site.ranks(factors), dim=-1)
     for part, increment in zip(site.parts, increments):
         target = y if part.rows is None else y[:, part.rows]
@@ -111,7 +114,7 @@ def _add_increment(site: LinearSite, x: Tensor, factors: Factors, y: Tensor, z: 
 
 
 def _project(site: LinearSite, x: Tensor, factors: Factors) -> Tensor:
-    """B·x of all parts side by side (B, L, sum of ranks)."""
+    """Returns B·x of all parts side by side, (B, L, sum of ranks)."""
     projected = [F.linear(x, _factor(factors, f"{site.key(part)}.B", x)) for part in site.parts]
     return projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
 
@@ -121,15 +124,18 @@ def _factor(factors: Factors, name: str, like: Tensor) -> Tensor:
 
 
 def _numbered(key: SiteKey, number: int) -> SiteKey:
-    """For the layer's call of this number: of a layer that gets its tokens in pieces, each is kept on its own."""
+    """Returns the key for one of a layer's calls. A layer may be given its tokens in pieces, which are kept separately."""
     return (*key[:2], f"{key[2]}{number}") if number else key
 
 
 def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any], number: int) -> Tensor | None:
-    """The input of the layer's call of this number as (B, L, in_features); the tokens may lie in a grid.
+    """Returns the input of a layer's call as (B, L, in_features), also of tokens that lie in a grid.
 
-    None where it is not what this call was given when the layer was found. Groups of tokens are put side by side again, in whatever
-    order they come: it is the same one for y_c and z_c.
+    None where it does not have the shape that this call had when the layer was found. Groups of tokens are joined again in whatever
+    order they come, which is the same for y_c and z_c.
+
+    Args:
+        number: Number of the layer's call within the evaluation.
     """
     if not args or args[0].ndim < 3 or number >= len(site.tokens) or args[0].shape[-1] != site.in_features:
         return None
@@ -140,7 +146,11 @@ def _tokens(call: EngineCall, site: LinearSite, args: Sequence[Any], number: int
 
 
 def _features(call: EngineCall, site: LinearSite, key: SiteKey, store: FeatureStore, like: Tensor) -> list[Tensor]:
-    """What each slot keeps under `key`, in row order, in the dtype and on the device of the input."""
+    """Returns what each slot keeps under `key`, in row order, in the dtype and on the device of `like`.
+
+    Raises:
+        UnsupportedCallError: Where a slot keeps nothing there, or not for as many rows and tokens.
+    """
     features: list[Feature] = []
     for slot in call.slots:
         feature = slot.layers.get(key)

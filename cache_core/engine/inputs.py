@@ -1,4 +1,4 @@
-"""What the model is given, beside the hidden state, for forecasts that are corrected by how the input really moved."""
+"""Notes the model's input, for forecasts of the hidden state that are corrected by how the input really moved."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from ..store import Unrecorded
 
 
 class ModelInput:
-    """Of one call: the input tokens (B, L, d), and the embedded ones (B, L, C) as they enter the family's first block.
+    """Notes one call's input tokens (B, L, d), and the embedded tokens (B, L, C) as they enter the family's first block.
 
-    Of a model of which it is not known where they enter, the input has no channels and the embedded input is none.
+    Where the family does not say where they enter, the input has no channels and there is no embedded input.
+
+    Args:
+        family: Says where the input enters (`ModelFamily.embed`).
+        model: The network.
+        unrecorded: See `store.Unrecorded`.
     """
 
     def __init__(self, family: ModelFamily, model: nn.Module, unrecorded: Unrecorded) -> None:
@@ -26,14 +31,14 @@ class ModelInput:
         self.embedded: Tensor | None = None
 
     def overrides(self) -> list[Override]:
-        """To be put on for the length of the call."""
+        """Returns the overrides that note the input, for the length of the call."""
         if not self._family.embed:
             return []
         stack, embed = self._family.stacks[0], attrgetter(self._family.embed)(self._model)
 
         def note_input(args: tuple, _kwargs: dict[str, Any]) -> None:
             with self._unrecorded():
-                self._given = self._family.tokens(embed, args[0]).clone()  # some linear layers clamp what they are given in place
+                self._given = self._family.tokens(embed, args[0]).clone()  # some linear layers clamp their input in place
 
         def note_embedded(args: tuple, kwargs: dict[str, Any]) -> None:
             with self._unrecorded():
@@ -42,7 +47,11 @@ class ModelInput:
         return [(embed, around(before=note_input)), (stack.blocks(self._model)[0], around(before=note_embedded))]
 
     def tokens(self, hidden: Tensor, place: Place) -> Tensor:
-        """The input of the tokens of a hidden state (B, L, C). Raises UnknownInputError where they are not the same."""
+        """Returns the input (B, L, d) of the tokens of a hidden state (B, L, C).
+
+        Raises:
+            UnknownInputError: Where the input was not seen, or has other tokens.
+        """
         if not self._family.embed:
             return hidden[..., :0]
         if self._given is None:
@@ -50,18 +59,18 @@ class ModelInput:
         return _alike(self._given, hidden, place.kept[0])
 
     def without(self, hidden: Tensor, place: Place) -> Tensor:
-        """A hidden state less the embedded input."""
+        """Returns a hidden state minus the embedded input."""
         embedded = self._of(hidden, place)
         return hidden if embedded is None else hidden - embedded
 
     def added(self, hidden: Tensor, place: Place) -> Tensor:
-        """A hidden state with the embedded input put back."""
+        """Returns a hidden state with the embedded input added back."""
         embedded = self._of(hidden, place)
         return hidden if embedded is None else hidden + embedded
 
     @property
     def channels(self) -> int:
-        """d, once the input was seen."""
+        """Channels d of the input, 0 before it was seen."""
         return 0 if self._given is None else self._given.shape[-1]
 
     def _of(self, hidden: Tensor, place: Place) -> Tensor | None:
@@ -76,8 +85,13 @@ class ModelInput:
 
 
 def _alike(tokens: Tensor, hidden: Tensor, kept: Kept) -> Tensor:
-    """Of tokens (B, L, …) on the way in, those of a hidden state, which may lie among others behind the blocks: all of these, or without
-    the text. What is cut from the end are references or padding then. Raises UnknownInputError where they are not the same.
+    """Selects, from the tokens (B, L, …) that enter the blocks, those that the hidden state keeps.
+
+    The hidden state is part of a stream that may hold text besides, already at the first block or only after the blocks. In the latter
+    case, the tokens that it lacks at its end are references or padding.
+
+    Raises:
+        UnknownInputError: Where the numbers of rows or tokens do not fit.
     """
     rows, length = hidden.shape[:2]
     others = 0 if kept.tokens is None else kept.shape[1] - tokens.shape[1]

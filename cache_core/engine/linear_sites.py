@@ -1,4 +1,4 @@
-"""The linear layers of a model and the low-rank factors that stand in for them (ICC, arXiv 2505.05829): shapes and costs."""
+"""Describes the linear layers of a model and the low-rank factors that replace them (ICC, arXiv 2505.05829), with their costs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ from ..store import StoreFormat
 from .slot import SiteKey
 
 Factors = Mapping[str, Tensor]  # "<part key>.A" (outputs, rank) and "<part key>.B" (rank, inputs)
-Ranks = int | Factors  # one rank for all, cut to each part's size, or the factors themselves
+Ranks = int | Factors  # one rank for all parts, cut to the size of each, or the factors themselves
 
 
 @dataclass(frozen=True)
 class LinearSite:
     """One linear layer of one block.
 
-    stack: path of the block's list. index: of the block there. layer: dotted path inside the block. parts: the matrices it is made of.
-    tokens: of a batch row, in each call that an evaluation makes of it. batch: axis of the batch in its input and its output, or of
-    batch times groups where tokens come in groups (B·groups, L/groups, C).
+    Args:
+        stack: Path of the block's list.
+        index: Index of the block there.
+        layer: Dotted path of the layer inside the block.
+        module: The layer itself.
+        parts: The matrices it is made of.
+        tokens: Number of tokens per batch row, for each of its calls in one evaluation.
+        in_features: Input channels.
+        out_features: Output channels, of all parts together.
+        batch: Axis of the batch in its input and output. Where tokens come in groups, (B·groups, L/groups, C), it is the axis of both.
     """
 
     stack: str
@@ -47,28 +54,28 @@ class LinearSite:
 
     @property
     def output_key(self) -> SiteKey:
-        """Of the kept output y_c, (B, L, out_features)."""
+        """Key of the kept output y_c, (B, L, out_features)."""
         return self.stack, self.index, f"{self.layer}.y"
 
     @property
     def projection_key(self) -> SiteKey:
-        """Of the kept z_c = B·x_c of all parts side by side, (B, L, sum of ranks)."""
+        """Key of the kept z_c = B·x_c of all parts side by side, (B, L, sum of ranks)."""
         return self.stack, self.index, f"{self.layer}.z"
 
     def key(self, part: LinearPart) -> str:
-        """Name of a part; its factors add .A and .B to it."""
+        """Returns the name of a part, to which its factors add .A and .B."""
         return f"{self.name}.{part.name}"
 
     def ordered(self, tensor: Tensor) -> Tensor:
-        """The layer's input or output as a view (B, …, C)."""
+        """Returns the layer's input or output as a view (B, …, C)."""
         return tensor.movedim(self.batch, 0)
 
     def outputs(self, part: LinearPart) -> int:
-        """Output channels of a part."""
+        """Returns the number of output channels of a part."""
         return _size(part.rows, self.out_features)
 
     def ranks(self, ranks: Ranks) -> list[int]:
-        """The rank of every part, in order."""
+        """Returns the rank of every part, in order."""
         if isinstance(ranks, int):
             return [min(ranks, self.in_features, self.outputs(part)) for part in self.parts]
         return [ranks[f"{self.key(part)}.B"].shape[0] for part in self.parts]
@@ -76,9 +83,12 @@ class LinearSite:
 
 @dataclass(frozen=True, eq=False)
 class FactorisedLayers:
-    """The linear layers of one model and the factors of all of them. Made by `bind`.
+    """The linear layers of one network, with factors for each. Made by `bind`, and compared by identity as it holds tensors.
 
-    place: device and dtype of all factors, None while they are as they were given. Compared by identity: it holds tensors.
+    Args:
+        sites: The layers.
+        factors: Their factors, by name; there may be more.
+        place: Device and dtype of the factors, None while they are as they were given.
     """
 
     sites: tuple[LinearSite, ...]
@@ -87,9 +97,11 @@ class FactorisedLayers:
 
     @classmethod
     def bind(cls, sites: Iterable[LinearSite], factors: Factors) -> FactorisedLayers:
-        """Those of the sites that there are factors for; others are left to the host.
+        """Binds factors to those of the sites that they are for. Other layers are left to the host.
 
-        Raises UnsupportedCallError where there are none at all, ValueError for factors of another model's shapes.
+        Raises:
+            UnsupportedCallError: Where there are factors for none of the sites.
+            ValueError: Where factors have another model's shapes.
         """
         own = [site for site in sites if all(f"{site.key(part)}.{side}" in factors for part in site.parts for side in "AB")]
         if not own:
@@ -98,9 +110,10 @@ class FactorisedLayers:
         return cls(tuple(own), factors)
 
     def placed(self, device: torch.device, dtype: torch.dtype, ready: Factors) -> FactorisedLayers:
-        """The same with the factors of these layers on that device in that dtype, so that no evaluation converts them.
+        """Returns the same layers with their factors on this device and in this dtype, so that no evaluation converts them.
 
-        ready: factors that are there already.
+        Args:
+            ready: Factors that are there already, by name.
         """
         if self.place == (device, dtype):
             return self
@@ -109,21 +122,24 @@ class FactorisedLayers:
         return replace(self, factors=factors, place=(device, dtype))
 
     def bytes(self, dtype: torch.dtype, fmt: StoreFormat) -> int:
-        """Bytes kept per batch row of a model that computes in `dtype`; the factors themselves are not counted."""
+        """Returns the bytes that are kept per batch row of a model that computes in `dtype`. The factors themselves are not counted."""
         return icc_bytes(self.sites, self.factors, dtype, fmt)
 
 
 def weight_share(factors: Factors) -> float:
-    """Multiply-adds of the factors as a share of the layers' own, each layer taken once per token."""
+    """Returns the multiply-adds of the factors as a share of the layers' own, with each layer called once per token."""
     pairs = [(factors[f"{name[:-2]}.A"], b) for name, b in factors.items() if name.endswith(".B")]
     dense = sum(a.shape[0] * b.shape[1] for a, b in pairs)
     return sum(b.shape[0] * (a.shape[0] + b.shape[1]) for a, b in pairs) / max(dense, 1)
 
 
 def linear_sites(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], network: nn.Module) -> list[LinearSite]:
-    """The linear layers that were found to be given tokens, as the network has them now.
+    """Returns the linear layers that are given tokens, as the network has them now.
 
-    family: says which of them are several matrices in one.
+    Args:
+        family: Says which of them are several matrices in one.
+        calls: The calls of the layers that were found to be given tokens.
+        network: The network.
     """
     sites: list[LinearSite] = []
     for (path, index, layer), call in calls.items():
@@ -139,7 +155,11 @@ def linear_sites(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], netwo
 
 
 def check_factors(network: nn.Module, factors: Factors) -> None:
-    """Raises ValueError, naming the part, where factors are for layers that the network has not, or of other shapes."""
+    """Checks that the network has the layers that factors are for, in their shapes.
+
+    Raises:
+        ValueError: Where it does not; the text names the part.
+    """
     for name, b in factors.items():
         if not name.endswith(".B"):
             continue
@@ -155,7 +175,7 @@ def check_factors(network: nn.Module, factors: Factors) -> None:
 
 
 def _with_numbers(network: nn.Module, layer: str) -> str:
-    """The layer's path on the network: blocks are numbered where a ModuleDict has names, and compiled ones hold the real one."""
+    """Returns a layer's real path on the network: factors number the blocks of a ModuleDict and ignore the wrappers of compiled ones."""
     module, path = network, []
     for step in layer.split("."):
         if isinstance(module, nn.ModuleDict) and step not in module and step.isdigit() and int(step) < len(module):
@@ -169,7 +189,11 @@ def _with_numbers(network: nn.Module, layer: str) -> str:
 
 
 def check_shapes(sites: Iterable[LinearSite], factors: Factors) -> None:
-    """Raises ValueError, naming the part, where factors are missing or do not have the model's shapes."""
+    """Checks that there are factors for every part of these layers, in their shapes.
+
+    Raises:
+        ValueError: Where there are not; the text names the part.
+    """
     for site in sites:
         for part in site.parts:
             key = site.key(part)
@@ -181,7 +205,7 @@ def check_shapes(sites: Iterable[LinearSite], factors: Factors) -> None:
 
 
 def icc_bytes(sites: Iterable[LinearSite], ranks: Ranks, dtype: torch.dtype, fmt: StoreFormat = StoreFormat()) -> int:
-    """Bytes kept per batch row of a model that computes in `dtype`: tokens · (out_features + sum of ranks) · bytes of a number."""
+    """Returns the bytes kept per batch row, for a model that computes in `dtype`: tokens · (out_features + ranks) · bytes per number."""
     total = 0
     for site in sites:
         per_token = fmt.bytes_per_token(site.out_features, dtype) + fmt.bytes_per_token(sum(site.ranks(ranks)), dtype)

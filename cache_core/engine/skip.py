@@ -1,8 +1,8 @@
-"""A skipped (aggressive) evaluation: blocks hand on what they are given, the last one returns the forecast.
+"""Carries out a skipped evaluation (DuCa: aggressive): blocks hand on what they are given, and the last one returns the forecast.
 
 Embedding, ControlNet additions to the last block and the final layer stay the host's and run at the current
-noise level. What ControlNet adds to passed-through tensors vanishes with them: the forecast hidden already
-contains its effect, so nothing is counted twice. Where the model itself is the only block (`Place.is_whole_output`)
+noise level. What a ControlNet adds to tensors that are handed on vanishes with them. The forecast hidden state already
+contains its effect, so nothing is counted twice. Where the network itself is the only block (`Place.is_whole_output`),
 nothing of it runs.
 """
 
@@ -25,8 +25,14 @@ from .slot import Slot
 
 @contextmanager
 def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Iterator[None]:
-    """Every slot of the call must hold at least one anchor. The skip that checks the order of tokens runs uncompiled: reading what it finds
-    would break the graph of a compiled model, and of every skip after it, into pieces.
+    """Answers with the predictor's forecast in place of the blocks. Every slot of the call must hold at least one anchor.
+
+    The skip that checks the order of tokens runs uncompiled: reading the result of the check would break the graph of a compiled model,
+    and of every later skip, into pieces.
+
+    Raises:
+        UnsteadyError: In the host's call, where the tokens lie in another order than before.
+        UnsupportedCallError: In the host's call, where it does not fit the place.
     """
 
     def answer(given: Sequence[Tensor | None]) -> list[Tensor]:
@@ -38,7 +44,7 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Ite
         return hidden
 
     def reached() -> None:
-        call.is_touched = True  # by any block: hosts and nodes may leave out the first and the last one
+        call.is_touched = True  # by any block, as hosts and nodes may leave out the first and the last one
 
     overrides = [*call.place.skip(call.model, answer, call.unrecorded, reached), *call.entry()]
     with uncompiled() if call.sketches else nullcontext(), forward_overrides(overrides):
@@ -46,16 +52,22 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Ite
 
 
 def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore, like: Tensor, number: int = 0) -> Tensor:
-    """The predictor's combination of a slot's anchors: a new tensor (rows, L, C) in the dtype and on the device of `like`.
+    """Returns the predictor's combination of a slot's anchors.
 
-    number: of the tensor, where the place keeps several.
+    Args:
+        time: The model's time of the evaluation.
+        like: Tensor whose dtype and device the forecast gets.
+        number: Index of the tensor, where the place keeps several.
+
+    Returns:
+        A new tensor (rows, L, C).
     """
     weights = predictor.weights([anchor.time for anchor in slot.anchors], time)
     terms = [(w, anchor.hidden[number]) for w, anchor in zip(weights, slot.anchors) if w]
     if len(terms) == 1 and terms[0][0] == 1.0:
         return store.load(terms[0][1], like).clone()
     total: Tensor | None = None
-    for weight, feature in terms:  # float32: weights of mixed sign would cost half-precision digits
+    for weight, feature in terms:  # in float32, as weights of mixed sign would lose digits in half precision
         value = store.load(feature, like)
         total = value.float() * weight if total is None else total.add_(value, alpha=weight)
     assert total is not None, "weights of a predictor sum to one, so not all are zero"
@@ -63,20 +75,20 @@ def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore,
 
 
 def _filled(call: EngineCall, predictor: Predictor, store: FeatureStore, number: int, given: Tensor | None) -> Tensor:
-    """What to answer with (B, L, C). given: the tensor whose place it takes."""
+    """Returns the tensor (B, L, C) that takes the place of `given`, for the kept tensor of this number."""
     device = call.device if given is None else given.device
     like = torch.empty(0, dtype=call.place.kept[number].dtype, device=device)
     hidden = torch.cat([forecast(slot, predictor, call.time, store, like, number) for slot in call.slots])
     if call.given is not None and number == 0:
         hidden += _correction(call, call.given, predictor, store, hidden)
         hidden = call.given.added(hidden, call.place)
-    if hidden.dtype is torch.float16:  # the only dtype that a forecast from finite anchors can leave
+    if hidden.dtype is torch.float16:  # the only dtype whose range a forecast from finite anchors can leave
         hidden = _bounded(call, store, hidden, number)
     return hidden
 
 
 def _correction(call: EngineCall, given: ModelInput, predictor: Predictor, store: FeatureStore, hidden: Tensor) -> Tensor:
-    """What the input's innovation adds to the combination of history (docs/method.md, section 4.2)."""
+    """Returns what the input's innovation adds to the combination of anchors (the formula is in `calibration.statistics`)."""
     parts = []
     for slot, tokens in zip(call.slots, call.rows(given.tokens(hidden, call.place))):
         times = [anchor.time for anchor in slot.anchors]
@@ -89,7 +101,7 @@ def _correction(call: EngineCall, given: ModelInput, predictor: Predictor, store
 
 
 def _bounded(call: EngineCall, store: FeatureStore, hidden: Tensor, number: int) -> Tensor:
-    """The forecast, with the newest anchor's values where it is not finite; the slots remember that."""
+    """Returns the forecast, with the newest anchor's values where it is not finite, and notes in the slots whether it was."""
     latest = torch.cat([store.load(slot.anchors[-1].hidden[number], hidden) for slot in call.slots])
     if call.given is not None and number == 0:
         latest = call.given.added(latest, call.place)

@@ -1,4 +1,4 @@
-"""What is kept of each cond during a run."""
+"""Keeps the features of each cond during a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ Variant = frozenset[tuple[str, Hashable]]  # options that change what a network 
 
 
 class Anchor(NamedTuple):
-    """A computed hidden state, one feature for each tensor that is kept of it, the model's time at which it was computed and, where the
-    predictor uses it, its input.
+    """A kept hidden state with its time.
 
-    With an input, `hidden` is without the embedded input.
+    Args:
+        time: The model's time at which it was computed.
+        hidden: One feature for each tensor that the place keeps, minus the embedded input where there is an `input`.
+        input: The input tokens, where the predictor uses them, else None.
     """
 
     time: float
@@ -30,12 +32,20 @@ class Anchor(NamedTuple):
 
 
 class Slot:
-    """The features of one cond: past hidden states, oldest first, sublayer outputs for conservative evaluations, and what
-    incremental ones need of the linear layers.
+    """The features of one cond.
 
-    signature: shape, dtype and so on of the calls the features came from; another one starts anew.
-    history: hidden states that are kept at most. last_used: index of the evaluation that last asked for it, in_pass: in which pass.
-    predicted_bytes: what it will hold when its history is full.
+    These are its anchors, oldest first, the outputs of sublayers for conservative evaluations, and what incremental ones need of the
+    linear layers.
+
+    Args:
+        store: Keeps the features.
+        history: Number of anchors that are kept at most.
+
+    Attributes:
+        signature: Shape, dtype and so on of the calls that the features came from. With another one, the slot starts anew.
+        last_used: Index of the evaluation that last asked for the slot.
+        in_pass: Number of the pass of that evaluation in which it did so, from 1.
+        predicted_bytes: Bytes that the slot will hold when its history is full, 0 before they are predicted.
     """
 
     def __init__(self, store: FeatureStore, history: int) -> None:
@@ -46,23 +56,26 @@ class Slot:
         self.sublayers: dict[SiteKey, Feature] = {}
         self.layers: dict[SiteKey, Feature] = {}
         self._rests: Counter[SiteKey] = Counter()  # full evaluations that a kept sublayer has answered since it was computed
-        self._kept: list[Tensor] = []  # a sum of each hidden state not checked yet, finite where all of it is; reading it now would
-        self._answered: list[Tensor] = []  # make a GPU wait. The same of answers
-        self._alike: list[Tensor] = []  # whether the second hidden state is of the same tokens as the first
+        self._kept: list[Tensor] = []  # sums of hidden states, finite only where all values are. They are read at the next check,
+        self._answered: list[Tensor] = []  # as reading them at once would make a GPU wait. The same of answers
+        self._alike: list[Tensor] = []  # whether the second hidden state holds the same tokens as the first
         self._is_compared = False
         self._store = store
         self.history = history
 
     def remember_hidden(self, time: float, hidden: Sequence[Tensor], tokens: Tensor | None = None) -> None:
-        """Adds an anchor: hidden states (rows, L, C) and the input tokens (rows, L, d) where they are used.
+        """Adds an anchor. It replaces one of the same time, and the oldest is dropped when there are too many.
 
-        One at the same time is replaced, the oldest is dropped when there are too many.
+        Args:
+            time: The model's time.
+            hidden: (rows, L, C) for each tensor that the place keeps.
+            tokens: Input tokens (rows, L, d), where the predictor uses them.
         """
         if self.anchors and self.anchors[-1].time == time:
             self._drop(self.anchors.pop())
         if len(self.anchors) == self.history:
             self._drop(self.anchors.pop(0))
-        if len(self.anchors) == 1 and not self._is_compared:  # once: less the embedded input, later ones may be less and less alike
+        if len(self.anchors) == 1 and not self._is_compared:  # only once: minus the embedded input, later ones may differ more and more
             self._is_compared = True
             with self._store.unrecorded():
                 before = [self._store.load(feature, tensor) for feature, tensor in zip(self.anchors[0].hidden, hidden)]
@@ -73,17 +86,20 @@ class Slot:
             self._kept += [tensor.sum(dtype=torch.float32) for tensor in hidden]
 
     def note_answer(self, hidden: Tensor) -> None:
-        """To be told the hidden state that a skipped evaluation was going to answer with, where that may not be finite."""
+        """Notes the forecast (rows, L, C) of a skipped evaluation, where it may not be finite, for the next check."""
         self._answered.append(hidden.sum(dtype=torch.float32))
 
     def is_steady(self) -> bool:
-        """Whether what was kept last is of the same tokens, in the same order, as what was kept before."""
+        """Returns whether the hidden states compared since the last call hold the same tokens in the same order. Waits for the device."""
         alike = all(bool(each) for each in self._alike)
         self._alike.clear()
         return alike
 
     def checked(self) -> tuple[bool, bool]:
-        """Whether all that was kept, and all that was to be answered since the last check, is finite. What is not kept well is given up."""
+        """Returns whether all hidden states kept, and all forecasts noted, since the last check are finite. Waits for the device.
+
+        Where a kept one is not, every feature is dropped.
+        """
         is_kept, is_answered = (all(math.isfinite(total.item()) for total in totals) for totals in (self._kept, self._answered))
         self._kept.clear()
         self._answered.clear()
@@ -92,25 +108,25 @@ class Slot:
         return is_kept, is_answered
 
     def remember_sublayer(self, key: SiteKey, output: Tensor) -> None:
-        """Keeps a sublayer's output (rows, L, C) in place of the last one."""
+        """Keeps a sublayer's output (rows, L, C) in place of the one before."""
         self._replace(self.sublayers, key, output)
         self._rests[key] = 0
 
     def can_rest(self, key: SiteKey, every: int) -> bool:
-        """Whether what is kept of a sublayer may answer one more full evaluation, if it is computed in one of `every`."""
+        """Returns whether a sublayer's kept output may answer one more full evaluation, if it is computed in one of `every`."""
         return key in self.sublayers and self._rests[key] + 1 < every
 
     def rest(self, key: SiteKey, like: Tensor) -> Tensor:
-        """The sublayer's kept output (rows, L, C) in a full evaluation, in the dtype and on the device of `like`."""
+        """Returns a sublayer's kept output (rows, L, C) for a full evaluation, in the dtype and on the device of `like`."""
         self._rests[key] += 1
         return self._store.load(self.sublayers[key], like)
 
     def remember_layer(self, key: SiteKey, value: Tensor) -> None:
-        """Keeps the output or the projected input (rows, L, C) of a linear layer in place of the last one."""
+        """Keeps the output or the projected input (rows, L, C) of a linear layer in place of the one before."""
         self._replace(self.layers, key, value)
 
     def reset(self, signature: Hashable = None) -> None:
-        """Gives every feature up."""
+        """Drops every feature. `signature` is that of the calls to come."""
         for anchor in self.anchors:
             self._drop(anchor)
         for features in (self.sublayers, self.layers):
@@ -137,7 +153,13 @@ class Slot:
 
 
 class _Key(NamedTuple):
-    """cond: who. variant: through which network. occurrence: of both in one evaluation, should it be the same again."""
+    """Identifies a slot.
+
+    Args:
+        cond: The cond.
+        variant: The options that change what the network computes for it.
+        occurrence: Number of earlier passes of the same evaluation with this cond and variant.
+    """
 
     cond: Hashable
     variant: Variant = frozenset()
@@ -145,18 +167,18 @@ class _Key(NamedTuple):
 
 
 class SlotTable:
-    """The slots of a run, found by cond and by what the network computes for it.
+    """Finds the slots of a run by cond and by what the network computes for it.
 
-    The first pass over the conds in an evaluation is the sampler's own. Further ones are other conds, or guidance that looks at the
-    same conds through a changed network (SLG, PAG …): those have slots of their own, dropped when an evaluation had none of them.
+    The first pass over the conds in an evaluation is the sampler's own. Later passes are for other conds, or for guidance that runs the
+    same conds through a changed network (SLG, PAG …). These have slots of their own, which are dropped after an evaluation without them.
     """
 
     def __init__(self, store: FeatureStore, history: int) -> None:
         self._store, self._history = store, history
         self._slots: dict[_Key, Slot] = {}
         self._seen: Counter[tuple] = Counter()  # (cond, variant) in earlier passes of this evaluation
-        self._in_pass: set[tuple] = set()  # and in the present one
-        self._repeated: set[tuple] = set()  # ever met twice in a pass: its calls cannot be told apart, not even the first of them
+        self._in_pass: set[tuple] = set()  # in the present pass
+        self._repeated: set[tuple] = set()  # met twice in one pass at any time: their calls cannot be told apart, not even the first
         self._evaluation = -1
         self._number = 1
 
@@ -164,7 +186,7 @@ class SlotTable:
         return len(self._slots)
 
     def begin(self, evaluation: int) -> None:
-        """A new evaluation, numbered from 0."""
+        """Begins an evaluation. They are numbered from 0."""
         self._evaluation, self._number = evaluation, 0
         self._seen.clear()
         self._in_pass.clear()
@@ -175,23 +197,26 @@ class SlotTable:
             self._store.trim()
 
     def checked(self) -> tuple[bool, bool]:
-        """Whether all slots kept, and answered, nothing but finite values since the last check; see `Slot.checked`."""
+        """Returns whether all slots kept, and answered with, only finite values since the last check; see `Slot.checked`."""
         results = [slot.checked() for slot in self._slots.values()]
         return all(kept for kept, _ in results), all(answered for _, answered in results)
 
     def is_steady(self) -> bool:
-        """Of all slots; see `Slot.is_steady`."""
-        unsteady = [slot for slot in self._slots.values() if not slot.is_steady()]  # every one is asked, and forgets
+        """Returns whether all slots are steady; see `Slot.is_steady`."""
+        unsteady = [slot for slot in self._slots.values() if not slot.is_steady()]  # every slot is asked, as each forgets what it compared
         return not unsteady
 
     def next_pass(self) -> None:
-        """Another pass over the conds of this evaluation begins."""
+        """Begins another pass over the conds of this evaluation."""
         self._number += 1
         self._seen.update(self._in_pass)
         self._in_pass.clear()
 
     def find(self, conds: Sequence[Hashable], variant: Variant, signature: Hashable) -> list[Slot] | None:
-        """The slots of a call's conds, in order; emptied where the signature changed. None from when one came twice in a pass."""
+        """Returns the slots of a call's conds, in order. A slot is emptied where the signature has changed.
+
+        None once a cond has occurred twice in one pass, as its calls cannot be told apart from then on.
+        """
         wanted = [(cond, variant) for cond in conds]
         if len(set(wanted)) < len(wanted) or self._in_pass.intersection(wanted):
             self._repeated.update(wanted)
@@ -201,7 +226,7 @@ class SlotTable:
         return [self._slot(_Key(cond, variant, self._seen[cond, variant]), signature) for cond in conds]
 
     def others_of(self, cond: Hashable, variant: Variant) -> list[Variant]:
-        """The variants, other than this one, that the evaluation before asked for with this cond."""
+        """Returns the other variants that the evaluation before asked for with this cond."""
         return [key.variant for key, slot in self._slots.items() if key.cond == cond and key.variant != variant
                 and slot.last_used == self._evaluation - 1]  # fmt: skip
 
@@ -210,7 +235,7 @@ class SlotTable:
         return sum(slot.predicted_bytes for slot in self._slots.values())
 
     def without_inputs(self, history: int) -> None:
-        """Gives up every hidden state that was kept with its input; from here on each slot keeps at most `history` of them."""
+        """Empties every slot with anchors that were kept with their input. From here on, each slot keeps at most `history` anchors."""
         self._history = history
         for slot in self._slots.values():
             if any(anchor.input is not None for anchor in slot.anchors):

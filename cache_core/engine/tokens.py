@@ -1,4 +1,4 @@
-"""Which tokens a conservative evaluation recomputes: a random share, as DuCa v2 found no score to be better."""
+"""Chooses the tokens that a conservative evaluation recomputes: a random share, as DuCa v2 found no score to be better."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 class TokenSelection:
-    """Random tokens per block and stream, the same for every cond of one evaluation, whatever the batching.
+    """Chooses random tokens per block and stream, the same for every cond of one evaluation, whatever the batching.
 
-    share: of the tokens of a stream, 0..1; at least one token unless it is 0. seed: makes runs repeatable.
-    Drawn on the CPU, so the choice does not depend on the device.
+    They are drawn on the CPU, so that the choice does not depend on the device.
+
+    Args:
+        share: Share of a stream's tokens, 0..1. Above 0, it is at least one token.
+        seed: Makes runs repeatable.
+
+    Raises:
+        ValueError: Where the share is outside 0..1.
     """
 
     def __init__(self, share: float, seed: int) -> None:
@@ -22,12 +28,12 @@ class TokenSelection:
         self._tables: dict[tuple, Tensor] = {}
 
     def begin(self, evaluation: int) -> None:
-        """A new evaluation draws anew."""
+        """Begins an evaluation, which draws other tokens."""
         self._evaluation = evaluation
         self._tables.clear()
 
     def tokens(self, stream: str, block: int, blocks: int, length: int, device: torch.device) -> Tensor | None:
-        """Indices (k,) into a stream of `length` tokens for block `block` of `blocks`; None for none."""
+        """Returns the indices (k,) of the tokens for block `block` of `blocks`, in a stream of `length` tokens. None for none."""
         if self.share == 0:
             return None
         key = (stream, blocks, length, device)
