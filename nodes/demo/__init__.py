@@ -1,0 +1,1 @@
+"""The tiny FLUX of Demo FLUX, whose weights ship with the pack in demo/."""

@@ -1,0 +1,1 @@
+"""What the nodes' inputs are and mean, where several nodes share them."""
