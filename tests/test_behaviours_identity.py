@@ -117,8 +117,8 @@ def test_an_error_inside_a_block_propagates(model, mode, error, monkeypatch):
 def test_no_tensor_outlives_a_run(model, how, monkeypatch):
     """Every run's store is empty when sampling has ended, and the objects left behind hold no tensors."""
     runs = []
-    original = cached_model._open_run
-    monkeypatch.setattr(cached_model, "_open_run", lambda *args: runs.append(original(*args)) or runs[-1])
+    original = cached_model._Runs.open
+    monkeypatch.setattr(cached_model._Runs, "open", lambda *args: runs.append(original(*args)) or runs[-1])
     patched = cached(model, **MODES["paper"])
     if how == "finished":
         sample(patched)

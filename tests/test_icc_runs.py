@@ -50,8 +50,8 @@ def planned(model, plan: str, factors, predictor: Predictor = Reuse(), **strateg
 @pytest.fixture
 def runs(monkeypatch):
     """Every CacheRun that the host opens."""
-    opened, original = [], cached_model._open_run
-    monkeypatch.setattr(cached_model, "_open_run", lambda *args: opened.append(original(*args)) or opened[-1])
+    opened, original = [], cached_model._Runs.open
+    monkeypatch.setattr(cached_model._Runs, "open", lambda *args: opened.append(original(*args)) or opened[-1])
     return opened
 
 

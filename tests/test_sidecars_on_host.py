@@ -149,7 +149,7 @@ def test_the_newest_wins_and_ties_are_settled(put, demo):
 
 
 def test_a_file_is_opened_again_only_when_it_changed(put, demo, monkeypatch):
-    opened, look = [], sidecars.peek
+    opened, look = [], lookup.peek
     monkeypatch.setattr(lookup, "peek", lambda path: opened.append(path.name) or look(path))
     a = put("a.safetensors")
     put("b.safetensors", sidecar().fingerprint)

@@ -1,1 +1,1 @@
-"""Runs ComfyUI: as a server, as its client, in this process, and what a browser needs to show its page."""
+"""Runs ComfyUI, as a server or in this process, and talks to it as a client or through a browser."""

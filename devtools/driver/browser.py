@@ -1,4 +1,4 @@
-"""What the browser tests need besides ComfyUI: Chromium as the system has it, and the newest version of ComfyUI's page."""
+"""Finds what the browser tests need besides ComfyUI: the system's Chromium, and the newest version of ComfyUI's page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: a real ComfyUI server draws emoji with and without the cache; pictures and a table go to demo_out/.
+"""Runs the demo: a real ComfyUI server draws emoji with and without the cache; pictures and a table go to demo_out/.
 
 Everything is asked of the server over HTTP, as its page does it; no part of the pack is imported here.
 """

@@ -1,4 +1,4 @@
-"""One line that says how far the demo is."""
+"""Shows in one line how far the demo is."""
 
 from __future__ import annotations
 

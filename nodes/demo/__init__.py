@@ -1,1 +1,1 @@
-"""The tiny FLUX of Demo FLUX, whose weights ship with the pack in demo/."""
+"""Loads the tiny FLUX of the node Demo FLUX; its weights ship with the pack, in demo/ beside nodes/."""

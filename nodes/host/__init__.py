@@ -1,4 +1,4 @@
-"""What hooks into ComfyUI. `attach` puts a cache on a MODEL; `listen` is what it and the calibrator are built on.
+"""Hooks into ComfyUI. `attach` puts a cache on a MODEL; it and the calibrator are built on `listen`.
 
 What hosts differ in has a file each: `recording` (what is done around blocks), `guests` (guiders of two models), `samplers` (what a
 sampler does), `network_options` (what tells passes apart).

@@ -60,30 +60,10 @@ def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostO
         return clone
     if settings.calibration is not None:
         calibrations.check(settings.calibration, clone)
-    book, lookup = RunBook(), CalibrationLookup(settings, options.finds_calibration, options.node_id)
-    clone.set_attachments(KEY, book)
-
-    live: dict[CacheRun, LiveRun] = {}
-
-    def open_run(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any) -> CacheRun | None:
-        return _open_run(patcher, lookup, options, sigmas, sampler, live)
-
-    def open_as_guest(patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
-        run = open_run(patcher, sigmas, None)
-        if run is not None and run.plan.skips:
-            run.notify("this is the second model of a guider: with a sampler that adds noise (ancestral, SDE) take the cache off it")
-        return run
-
-    def finished(run: CacheRun, result: torch.Tensor | None, is_complete: bool = False) -> None:
-        report = run.close(is_complete=is_complete or result is not None)
-        book.add(report, result)
-        if run in live:
-            live_runs.end(live.pop(run), report)
-        if options.verbose:
-            logging.info("[DuCa] %s", report_text(report, verbose=True))
-
-    listen(clone, open_run, finished)
-    Guest(open_as_guest, lambda run, is_complete: finished(run, None, is_complete), carry_out).add_to(clone)
+    runs = _Runs(CalibrationLookup(settings, options.finds_calibration, options.node_id), options)
+    clone.set_attachments(KEY, runs.book)
+    listen(clone, runs.open, runs.finished)
+    Guest(runs.open_as_guest, lambda run, is_complete: runs.finished(run, None, is_complete), carry_out).add_to(clone)
     return clone
 
 
@@ -92,50 +72,67 @@ def book_of(model: ModelPatcher) -> RunBook | None:
     return model.get_attachment(KEY)
 
 
-def _open_run(
-    patcher: ModelPatcher,
-    lookup: CalibrationLookup,
-    options: HostOptions,
-    sigmas: torch.Tensor,
-    sampler: Any,
-    live: dict[CacheRun, LiveRun],
-) -> CacheRun | None:
-    """A run for these noise levels, entered in `live` if a node asked for it; None (said to the user) where the cache must stand aside."""
-    settings = lookup.settings_for(patcher)
-    try:
-        begun = opening(patcher, sigmas, sampler, *settings.part)
-    except ValueError as reason:
-        say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", options.node_id)
-        return None
-    device = begun.device
+class _Runs:
+    """The runs of one cached model: opens one for each sampling, shows it to the page, and keeps its report."""
 
-    def choose_device(needed: int) -> torch.device | None:
-        """System memory where the cache would take more than half of what is free on the device."""
-        return None if needed * 2 <= free_memory(patcher, device) else torch.device("cpu")
+    def __init__(self, lookup: CalibrationLookup, options: HostOptions) -> None:
+        self.book = RunBook()
+        self._lookup, self._options = lookup, options
+        self._live: dict[CacheRun, LiveRun] = {}  # those that the page hears of
 
-    def on_evaluation(evaluation: Evaluation) -> None:
-        if run in live:
-            live[run].evaluation(evaluation)
+    def open(self, patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any) -> CacheRun | None:
+        """A run for these noise levels; None, said to the user, where the cache must stand aside."""
+        settings, node_id = self._lookup.settings_for(patcher), self._options.node_id
+        try:
+            begun = opening(patcher, sigmas, sampler, *settings.part)
+        except ValueError as reason:
+            say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", node_id)
+            return None
+        device = begun.device
 
-    strategy = settings.strategy(begun)
-    run = CacheRun(
-        strategy,
-        begun.timeline,
-        begun.window,
-        begun.family,
-        device,
-        say=lambda text: say(f"DuCa Cache: {text}.", options.node_id),
-        choose_device=choose_device if options.choose_device else None,
-        told=on_evaluation,
-        is_euler=begun.is_euler,
-        unrecorded=begun.unrecorded,
-        places=begun.places,
-    )
-    if options.node_id is not None:
-        live[run] = live_runs.begin(options.node_id, strategy.name, str(run.plan), patcher, begun, lookup.found)
-    if settings.chosen is None:
-        _warn_of_few(run)
-    return run
+        def choose_device(needed: int) -> torch.device | None:
+            """System memory where the cache would take more than half of what is free on the device."""
+            return None if needed * 2 <= free_memory(patcher, device) else torch.device("cpu")
+
+        def on_evaluation(evaluation: Evaluation) -> None:
+            if run in self._live:
+                self._live[run].evaluation(evaluation)
+
+        strategy = settings.strategy(begun)
+        run = CacheRun(
+            strategy,
+            begun.timeline,
+            begun.window,
+            begun.family,
+            device,
+            say=lambda text: say(f"DuCa Cache: {text}.", node_id),
+            choose_device=choose_device if self._options.choose_device else None,
+            told=on_evaluation,
+            is_euler=begun.is_euler,
+            unrecorded=begun.unrecorded,
+            places=begun.places,
+        )
+        if node_id is not None:
+            self._live[run] = live_runs.begin(node_id, strategy.name, str(run.plan), patcher, begun, self._lookup.found)
+        if settings.chosen is None:
+            _warn_of_few(run)
+        return run
+
+    def open_as_guest(self, patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
+        """As `open`, of a model that the guider of another one runs."""
+        run = self.open(patcher, sigmas, None)
+        if run is not None and run.plan.skips:
+            run.notify("this is the second model of a guider: with a sampler that adds noise (ancestral, SDE) take the cache off it")
+        return run
+
+    def finished(self, run: CacheRun, result: torch.Tensor | None, is_complete: bool = False) -> None:
+        """Closes a run. result: the latent that it gave, if that is known. is_complete: whether it came to its end without one."""
+        report = run.close(is_complete=is_complete or result is not None)
+        self.book.add(report, result)
+        if run in self._live:
+            live_runs.end(self._live.pop(run), report)
+        if self._options.verbose:
+            logging.info("[DuCa] %s", report_text(report, verbose=True))
 
 
 def _warn_of_few(run: CacheRun) -> None:

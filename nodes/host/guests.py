@@ -1,7 +1,7 @@
-"""A cached model that is run by the guider of another one, as the unconditional side of DualModelGuider is.
+"""Serves a cached model that the guider of another model runs, as DualModelGuider runs its unconditional model.
 
-Only the guider's own model has its OUTER_SAMPLE wrappers called. The other hears from the host's callbacks when its pass in an evaluation
-begins, and when it is cleaned up at the end. The sampler is not known to it.
+The host calls the OUTER_SAMPLE wrappers of the guider's own model only. For the other model, callbacks of the host say when its pass in an
+evaluation begins, and when it is cleaned up at the end. Which sampler is used is not known there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names under which the pack leaves something on the host's objects, and how a wrapper finds it again."""
+"""Names what the pack leaves on the host's objects, and finds it again among the arguments of a wrapper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a call's transformer options changes what the network computes, in a form that can be compared.
+"""Picks the transformer options of a call that change what the network computes, in a form that can be compared.
 
 Guidance evaluates the same conds again through a network that differs by its options alone (layers left out, attention replaced, flags of
 one model). Options that are known to change nothing are left out; all others count, so an unknown one makes a pass of its own.

@@ -1,4 +1,4 @@
-"""What newer hosts do around a model's blocks on CUDA: they record a block's allocations, and fetch weights ahead of it.
+"""Keeps out of the way of what newer hosts do around a model's blocks on CUDA: recording allocations, and fetching weights ahead.
 
 A recorded block must free what it allocates, or the process ends, past any `except`. So whatever the cache keeps is allocated while
 recording is paused. Source: comfy/model_prefetch.py of Comfy-Org/ComfyUI (`pause_malloc_graph`, `cleanup_prefetch_queues`). Hosts

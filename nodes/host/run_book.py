@@ -1,4 +1,4 @@
-"""The finished runs of one cached model, so that a report finds the run that made its latent."""
+"""Keeps the reports of a cached model's last runs, so that a node finds the run that made its latent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sampler of the host does to a latent between evaluations, found by running it on numbers.
+"""Finds out what a sampler of the host does to a latent between evaluations, by running it on a few numbers.
 
 A forecast is made from older latents. Noise that a sampler adds in between is not in them, so it would stay in the picture.
 """

@@ -1,1 +1,1 @@
-"""What the nodes' inputs are and mean, where several nodes share them."""
+"""Defines inputs that several nodes share, and turns inputs into what the core takes."""

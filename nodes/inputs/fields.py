@@ -1,4 +1,4 @@
-"""Inputs that several nodes have, and the types of the pack's own sockets."""
+"""Defines inputs that several nodes have, and the types of the pack's own sockets."""
 
 from __future__ import annotations
 

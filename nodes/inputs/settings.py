@@ -1,4 +1,4 @@
-"""What the inputs of DuCa Cache and Cache Schedule mean to the core."""
+"""Turns the inputs of DuCa Cache and Cache Schedule into the core's Settings and Schedule."""
 
 from __future__ import annotations
 

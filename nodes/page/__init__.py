@@ -1,1 +1,1 @@
-"""What the page asks and is told: plans, running runs, notices and progress."""
+"""Talks with the page: answers its questions for plans and runs, and sends it notices and progress."""

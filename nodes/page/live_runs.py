@@ -1,4 +1,4 @@
-"""What is running, or ran last, under each DuCa Cache node: told to the page as it happens, and kept for a page that asks later."""
+"""Tells the page what is running under each DuCa Cache node, and keeps the last run of each for a page that asks later."""
 
 from __future__ import annotations
 

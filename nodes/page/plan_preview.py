@@ -1,4 +1,4 @@
-"""What a DuCa Cache node would do, worked out from its inputs before anything is sampled: what the page draws."""
+"""Works out what a DuCa Cache node would do, from its inputs and before anything is sampled, for the page to draw."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
     try:
         strategy = settings.strategy(opening)
     except ValueError as reason:
-        if asked.known is not None and asked.known.network() is not None:
+        if asked.network is not None:
             raise
         notes.append(f"{reason} (shown without, until the model has been sampled once)")  # the checkpoint's own may be found then
         strategy = _without_calibration(settings).strategy(opening)
@@ -68,8 +68,7 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _opening(asked: Asked) -> Opening:
     """As a run would begin: exactly for a model that was sampled before, else with noise levels as far apart as the calibration's."""
-    settings, known = asked.settings, asked.known
-    network = known.network() if known is not None else None
+    settings, known, network = asked.settings, asked.known, asked.network
     if known is not None and network is not None:
         sigmas = _sigmas(known, asked.sampling, asked.total)[asked.steps.start : asked.steps.stop + 1]
         timeline = Timeline(sigmas.tolist(), host.model_times(known.sampling, sigmas))
@@ -124,12 +123,8 @@ def _without_calibration(settings: Settings) -> Settings:
 
 
 def _costs(strategy: Strategy, plan: Plan, asked: Asked) -> dict[str, Any]:
-    known = asked.known
-    network = known.network() if known is not None else None
-    model = None
-    if known is not None and network is not None and known.shape is not None:
-        model = known.shape
-    costs = expected_costs(strategy, plan, model)
+    shape = asked.known.shape if asked.known is not None and asked.network is not None else None
+    costs = expected_costs(strategy, plan, shape)
     share = costs.compute
     return {"speedup": 1 / share if share else None, "compute": share, "is_counted": costs.is_counted, "cache_bytes": costs.bytes}
 

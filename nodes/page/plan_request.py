@@ -1,4 +1,4 @@
-"""Reads the page's request for a plan: nothing in it is taken on trust."""
+"""Reads and checks the page's request for a plan. Nothing in it is taken on trust."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from comfy_api.latest import io
+from torch import nn
 
 from ...cache_core import Settings
 from ...cache_core.calibration.sidecar import SidecarError
-from ...cache_core.checks import check_number
+from ...cache_core.checks import check_count, check_number, check_one_of
 from ...cache_core.schedule import Schedule
 from .. import sidecars
 from ..cache_schedule import CacheSchedule
@@ -28,9 +29,12 @@ _USUAL_STEPS = 28
 class Asked(NamedTuple):
     """A request that was checked.
 
-    known: of the node's last run. calibration: the file that was named, or found in that run. sampling: what the page found of the
-    sampler, by input name. steps: those of the sampler's schedule that it runs; is_assumed: the page found no number of them.
-    total: of the whole schedule, of which one of several samplers runs only a part.
+    known: what the node's last run tells.
+    calibration: the file that was named, or found in that run.
+    sampling: what the page found of the sampler, by input name.
+    steps: the steps of the sampler's schedule that it runs.
+    total: the number of steps of the whole schedule, of which one of several samplers runs only a part.
+    is_assumed: whether the page found no number of steps.
     """
 
     settings: Settings
@@ -40,6 +44,11 @@ class Asked(NamedTuple):
     steps: range
     total: int
     is_assumed: bool
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network that the node's last run sampled, if it is still there."""
+        return self.known.network() if self.known is not None else None
 
 
 def read(body: Any) -> Asked:
@@ -78,8 +87,7 @@ def _whole(sampling: Mapping[str, Any], name: str, usual: int) -> int:
     value = sampling.get(name)
     if value is None:
         return usual
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number")
+    check_count(name, value)
     return value
 
 
@@ -116,12 +124,9 @@ def _fields(node: type[io.ComfyNode]) -> tuple[Any, ...]:
 
 def _checked(field: Any, value: Any) -> Any:
     if isinstance(field, io.Combo.Input):
-        if value not in field.options:
-            raise ValueError(f"{field.id} must be one of {', '.join(map(str, field.options))}")
+        check_one_of(field.id, value, field.options)
     elif isinstance(field, (io.Float.Input, io.Int.Input)):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not field.min <= value <= field.max:
-            raise ValueError(f"{field.id} must be a number from {field.min:g} to {field.max:g}")
+        check_number(field.id, value, field.min, field.max)
         return int(value) if isinstance(field, io.Int.Input) else float(value)
     elif not isinstance(value, bool if isinstance(field, io.Boolean.Input) else str):
         raise ValueError(f"{field.id} must be {'true or false' if isinstance(field, io.Boolean.Input) else 'a text'}")

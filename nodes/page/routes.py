@@ -1,4 +1,4 @@
-"""The pack's two addresses on the host's server: the plan of a node's inputs, and what runs under a node."""
+"""Answers the pack's two addresses on the host's server: the plan of a node's inputs, and what runs under a node."""
 
 from __future__ import annotations
 

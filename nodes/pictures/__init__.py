@@ -1,1 +1,1 @@
-"""Pictures and texts that nodes give out: comparisons, plots and reports."""
+"""Makes the pictures and texts that nodes give out: comparisons, plots and reports."""

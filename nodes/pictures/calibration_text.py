@@ -1,4 +1,4 @@
-"""A calibration in words."""
+"""Describes a calibration in words."""
 
 from __future__ import annotations
 

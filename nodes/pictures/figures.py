@@ -1,4 +1,4 @@
-"""From a drawn figure to the host's images."""
+"""Turns a drawn figure into an image of the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How near one picture is to another: PSNR and SSIM (Wang et al. 2004), in plain torch.
+"""Measures how near one picture is to another: PSNR and SSIM (Wang et al. 2004), in plain torch.
 
 SSIM is the usual one of benchmarks: a uniform 7×7 window, sample covariances, the mean over colours and over all windows that
 lie within the picture. Both take colours as 0..1 and compute in float64, on the CPU.

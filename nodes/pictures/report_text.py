@@ -1,4 +1,4 @@
-"""A finished run in words and in plain data."""
+"""Describes a finished run, in words and in plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration sidecars: files that belong to a checkpoint, made by SVD Calibrator and found again when the checkpoint is sampled.
+"""Keeps what was learned of a checkpoint in a file, its sidecar, and finds the file again when the checkpoint is sampled.
 
 `folder` is where they lie, `lookup` finds the one of a loaded model, `calibrations` is what nodes use. `calibrating` makes new ones; it
 samples, so it stands on the host's room and is not imported here.

@@ -1,4 +1,4 @@
-"""Where calibration sidecars are on the host: in models/duca_calibration, or beside a checkpoint as <any name>.duca.safetensors."""
+"""Knows where calibration sidecars are: in models/duca_calibration, or beside a checkpoint as <any name>.duca.safetensors."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ...cache_core.calibration.sidecar import About, Contents, SidecarError, pee
 from .fingerprints import all_fingerprints_of
 from .folder import candidates, state_of
 
-Refused = Callable[[Path, str], None]  # is told of a file that cannot be used, and why and what to do
+Refused = Callable[[Path, str], None]  # is called with a file that cannot be used, and with why and what to do
 
 
 class Found(NamedTuple):
@@ -26,7 +26,7 @@ class Found(NamedTuple):
 def find(model: ModelPatcher, refused: Refused = lambda path, reason: None) -> Found | None:
     """The most recently created sidecar of the model's checkpoint, or None; of two equally old the later written, then by path.
 
-    `refused` is told of every file that should be a sidecar and cannot be read, at each call; none of them ends the search.
+    refused: called for every file that should be a sidecar and cannot be read, at each search; none of them ends the search.
     Without a sidecar of the model's family the weights are not looked at, so this costs next to nothing.
     Raises ValueError as `fingerprint_of` does.
     """

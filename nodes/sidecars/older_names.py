@@ -1,7 +1,8 @@
-"""What hosts called one checkpoint's weights: for sidecars from the time when a fingerprint counted vectors, by the host's names.
+"""Lists the names that hosts have given to one checkpoint's weights. The fingerprints of older sidecars depend on these names.
 
-Since then hosts gave the norms of FLUX's blocks another name for their scale, and left out a norm that Lumina 2 has and never used.
-What is here only makes candidates: a file is taken as one of them only if names and shapes give its very structure.
+Those fingerprints counted vectors too. Since then hosts renamed the scale of the norms in FLUX's blocks, and left out a norm of Lumina 2
+that was never used. What is listed here are only candidates: names are taken if they, with the shapes, give exactly the structure that
+the sidecar has.
 """
 
 from __future__ import annotations
