@@ -25,7 +25,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an old python3 is what people st
     sys.exit(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}. Run it with a newer python3.")
 
 sys.path.insert(0, str(ROOT))
-from devtools.host_setup import Host, SetupError, ensure_host  # noqa: E402
+from devtools.environment.host_setup import Host, SetupError, ensure_host  # noqa: E402
 
 FIRST_HALF = ["tests/families", "tests/discovery", "tests/calibrating"]
 BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "discovery", "families"]
@@ -75,7 +75,7 @@ def test_in_two(host: Host) -> int:
 
 
 def demo(host: Host, rest: list[str]) -> int:
-    return run(host, "-m", "devtools.demo", *rest)
+    return run(host, "-m", "devtools.generators.demo", *rest)
 
 
 def bench(host: Host, rest: list[str]) -> int:

@@ -25,8 +25,8 @@ from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoad
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated, Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
-from comfyui_duca.nodes.calibrating import Sampling, calibrate
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.nodes.sidecars.calibrating import Sampling, calibrate
 from quality import EVEN_INTERVAL, GUIDANCE, PROMPTS, STEPS, Bench
 
 LEARNED_FROM = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from devtools.inprocess import load_comfyui, load_pack
+from devtools.driver.inprocess import load_comfyui, load_pack
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from devtools.inprocess import load_comfyui, load_pack
+from devtools.driver.inprocess import load_comfyui, load_pack
 
 load_comfyui()
 load_pack()

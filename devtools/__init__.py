@@ -1,1 +1,1 @@
-"""What dev.py is made of. `host_setup` and `server` use the standard library only."""
+"""What dev.py is made of: `environment` sets up a ComfyUI, `driver` runs it, `generators` make files with it."""

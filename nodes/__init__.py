@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import routes
 from .cache_compare import CacheCompare
 from .cache_report import CacheReport
 from .cache_schedule import CacheSchedule
@@ -14,6 +13,7 @@ from .dit.imagenet_class import ImageNetClass
 from .dit.load_dit import LoadDiT
 from .duca_cache import DucaCache
 from .load_calibration import LoadCalibration
+from .page import routes
 from .prompt_list import PromptList
 from .svd_calibrator import SvdCalibrator
 

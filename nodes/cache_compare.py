@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from . import host
-from .comparison import Row, in_lines, output, score
+from .pictures.comparison import Row, in_lines, output, outputs, score
 
 _PER_LINE = 4  # of the grid, beside the reference
 
@@ -40,7 +40,7 @@ class CacheCompare(io.ComfyNode):
                     tooltip="From DuCa Cache. Where there is one setting, its last run gives time and compute for the table.",
                 ),
             ],
-            outputs=comparison_outputs(),
+            outputs=outputs(),
             is_output_node=True,
         )
 
@@ -59,18 +59,6 @@ class CacheCompare(io.ComfyNode):
             rows = [Row("reference", reference, 1.0, 1.0), Row(names[0], cached, report.time_speedup, report.compute_speedup)]
         entries = score(rows[0], rows[1:])
         return output(cls, entries, in_lines(entries[1:], _PER_LINE))
-
-
-def comparison_outputs() -> list[io.Output]:
-    """What `comparison.output` gives first."""
-    return [
-        io.Image.Output(display_name="grid", tooltip="The reference, then each picture over its label, PSNR and SSIM."),
-        io.Image.Output(
-            display_name="difference",
-            tooltip="How far each pixel is from the reference's, in one scale for all: dark is alike, bright is far.",
-        ),
-        io.String.Output(display_name="table", tooltip="Label, PSNR, SSIM, time and compute of each, as Markdown."),
-    ]
 
 
 def _check_fit(reference: torch.Tensor, cached: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import host
-from .report_plot import report_plot
-from .report_text import report_data, report_text
+from .pictures.report_plot import report_plot
+from .pictures.report_text import report_data, report_text
 
 _FOREIGN = (
     "This latent did not come from any of this model's last runs (or was changed since). What follows is the model's latest run. "

@@ -6,12 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache_core.checks import check_one_of
 from ..cache_core.schedule import Schedule
-from . import calibrations
-
-Type = io.Custom("DUCA_SCHEDULE")
-_SEVERAL = ("as their step", "first only")
+from .inputs import fields
+from .inputs.settings import SEVERAL_EVALUATIONS, schedule_of
 
 
 class CacheSchedule(io.ComfyNode):
@@ -23,7 +20,7 @@ class CacheSchedule(io.ComfyNode):
             category="model_patches/duca",
             description="Says which evaluations DuCa Cache computes in full. For any step count; the strip below shows the sampler's.",
             inputs=_inputs(),
-            outputs=[Type.Output(display_name="schedule", tooltip="For DuCa Cache's input of the same name.")],
+            outputs=[fields.Schedule.Output(display_name="schedule", tooltip="For DuCa Cache's input of the same name.")],
         )
 
     @classmethod
@@ -40,12 +37,6 @@ class CacheSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, **given: Any) -> io.NodeOutput:
         return io.NodeOutput(schedule_of(**given))
-
-
-def schedule_of(several_evaluations: str, **given: Any) -> Schedule:
-    """What the node's inputs mean: Schedule's own, but for one. Raises ValueError, a ScheduleTextError for the text."""
-    check_one_of("several_evaluations", several_evaluations, _SEVERAL)
-    return Schedule(first_only=several_evaluations == "first only", **given)
 
 
 def _inputs() -> list[io.Input]:
@@ -97,12 +88,12 @@ def _inputs() -> list[io.Input]:
         io.Int.Input("tail", default=usual.tail, min=0, max=100, tooltip="Full steps at the end."),
         io.Combo.Input(
             "several_evaluations",
-            options=list(_SEVERAL),
-            default=_SEVERAL[0],
+            options=list(SEVERAL_EVALUATIONS),
+            default=SEVERAL_EVALUATIONS[0],
             tooltip="Samplers like heun evaluate a noise level more than once. as their step: all of the step's kind. "
             "first only: the first is, the others are skipped.",
         ),
-        calibrations.Type.Input(
+        fields.Calibration.Input(
             "calibration", optional=True, tooltip="For kind searched. Without it DuCa Cache looks for the checkpoint's own."
         ),
     ]

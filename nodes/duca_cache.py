@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
-from ..cache_core import Settings, StoreFormat
-from ..cache_core.checks import check_number, check_one_of
+from ..cache_core import Settings
+from ..cache_core.checks import check_number
 from ..cache_core.predictors import PREDICTORS
 from ..cache_core.strategy import MODES
-from . import cache_schedule, calibrations, host, sidecars
-
-_STORE_DTYPES = {"model dtype": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-_STORE_DEVICES = ("auto", "GPU", "CPU")
-
-
-def advanced(field: io.Input) -> io.Input:
-    """Marks an input as one that the page folds away."""
-    field.extra_dict = {**(field.extra_dict or {}), "advanced": True}
-    return field
+from . import host, sidecars
+from .inputs import fields
+from .inputs.settings import STORE_DEVICES, STORE_DTYPES, settings_of
+from .sidecars.calibrations import SEARCHING_MODES
 
 
 class DucaCache(io.ComfyNode):
@@ -52,12 +45,12 @@ class DucaCache(io.ComfyNode):
                     tooltip="How many times fewer full evaluations. 1 computes everything; 2 is safe; above 3 look at the image.",
                 ),
                 *_advanced_inputs(),
-                calibrations.Type.Input(
+                fields.Calibration.Input(
                     "calibration",
                     optional=True,
                     tooltip="From SVD Calibrator or Load Calibration. Without it the checkpoint's own is looked for in modes auto and icc.",
                 ),
-                cache_schedule.Type.Input(
+                fields.Schedule.Input(
                     "schedule",
                     optional=True,
                     tooltip="From Cache Schedule: says which evaluations are full, in place of the slider and the numbers of steps here.",
@@ -85,7 +78,7 @@ class DucaCache(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, mode: str | None = None, **inputs: Any) -> tuple:
         """What looks for a calibration samples anew when there is another file. Inputs from other nodes are None here."""
-        may_search = mode in (None, *calibrations.SEARCHING_MODES) or "schedule" in inputs
+        may_search = mode in (None, *SEARCHING_MODES) or "schedule" in inputs
         is_searching = "calibration" not in inputs and may_search
         return sidecars.state() if is_searching else ()
 
@@ -96,33 +89,10 @@ class DucaCache(io.ComfyNode):
         return io.NodeOutput(host.attach(model, settings, options))
 
 
-def settings_of(
-    warmup: int,
-    start_percent: float,
-    end_percent: float,
-    store_device: str,
-    store_dtype: str,
-    token_seed: int,
-    **given: Any,
-) -> Settings:
-    """What the node's inputs mean: those of Settings, but for these. Raises ValueError."""
-    check_number("warmup", warmup)
-    check_one_of("store_device", store_device, _STORE_DEVICES)
-    check_one_of("store_dtype", store_dtype, _STORE_DTYPES)
-    return Settings(
-        warmup=None if warmup < 0 else warmup,
-        start=start_percent,
-        end=end_percent,
-        seed=token_seed,
-        storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, _STORE_DTYPES[store_dtype]),
-        **given,
-    )
-
-
 def _advanced_inputs() -> list[io.Input]:
     percent = {"min": 0.0, "max": 1.0, "step": 0.01}
     return [
-        advanced(field)
+        fields.advanced(field)
         for field in (
             io.Combo.Input(
                 "predictor",
@@ -156,13 +126,13 @@ def _advanced_inputs() -> list[io.Input]:
             io.Float.Input("end_percent", default=1.0, tooltip="Nothing is skipped after this part of the sampling.", **percent),
             io.Combo.Input(
                 "store_device",
-                options=list(_STORE_DEVICES),
+                options=list(STORE_DEVICES),
                 default="auto",
                 tooltip="Where features are kept. auto: on the GPU unless that would take half of its free memory.",
             ),
             io.Combo.Input(
                 "store_dtype",
-                options=list(_STORE_DTYPES),
+                options=list(STORE_DTYPES),
                 default="model dtype",
                 tooltip="In what precision features are kept. fp8 halves the memory of bf16 and costs a little accuracy.",
             ),

@@ -6,9 +6,11 @@ from textwrap import indent
 
 from comfy_api.latest import io
 
-from . import calibrations, sidecars
-from .calibration_plot import calibration_plot
-from .calibration_text import calibration_text
+from . import sidecars
+from .inputs import fields
+from .pictures.calibration_plot import calibration_plot
+from .pictures.calibration_text import calibration_text
+from .sidecars import calibrations
 
 
 class LoadCalibration(io.ComfyNode):
@@ -21,7 +23,7 @@ class LoadCalibration(io.ComfyNode):
             description="Loads a calibration from models/duca_calibration. DuCa Cache also finds the one of its model by itself.",
             inputs=[io.Combo.Input("calibration_name", options=sidecars.names(), tooltip="A file in models/duca_calibration.")],
             outputs=[
-                calibrations.Type.Output(display_name="calibration", tooltip="For DuCa Cache; it refuses one of another checkpoint."),
+                fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache; it refuses one of another checkpoint."),
                 io.String.Output(display_name="text", tooltip="What the file says of itself."),
                 io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity per step, energy kept per layer."),
             ],
@@ -30,8 +32,7 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, calibration_name: str) -> tuple:
         """Loaded anew when the file has changed."""
-        stat = sidecars.path_of(calibration_name).stat()
-        return stat.st_mtime_ns, stat.st_size
+        return sidecars.state_of(sidecars.path_of(calibration_name))
 
     @classmethod
     def execute(cls, calibration_name: str) -> io.NodeOutput:

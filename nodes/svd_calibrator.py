@@ -9,20 +9,21 @@ from textwrap import indent
 from types import MappingProxyType
 from typing import Any
 
-import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..cache_core.calibration.calibration import Calibration
 from ..cache_core.calibration.low_rank import METHODS
+from ..cache_core.checks import check_one_of
 from ..cache_core.tuning import Wishes
-from . import calibrations, sidecars
-from .calibrating import Sampling, calibrate
-from .calibration_plot import calibration_plot
-from .calibration_text import calibration_text
-from .duca_cache import advanced
-from .latents import fitted
-from .notices import say, show
+from . import sidecars
+from .host.ksampler import fitted
+from .inputs import fields
+from .page.notices import say, show
+from .pictures.calibration_plot import calibration_plot
+from .pictures.calibration_text import calibration_text
+from .sidecars.calibrating import Sampling, calibrate
+from .sidecars.calibrations import calibration_of
 
 _WANTED = MappingProxyType({"forecast": ("forecast",), "ICC": ("icc",), "both": ("forecast", "icc")})
 
@@ -38,7 +39,7 @@ class SvdCalibrator(io.ComfyNode):
             "in models/duca_calibration. From then on DuCa Cache finds it by itself. Takes minutes.",
             inputs=_inputs(),
             outputs=[
-                calibrations.Type.Output(display_name="calibration", tooltip="For DuCa Cache. It would also find it by itself."),
+                fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache. It would also find it by itself."),
                 io.String.Output(display_name="text", tooltip="What was learned, in words."),
                 io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity per step, energy kept per layer."),
             ],
@@ -50,9 +51,8 @@ class SvdCalibrator(io.ComfyNode):
     @classmethod
     def execute(cls, model: list, positive: list, negative: list, latent: list, **given: list) -> io.NodeOutput:
         options: dict[str, Any] = {name: values[0] for name, values in given.items()}
-        for name, known in (("what", _WANTED), ("icc_method", METHODS)):  # which the host does not check
-            if options[name] not in known:
-                raise ValueError(f"unknown {name} {options[name]!r}: use one of {', '.join(known)}")
+        check_one_of("what", options["what"], _WANTED)  # the host does not check the inputs of nodes that take lists
+        check_one_of("icc_method", options["icc_method"], METHODS)
         wanted, node_id = _WANTED[options["what"]], cls.hidden.unique_id
         wishes = Wishes(method=options["icc_method"], rank=options["rank"])
         negatives = [negative[min(i, len(negative) - 1)] for i in range(len(positive))]
@@ -60,7 +60,7 @@ class SvdCalibrator(io.ComfyNode):
             positive, negatives, fitted(model[0], latent[0])[:1], options["sampler_name"], options["scheduler"], options["steps"],
             options["cfg"], options["first_seed"],
         )  # fmt: skip
-        own = calibrations.find(model[0], None, lambda text: say(f"SVD Calibrator: {text}.", node_id))
+        own = calibration_of(model[0], None, lambda text: say(f"SVD Calibrator: {text}.", node_id))
         kept = own if own is not None and not options["recalibrate"] and _has(own[1], wanted, wishes) else None
         path, calibration = kept or _made(model[0], sampling, wanted, wishes, options["name"], node_id, own and own[1])
         show(f"{'saved as' if kept is None else 'uses the calibration'} {path.name}", node_id)  # in place of the last stage
@@ -101,17 +101,16 @@ def _inputs() -> list[io.Input]:
         io.Conditioning.Input("positive", tooltip="One prompt, or several as a list (Prompt List → CLIP Text Encode). Eight or more."),
         io.Conditioning.Input("negative", tooltip="The negative prompt, one for all or as many as positive ones."),
         io.Latent.Input("latent", tooltip="An empty latent of the size you work at. Only the first of a batch is used."),
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler you work with."),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="The scheduler you work with."),
+        *fields.sampler_fields(),
         io.Int.Input("steps", default=28, min=4, max=200, tooltip="The number of steps you work with; others are interpolated."),
-        io.Float.Input("cfg", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The guidance you work with."),
+        fields.guidance_field(),
         io.Combo.Input(
             "what",
             options=list(_WANTED),
             default="forecast",
             tooltip="forecast: for DuCa Cache in mode auto. ICC: low-rank factors of all layers for mode icc. both: either.",
         ),
-        *map(advanced, _advanced_inputs()),
+        *map(fields.advanced, _advanced_inputs()),
     ]
 
 

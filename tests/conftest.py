@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from devtools.inprocess import load_comfyui, load_pack
+from devtools.driver.inprocess import load_comfyui, load_pack
 
 load_comfyui()
 load_pack()
@@ -19,11 +19,12 @@ import pytest
 import torch
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from comfyui_duca.nodes.sidecars import fingerprints
 from host import linear_sites_of
 
-from devtools import host_setup
-from devtools.client import ComfyClient
-from devtools.server import ComfyServer
+from devtools.driver.client import ComfyClient
+from devtools.driver.server import ComfyServer
+from devtools.environment import host_setup
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
 hypothesis.settings.load_profile("no deadline")
@@ -78,6 +79,6 @@ def of_demo():
 @pytest.fixture
 def computed(monkeypatch) -> list:
     """Grows with every fingerprint that is computed and not remembered."""
-    compute, calls = sidecars._fingerprint, []
-    monkeypatch.setattr(sidecars, "_fingerprint", lambda weights: calls.append(1) or compute(weights))
+    compute, calls = fingerprints._fingerprint, []
+    monkeypatch.setattr(fingerprints, "_fingerprint", lambda weights: calls.append(1) or compute(weights))
     return calls

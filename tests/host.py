@@ -6,8 +6,7 @@ The last part is where what a test asks of the host is asked differently on diff
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import comfy.model_detection
 import comfy.model_management
@@ -113,26 +112,6 @@ def as_called(node: type[io.ComfyNode], unique_id: str) -> type[io.ComfyNode]:
     hidden = {io.Hidden.unique_id: unique_id}
     is_bare = "hidden_inputs" in inspect.signature(node.PREPARE_CLASS_CLONE).parameters
     return node.PREPARE_CLASS_CLONE(hidden if is_bare else {"hidden_inputs": hidden})
-
-
-def inputs_listed(specs: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, type and options of a node's inputs, as INPUT_TYPES or the server has them, choices always as COMBO.
-
-    Newer hosts have choices that bring inputs of their own: those of the first, the default, follow it. Hidden ones are left out.
-    """
-    for name, (kind, *more) in specs.items():
-        options = dict(more[0]) if more else {}
-        if options.get("hidden"):
-            continue
-        if kind == "COMFY_DYNAMICCOMBO_V3":
-            choices = options["options"]
-            yield name, "COMBO", {**options, "options": [choice["key"] for choice in choices]}
-            for group in choices[0]["inputs"].values():
-                yield from inputs_listed(group)
-        elif isinstance(kind, list):
-            yield name, "COMBO", {**options, "options": kind}
-        else:
-            yield name, str(kind), options
 
 
 def split_calls(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool] = lambda call: True) -> None:

@@ -22,8 +22,8 @@ from comfyui_duca.cache_core.store import FeatureStore
 from comfyui_duca.cache_core.strategy import Settings, Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from comfyui_duca.nodes.report_plot import report_plot
-from comfyui_duca.nodes.report_text import report_data, report_text
+from comfyui_duca.nodes.pictures.report_plot import report_plot
+from comfyui_duca.nodes.pictures.report_text import report_data, report_text
 from host import cached, exact_factors, flux_1, kinds, last_report, sample, split_calls
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from comfyui_duca.nodes.host import cached_model
 from host import cached, kinds, last_report, psnr, sample
 
 MODES = {
@@ -116,8 +117,8 @@ def test_an_error_inside_a_block_propagates(model, mode, error, monkeypatch):
 def test_no_tensor_outlives_a_run(model, how, monkeypatch):
     """Every run's store is empty when sampling has ended, and the objects left behind hold no tensors."""
     runs = []
-    original = host._open_run
-    monkeypatch.setattr(host, "_open_run", lambda *args: runs.append(original(*args)) or runs[-1])
+    original = cached_model._Runs.open
+    monkeypatch.setattr(cached_model._Runs, "open", lambda *args: runs.append(original(*args)) or runs[-1])
     patched = cached(model, **MODES["paper"])
     if how == "finished":
         sample(patched)

@@ -14,9 +14,12 @@ import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
-from comfyui_duca.nodes import DucaExtension, cache_sweep, host, sidecars
+from comfyui_duca.nodes import DucaExtension, sidecars
 from comfyui_duca.nodes.cache_sweep import CacheSweep, parse_speedups
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.nodes.host import cached_model
+from comfyui_duca.nodes.page import notices
+from comfyui_duca.nodes.pictures import sweep as sweeping
 from host import as_called, cached, last_report, sample
 from test_cache_compare import cells, distance, enlarged, found, noise
 from test_wrong_input import unet
@@ -58,7 +61,7 @@ def drawn(model, **given) -> torch.Tensor:
 def shown(monkeypatch) -> list[str]:
     """What is under the node while it works."""
     texts: list[str] = []
-    monkeypatch.setattr(cache_sweep.notices, "show", lambda text, node_id: node_id == "5" and texts.append(text))
+    monkeypatch.setattr(notices, "show", lambda text, node_id: node_id == "5" and texts.append(text))
     return texts
 
 
@@ -131,7 +134,7 @@ def test_an_empty_latent_of_another_kind_is_fitted_as_by_ksampler(model):
 def test_of_pictures_with_sound_the_pictures_are_shown(model, monkeypatch):
     """As VAE Decode does with a latent of both."""
     latent, sound = noise(1).movedim(-1, 1) * 2 - 1, torch.zeros(1, 8, 5)
-    monkeypatch.setattr(cache_sweep.comfy.sample, "sample", lambda *a, **k: NestedTensor([latent, sound]))
+    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **k: NestedTensor([latent, sound]))
     images = sweep(model, fewer_steps=False).result[3]
     assert torch.allclose(images, noise(1).expand(2, -1, -1, -1), atol=1e-6)
 
@@ -139,14 +142,14 @@ def test_of_pictures_with_sound_the_pictures_are_shown(model, monkeypatch):
 def test_time_is_that_of_the_sampling_alone(model, shown, monkeypatch):
     """By a clock that ticks at each step: neither the warm-up nor decoding counts."""
     ticks = SimpleNamespace(perf_counter=lambda: sum("step 0 " not in text for text in shown))
-    monkeypatch.setattr(cache_sweep, "time", ticks)
+    monkeypatch.setattr(sweeping, "time", ticks)
     rows = cells(sweep(model, speedups="2, 3").result[2])
     assert [row[3] for row in rows] == ["1.00x", "1.00x", "2.00x", "1.00x", "3.00x"]
 
 
 def test_progress_never_goes_back_and_names_its_stages(model, shown, monkeypatch):
     bar: list[float] = []
-    monkeypatch.setattr(cache_sweep.comfy.utils.ProgressBar, "update_absolute", lambda self, value, *a: bar.append(value / self.total))
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, *a: bar.append(value / self.total))
     sweep(model)
     assert list(dict.fromkeys(text.split(":")[0] for text in shown if "decoding" not in text)) == [
         "warming up", "no cache, 6 steps (1 of 3)", "auto 2x (2 of 3)", "no cache, 3 steps (3 of 3)",
@@ -165,7 +168,7 @@ def test_a_cancel_ends_it_at_once_and_leaves_the_model_as_it_was(model, monkeypa
             if text.startswith(stage):
                 comfy.model_management.interrupt_current_processing()
 
-    monkeypatch.setattr(cache_sweep.notices, "show", show)
+    monkeypatch.setattr(notices, "show", show)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sweep(model)
     assert texts[-1].startswith(stage), "nothing went on after it"
@@ -176,7 +179,7 @@ def test_a_run_whose_cache_stood_aside_says_so(model, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ValueError("for a reason")
 
-    monkeypatch.setattr(host, "opening", refuse)
+    monkeypatch.setattr(cached_model, "opening", refuse)
     _, _, table, images = sweep(model, fewer_steps=False).result
     assert cells(table)[1][:3] == ["auto 2x (stood aside)", "identical", "1.000"] and cells(table)[1][4] == "-"
     assert torch.equal(images[0], images[1])

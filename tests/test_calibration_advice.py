@@ -14,8 +14,8 @@ from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import FrontLoaded, IccCycle
 from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.schedule import Schedule
-from comfyui_duca.nodes.plan_preview import _opening
-from comfyui_duca.nodes.plan_request import Asked
+from comfyui_duca.nodes.page.plan_preview import _opening
+from comfyui_duca.nodes.page.plan_request import Asked
 from test_calibration import CPU, STEP_TIMES, K, calibration_of, forecast_of, some_factors
 from torch import nn
 

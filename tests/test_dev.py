@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from devtools import host_setup
+from devtools.environment import host_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,9 +15,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
-from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from comfyui_duca.nodes.sidecars import fingerprint_of
+from comfyui_duca.nodes.sidecars import fingerprint_of, fingerprints
 from host import patcher_of, perturbed, sample
 from torch import Tensor, nn
 
@@ -279,7 +278,7 @@ def test_gguf_is_unpacked_without_its_loras():
     for weight in weights:
         weight.patches = [torch.ones(24, 16)]
     other = patcher_of(model.model.diffusion_model)
-    sidecars._known._fingerprints.clear()
+    fingerprints._known.clear()
     assert same(fingerprint_of(other), taken) and all(len(weight.patches) == 1 for weight in weights)
 
 
@@ -310,7 +309,7 @@ def test_it_is_computed_anew_for_other_weights(model, computed):
 def test_nothing_is_kept_alive(model):
     other = load_demo_model()
     fingerprint_of(other)
-    network, known = weakref.ref(other.model.diffusion_model), len(sidecars._known._fingerprints)
+    network, known = weakref.ref(other.model.diffusion_model), len(fingerprints._known)
     del other
     gc.collect()
-    assert network() is None and len(sidecars._known._fingerprints) < known
+    assert network() is None and len(fingerprints._known) < known

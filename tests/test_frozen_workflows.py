@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host import inputs_listed
 
-from devtools import example_workflows, host_setup
+from devtools.driver.node_inputs import inputs_listed
+from devtools.environment import host_setup
+from devtools.generators import example_workflows
 
 ROOT = Path(__file__).resolve().parents[1]
 FROZEN = ROOT / "tests" / "frozen"
@@ -228,7 +229,7 @@ def test_a_note_names_the_model_files(path: Path, definitions: Definitions):
 @pytest.mark.parametrize("name", example_workflows.WORKFLOWS)
 def test_the_example_workflows_are_as_drawn(name: str, classes: dict[str, Any]):
     shipped = (ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")
-    assert json.loads(shipped) == example_workflows.drawn(name, classes), "python3 -m devtools.example_workflows"
+    assert json.loads(shipped) == example_workflows.drawn(name, classes), "python3 -m devtools.generators.example_workflows"
 
 
 Inputs = tuple[Input, ...]

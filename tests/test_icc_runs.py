@@ -17,8 +17,9 @@ from comfyui_duca.cache_core.predictors import Chebyshev, Predictor, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from comfyui_duca.nodes.report_plot import report_plot
-from comfyui_duca.nodes.report_text import report_text
+from comfyui_duca.nodes.host import cached_model
+from comfyui_duca.nodes.pictures.report_plot import report_plot
+from comfyui_duca.nodes.pictures.report_text import report_text
 from host import kinds, last_report, linear_sites_of, psnr, sample, split_calls
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,8 +50,8 @@ def planned(model, plan: str, factors, predictor: Predictor = Reuse(), **strateg
 @pytest.fixture
 def runs(monkeypatch):
     """Every CacheRun that the host opens."""
-    opened, original = [], host._open_run
-    monkeypatch.setattr(host, "_open_run", lambda *args: opened.append(original(*args)) or opened[-1])
+    opened, original = [], cached_model._Runs.open
+    monkeypatch.setattr(cached_model._Runs, "open", lambda *args: opened.append(original(*args)) or opened[-1])
     return opened
 
 

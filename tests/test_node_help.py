@@ -15,8 +15,8 @@ from app.custom_node_manager import CustomNodeManager
 from comfy_api.latest import io
 from comfyui_duca.cache_core.schedule_text import parse
 
-from devtools.inprocess import ROOT
-from devtools.locales import as_text, definition_of, nodes
+from devtools.driver.inprocess import ROOT
+from devtools.generators.locales import as_text, definition_of, nodes
 
 DOCS = ROOT / "web" / "docs"
 LOCALES = ROOT / "locales"
@@ -234,7 +234,7 @@ def flat(texts: dict[str, Any], before: str = "") -> dict[str, Any]:
 def test_english_is_what_the_nodes_say():
     current = as_text({name: definition_of(node) for name, node in NODES.items()})
     written = (LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8")
-    assert written == current, "write it anew with: python3 -m devtools.locales (and look at the Chinese for what changed)"
+    assert written == current, "write it anew with: python3 -m devtools.generators.locales (and look at the Chinese for what changed)"
 
 
 def test_english_is_what_the_host_tells_the_page():

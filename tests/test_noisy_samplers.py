@@ -6,8 +6,8 @@ import comfy.k_diffusion.sampling
 import comfy.samplers
 import pytest
 import torch
-from comfyui_duca.nodes import samplers
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from comfyui_duca.nodes.host import samplers
 from host import cached, kinds, last_report, psnr, sample
 
 STEPS = 20

@@ -12,8 +12,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from comfyui_duca.nodes.network_options import variant_of
-from comfyui_duca.nodes.report_text import report_data, report_text
+from comfyui_duca.nodes.host.network_options import variant_of
+from comfyui_duca.nodes.pictures.report_text import report_data, report_text
 from host import cached, kinds, last_report, psnr, sample
 
 STEPS = 28

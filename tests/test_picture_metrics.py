@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_duca.nodes.picture_metrics import psnr, ssim
+from comfyui_duca.nodes.pictures.metrics import psnr, ssim
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 

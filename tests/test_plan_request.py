@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import folder_paths
 import pytest
 from comfyui_duca.cache_core.calibration.sidecar import write
-from comfyui_duca.nodes import routes, sidecars
-from comfyui_duca.nodes.plan_preview import preview
+from comfyui_duca.nodes import sidecars
+from comfyui_duca.nodes.page import routes
+from comfyui_duca.nodes.page.plan_preview import preview
 from test_sidecar import sidecar
 
 

@@ -22,9 +22,10 @@ from comfyui_duca.cache_core.predictors import Predictor, Reuse
 from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
-from comfyui_duca.nodes import host, recording
-from comfyui_duca.nodes.calibrating import Sampling, calibrate
+from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.nodes.host import recording
+from comfyui_duca.nodes.sidecars.calibrating import Sampling, calibrate
 from host import cached, exact_factors, kinds, last_report, sample
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -18,6 +18,7 @@ from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from comfyui_duca.nodes.host import cached_model
 from host import cached, exact_factors, kinds, last_report, perturbed, psnr, sample
 
 try:
@@ -104,7 +105,7 @@ def test_with_a_cache_on_both_sides_the_guiders_own_serves(model, other):
 def test_a_cache_that_stands_aside_says_so_once(model, other, monkeypatch):
     """On the guider's own model, and on the other one: asked before every evaluation, it would look for a calibration and say it anew."""
     said: list[str] = []
-    monkeypatch.setattr(host, "say", lambda text, _node_id=None: said.append(text))
+    monkeypatch.setattr(cached_model, "say", lambda text, _node_id=None: said.append(text))
     rising = torch.tensor([0.1, 0.3, 0.6, 0.9])
     euler, prompts = comfy.samplers.sampler_object("euler"), (encode_prompt("red apple"), encode_prompt(""))
     latent = torch.zeros(1, 3, 48, 48)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host import inputs_listed
 from PIL import Image
 
-from devtools.client import ComfyClient, PromptError
+from devtools.driver.client import ComfyClient, PromptError
+from devtools.driver.node_inputs import inputs_listed
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = json.loads((ROOT / "workflows" / "api" / "duca_demo_flux.json").read_text())

@@ -16,7 +16,7 @@ from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.cache_core.calibration.sidecar import SidecarError, read, write
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from comfyui_duca.nodes.sidecars import fingerprint_of
+from comfyui_duca.nodes.sidecars import fingerprint_of, lookup
 from host import patcher_of, perturbed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -149,8 +149,8 @@ def test_the_newest_wins_and_ties_are_settled(put, demo):
 
 
 def test_a_file_is_opened_again_only_when_it_changed(put, demo, monkeypatch):
-    opened, look = [], sidecars.peek
-    monkeypatch.setattr(sidecars, "peek", lambda path: opened.append(path.name) or look(path))
+    opened, look = [], lookup.peek
+    monkeypatch.setattr(lookup, "peek", lambda path: opened.append(path.name) or look(path))
     a = put("a.safetensors")
     put("b.safetensors", sidecar().fingerprint)
     search(demo)

@@ -15,13 +15,14 @@ from comfyui_duca.cache_core import Settings
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.cache_schedule import CacheSchedule
 from comfyui_duca.nodes.duca_cache import DucaCache
+from comfyui_duca.nodes.host import cached_model
 from host import cached, kinds, last_report, sample
 
 
 @pytest.fixture
 def said(monkeypatch):
     texts = []
-    monkeypatch.setattr(host, "say", lambda text, node_id=None: texts.append(text))
+    monkeypatch.setattr(cached_model, "say", lambda text, node_id=None: texts.append(text))
     return texts
 
 

@@ -1,4 +1,4 @@
-// Shows what the pack has to say (nodes/notices.py) as a toast. Once per notice is the server's business.
+// Shows what the pack has to say (nodes/page/notices.py) as a toast. Once per notice is the server's business.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
-from devtools import browser, host_setup
-from devtools.server import ComfyServer
+from devtools.driver import browser
+from devtools.driver.server import ComfyServer
+from devtools.environment import host_setup
 
 from .comfy_page import WORKFLOWS, ComfyPage, Variant
 

@@ -16,8 +16,9 @@ from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.sidecar import read
 from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.tuning import tape
-from comfyui_duca.nodes import calibrations, sidecars, svd_calibrator
+from comfyui_duca.nodes import sidecars, svd_calibrator
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from comfyui_duca.nodes.sidecars import calibrations
 
 
 @pytest.fixture(autouse=True)

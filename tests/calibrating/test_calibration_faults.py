@@ -11,8 +11,8 @@ import pytest
 import torch
 from calibrator_calls import PROMPTS, SMALL, cache, calibrator, setting, without_finding
 from comfyui_duca.cache_core.calibration.sidecar import SidecarError, peek
-from comfyui_duca.nodes import calibrations, sidecars
 from comfyui_duca.nodes.demo_flux import encode_prompt
+from comfyui_duca.nodes.sidecars import calibrations, fingerprints
 from host import last_report, sample
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_read_is_told_once_and_ends_nothing(kept, model, s
 
 def test_a_model_without_weights_to_know_it_by(kept, model, said, monkeypatch):
     """Packed by something unknown, for example."""
-    monkeypatch.setattr(sidecars, "_base_weights", lambda model: {})
+    monkeypatch.setattr(fingerprints, "base_weights", lambda model: {})
     assert setting(model) == "auto 2x"
     assert len(said) == 1 and "no weights" in said[0]
 
@@ -108,7 +108,7 @@ def test_a_damaged_file_does_not_keep_from_calibrating(kept, model, said, at_onc
     os.utime(kept, (1e9, 1e9))
     given = calibrator(model, what="ICC")
     assert given.result[1].split()[0] == "calibrated" and len(said) == 1 and words in said[0]
-    assert calibrations.find(model, "icc", lambda text: None)[0] != kept and at_once
+    assert calibrations.calibration_of(model, "icc", lambda text: None)[0] != kept and at_once
 
 
 @pytest.mark.parametrize(

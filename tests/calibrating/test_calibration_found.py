@@ -17,6 +17,7 @@ from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.duca_cache import DucaCache
 from comfyui_duca.nodes.load_calibration import LoadCalibration
+from comfyui_duca.nodes.sidecars import calibrations
 from host import last_report, perturbed, sample
 from test_fingerprint_on_host import load, with_lora
 
@@ -81,7 +82,7 @@ def test_other_schedules_are_covered_and_say_so(kept, model):
 
 @pytest.mark.parametrize("mode", ["forecast", "paper", "off"])
 def test_other_modes_do_not_look(kept, model, monkeypatch, mode):
-    monkeypatch.setattr(sidecars, "find", lambda *a: pytest.fail("it looked"))
+    monkeypatch.setattr(calibrations, "find", lambda *a: pytest.fail("it looked"))
     sample(cache(model, mode=mode), **SMALL)
 
 

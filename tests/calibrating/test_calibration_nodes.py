@@ -15,9 +15,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.cache_core.calibration.sidecar import SidecarError, read
-from comfyui_duca.nodes import DucaExtension, calibrating, sidecars
+from comfyui_duca.nodes import DucaExtension, sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.load_calibration import LoadCalibration
+from comfyui_duca.nodes.page import notices
 from comfyui_duca.nodes.prompt_list import PromptList
 from host import sample
 from test_fingerprint_on_host import with_lora
@@ -181,7 +182,7 @@ def test_a_cancel_ends_it_at_once_and_leaves_nothing(folder, model, few_layers, 
         if text.startswith(stage):
             comfy.model_management.interrupt_current_processing()
 
-    monkeypatch.setattr(calibrating.notices, "show", show)
+    monkeypatch.setattr(notices, "show", show)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         calibrator(model, what=what)
     assert shown[-1].startswith(stage), "nothing went on after it"
@@ -192,8 +193,8 @@ def test_a_cancel_ends_it_at_once_and_leaves_nothing(folder, model, few_layers, 
 
 def test_progress_never_goes_back_and_names_its_stages(folder, model, few_layers, monkeypatch):
     shown, bar = [], []
-    monkeypatch.setattr(calibrating.notices, "show", lambda text, node_id: shown.append(text))
-    monkeypatch.setattr(calibrating.comfy.utils.ProgressBar, "update_absolute", lambda self, value, *a: bar.append(value / self.total))
+    monkeypatch.setattr(notices, "show", lambda text, node_id: shown.append(text))
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, *a: bar.append(value / self.total))
     calibrator(model, what="both", steps=4, icc_method="svd", prompts=PROMPTS[:1])
     stages = list(dict.fromkeys(text.split(" of ")[0].rstrip("0123456789 ") for text in shown))
     assert stages == ["recording", "measuring sensitivity", "trying out", "factorising layers"]

@@ -16,8 +16,8 @@ from comfyui_duca.nodes import sidecars
 from PIL import Image
 from watching import watch
 
-from devtools.client import ComfyClient, PromptError
-from devtools.server import ComfyServer
+from devtools.driver.client import ComfyClient, PromptError
+from devtools.driver.server import ComfyServer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from comfyui_duca.cache_core.predictors import AUTO, Calibrated
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning.calibrate import Wishes
 from comfyui_duca.nodes import host, sidecars
-from comfyui_duca.nodes.calibrating import Sampling, calibrate
+from comfyui_duca.nodes.sidecars.calibrating import Sampling, calibrate
 from test_every_family import STEPS, kinds, report_of, sample
 from zoo import CASES
 

@@ -18,6 +18,7 @@ from comfyui_duca.cache_core.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Predictor, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
+from comfyui_duca.nodes.host import run_start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES, Case
@@ -109,7 +110,7 @@ def test_a_family_file_adds_nothing_to_what_is_skipped(case, model, monkeypatch)
     reports, results = [], []
     for described in (FAMILIES, ()):
         monkeypatch.setattr("comfyui_duca.cache_core.families.FAMILIES", described)
-        monkeypatch.setattr(host, "_places", Places())  # nothing is known from before
+        monkeypatch.setattr(run_start, "_places", Places())  # nothing is known from before
         patched = cached(model, "FaFaFaFa")
         results.append(sample(case, patched))
         reports.append(report_of(patched))

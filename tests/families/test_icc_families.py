@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.engine.linear_sites import Factors
-from comfyui_duca.nodes import host
+from comfyui_duca.nodes.host import run_start
 from making import Case, text, tiny
 from test_every_family import cached, kinds, known_of, network, report_of, sample, sites_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,7 +71,7 @@ def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(c
     of its form in the process is computed in full.
     """
     latent = torch.zeros(2, *case.latent)
-    monkeypatch.setattr(host, "_places", Places())  # nothing is known from before
+    monkeypatch.setattr(run_start, "_places", Places())  # nothing is known from before
 
     def run(is_apart, plan: str = "FiFiiFii") -> torch.Tensor:
         patched, step = cached(model, "FiFiiFii", factors=factors), [0]

@@ -19,8 +19,9 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.cache_core.calibration.sidecar import read, write
-from comfyui_duca.nodes import calibrations, sidecars
+from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from comfyui_duca.nodes.sidecars import calibrations
 from host import perturbed
 from making import Case
 from test_sidecar import ABOUT, sidecar

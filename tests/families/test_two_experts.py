@@ -19,6 +19,7 @@ from comfyui_duca.cache_core.store import FeatureStore
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.cache_report import CacheReport
+from comfyui_duca.nodes.host import cached_model
 from test_every_family import kinds, network, report_of
 from zoo_video import WAN_LATENT
 
@@ -121,7 +122,7 @@ def test_the_first_half_is_freed_before_the_second_begins(experts, monkeypatch):
         return feature
 
     monkeypatch.setattr(FeatureStore, "put", noted)
-    monkeypatch.setattr(host, "CacheRun", Watched)
+    monkeypatch.setattr(cached_model, "CacheRun", Watched)
     both(*(host.attach(model, Settings(speedup=2.0)) for model in experts))
     assert len(Watched.begun) == 2 and all(run.report.peak_bytes > 0 for run in Watched.begun)
     assert len(Watched.kept) > 4 and Watched.held == [0, 0] and Watched.alive == [0, 0]
@@ -189,7 +190,7 @@ def windowed(model, schedule: str = "standard_static"):
 def said(monkeypatch) -> list[str]:
     """What the user is told."""
     texts: list[str] = []
-    monkeypatch.setattr(host, "say", lambda text, _node=None: texts.append(text))
+    monkeypatch.setattr(cached_model, "say", lambda text, _node=None: texts.append(text))
     return texts
 
 

@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
-from comfyui_duca.nodes.report_text import report_text
+from comfyui_duca.nodes.pictures.report_text import report_text
 from making import Case, text, tiny
 from stand_in_early import EarlyErnie, EarlyReader, Nothing, VideoAndSound, packed
 from stand_in_newer_b import config_of

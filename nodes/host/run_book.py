@@ -1,0 +1,49 @@
+"""Keeps the reports of a cached model's last runs, so that a node finds the run that made its latent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...cache_core import RunReport
+
+_KEPT = 8  # two samplers on one model, or a few batches, before the oldest is forgotten
+
+
+class Entry(NamedTuple):
+    mark: tuple | None
+    report: RunReport
+
+
+class RunBook:
+    """Holds plain numbers only. Shared by clones of a model, as ComfyUI copies attachments by reference."""
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+
+    def add(self, report: RunReport, result: torch.Tensor | None) -> None:
+        self._entries = [*self._entries, Entry(_mark(result), report)][-_KEPT:]
+
+    @property
+    def last(self) -> RunReport | None:
+        return self._entries[-1].report if self._entries else None
+
+    def find(self, latent: torch.Tensor) -> RunReport | None:
+        """The latest run that gave this latent, or None."""
+        mark = _mark(latent)
+        return next((entry.report for entry in reversed(self._entries) if entry.mark == mark), None)
+
+    def is_foreign(self, latent: torch.Tensor) -> bool:
+        """Whether none of these runs gave this latent; False too where that cannot be told, as of a run that another guider led."""
+        is_told = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
+        return bool(is_told) and self.find(latent) is None
+
+
+def _mark(latent: torch.Tensor | None) -> tuple | None:
+    """Shape and a few values: enough to know a latent again after it was moved to another device."""
+    if latent is None or latent.is_nested or not latent.numel():
+        return None
+    flat = latent.detach().flatten()
+    picked = flat[:: max(1, flat.numel() // 16)][:16]
+    return tuple(latent.shape), tuple(picked.float().tolist())

@@ -1,0 +1,55 @@
+"""Works out what a run begins with: the network and its family, the noise levels, and what the sampler does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...cache_core import Opening, Places, Timeline, find_family
+from . import recording, samplers
+
+# Where the blocks of every network are that was sampled, kept as long as the network lives. `bookkeeping`: attributes by which the host
+# keeps track of where weights are and what was fetched (comfy/model_prefetch.py and comfy/ops.py of Comfy-Org/ComfyUI).
+_places = Places(bookkeeping=("_v", "_prefetch", "_comfy_graph", "_pin", "weight_", "bias_", "comfy_"))
+
+
+def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: float = 0.0, end: float = 1.0) -> Opening:
+    """What a run of the host's `sampler` (None: not known) begins with; start, end: the part of the sampling that may be skipped.
+
+    Raises ValueError in words for the user.
+    """
+    check_transformer(patcher)
+    sampling = patcher.get_model_object("model_sampling")
+    timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
+    window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
+    adds_noise = samplers.adds_noise(sampling, sampler, sigmas) if sampler is not None else False
+    return Opening(
+        patcher.model.diffusion_model,
+        find_family(patcher.model.diffusion_model),
+        timeline,
+        window,
+        patcher.load_device,
+        samplers.is_euler(sampler),
+        adds_noise,
+        recording.unrecorded,
+        _places,
+    )
+
+
+def check_transformer(model: ModelPatcher, asker: str = "DuCa Cache") -> None:
+    """Raises ValueError, in words for the user, for a UNet: its blocks change the picture's size, and later ones take from earlier ones.
+
+    asker: the node that the words speak of.
+    """
+    network = model.model.diffusion_model
+    if all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks")):
+        raise ValueError(f"{asker} is for diffusion transformers; {type(network).__name__} is a UNet")
+
+
+def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
+    """The model's time at each noise level, scaled so that the noisiest is 1."""
+    levels = torch.cat((torch.as_tensor(sampling.sigma_max).reshape(1).to(sigmas), sigmas))
+    times = sampling.timestep(levels).float().cpu()
+    return (times[1:] / times[0]).tolist()

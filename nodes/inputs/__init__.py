@@ -1,0 +1,1 @@
+"""Defines inputs that several nodes share, and turns inputs into what the core takes."""

@@ -1,0 +1,33 @@
+"""Shows how far a node is that works in several stages: one bar over all of them, and the stage in words under the node."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+
+from . import notices
+
+_STEPS = 1000  # of the bar
+
+
+class StagedProgress:
+    """One bar whose stages take the shares of it that they are expected to take of the time."""
+
+    def __init__(self, expected: Mapping[Any, float], node_id: str | None) -> None:
+        """expected: how long each stage takes, in any unit, in the order of the stages."""
+        total = sum(expected.values())
+        self._shares = {stage: time / total for stage, time in expected.items()}
+        self._starts = {stage: sum(list(self._shares.values())[:i]) for i, stage in enumerate(expected)}
+        self._bar = comfy.utils.ProgressBar(_STEPS, node_id)
+        self._node_id, self._shown = node_id, ""
+
+    def show(self, stage: Hashable, done: int, total: int, text: str) -> None:
+        """Shows that `done` of `total` parts of a stage are done. Raises the host's own exception after a cancel."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(round(_STEPS * (self._starts[stage] + self._shares[stage] * done / max(total, 1))))
+        if text != self._shown:
+            self._shown = text
+            notices.show(text, self._node_id)

@@ -1,0 +1,36 @@
+"""Describes a calibration in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...cache_core import Kind
+from ...cache_core.calibration.calibration import Calibration, Choice
+
+
+def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
+    """A few lines for people: what it was made on, what to expect, where it is."""
+    about = calibration.about
+    size = " x ".join(map(str, about.token_grid))
+    schedule = f"{about.steps} steps {about.sampler}/{about.scheduler}, cfg {about.guidance:g}"
+    lines = [
+        f"{'calibrated' if is_new else 'calibration'}  {about.model_name} ({about.family}), {about.created[:10]}",
+        f"made on      {about.prompt_count} prompts, {schedule}, latent {size}",
+        f"file         {path}",
+    ]
+    if calibration.forecast is not None:
+        lines.append("forecast     PSNR on its own prompts against no cache, uncalibrated -> calibrated")
+        lines += [f"             {_expected(choice)}" for choice in calibration.forecast.choices]
+    if calibration.factors is not None:
+        energy = calibration.factors.energy.values()
+        kept = f"{100 * min(energy):.0f} to {100 * max(energy):.0f} % of the (weighted) square norm kept"
+        lines.append(f"factors      {about.method}, rank {about.rank}, {len(energy)} matrices, {kept}")
+    return "\n".join(lines)
+
+
+def _expected(choice: Choice) -> str:
+    steps, full = len(choice.plan), choice.plan.count(Kind.FULL)
+    how = "uncalibrated forecast" if choice.share is None else f"{100 * choice.share:.0f} % calibrated forecast"
+    if choice.searched_from:
+        how += ", searched plan"
+    return f"{steps / full:4.1f}x {choice.uncalibrated:5.1f} -> {choice.psnr:5.1f} dB  {choice.plan}  {how}"

@@ -1,0 +1,114 @@
+"""Reads calibrations from sidecars, checks them against a model, and finds the one of a model's checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from comfy.model_patcher import ModelPatcher
+
+from ...cache_core import Settings
+from ...cache_core.calibration.calibration import Calibration
+from ...cache_core.calibration.sidecar import SidecarError, peek, read
+from ..page.notices import say, show
+from .fingerprints import belongs
+from .folder import state_of
+from .lookup import find, reason_of
+
+_USED_SECTION = MappingProxyType({"auto": "forecast", "icc": "icc"})  # of a calibration, by mode
+SEARCHING_MODES = tuple(_USED_SECTION)
+
+
+def used_sections(settings: Settings) -> tuple[str, ...]:
+    """The sections of a calibration that a run with these settings could use."""
+    used = {_USED_SECTION.get(settings.mode)} - {None}
+    if settings.schedule is not None and settings.mode != "off":
+        used |= {section for section, needs in zip(("forecast", "icc"), settings.schedule.needs) if needs}
+    return tuple(sorted(section for section in used if section is not None))
+
+
+def load(path: Path, sections: tuple[str, ...] | None = None) -> Calibration:
+    """What the sidecar at `path` holds, or only some of its sections. Raises SidecarError."""
+    return _read(path, sections, state_of(path) if path.is_file() else None)  # the reader says what is wrong with a missing file
+
+
+def sections_of(path: Path) -> tuple[str, ...]:
+    """Which sections a sidecar has. Raises SidecarError."""
+    return tuple(peek(path).tensors)
+
+
+def check(calibration: Calibration, model: ModelPatcher) -> None:
+    """Raises ValueError where the calibration is of another checkpoint than the model."""
+    if not belongs(calibration.fingerprint, model):
+        raise ValueError(
+            f"the calibration {calibration.about.model_name!r} was made on another checkpoint than this model: "
+            "load the one that belongs to it, or calibrate"
+        )
+
+
+def calibration_of(model: ModelPatcher, section: str | None, refused: Callable[[str], None]) -> tuple[Path, Calibration] | None:
+    """The model's own sidecar and what it holds; None where there is none, or it lacks the section.
+
+    section: the only one to read; None reads all. refused: called, in words for the user, for each file that cannot be used.
+
+    Raises nothing: a sampling goes on without a calibration.
+    """
+    try:
+        found = find(model, lambda path, reason: refused(unusable(path, reason)))
+    except ValueError as error:
+        refused(f"no calibration is looked for: {error}")
+        return None
+    if found is None:
+        return None
+    try:
+        if section is None:
+            return found.path, load(found.path)
+        return (found.path, load(found.path, (section,))) if section in sections_of(found.path) else None
+    except (SidecarError, OSError, ValueError) as error:
+        refused(unusable(found.path, error))
+    return None
+
+
+def unusable(path: Path, why: str | Exception) -> str:
+    """That the file cannot be used, in words for the user, who need not know where on this machine it lies."""
+    reason = reason_of(why) if isinstance(why, SidecarError) else getattr(why, "strerror", None) or why
+    return f"the calibration {path.name} cannot be used: {reason}"
+
+
+class CalibrationLookup:
+    """Adds the checkpoint's own calibration to settings, where they have none and could use one.
+
+    It is looked for at every sampling: it may have been made since the last one. found: the file that was found for the last sampling.
+    """
+
+    def __init__(self, settings: Settings, is_on: bool = True, node_id: str | None = None) -> None:
+        self._settings, self._node_id = settings, node_id
+        self._sections = used_sections(settings)
+        self._is_on = is_on and settings.calibration is None and settings.chosen is None and bool(self._sections)
+        self._said: set[str] = set()
+        self.found: Path | None = None
+
+    def settings_for(self, patcher: ModelPatcher) -> Settings:
+        section = self._sections[0] if len(self._sections) == 1 else None
+        found = calibration_of(patcher, section, self._refused) if self._is_on else None
+        self.found = found[0] if found is not None else None
+        if found is None:
+            return self._settings
+        path, calibration = found
+        logging.info("[DuCa] uses the calibration %s", path)
+        show(f"uses the calibration {path.name}", self._node_id)
+        return replace(self._settings, calibration=calibration)
+
+    def _refused(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            say(f"DuCa Cache: {text}.", self._node_id)
+
+
+@lru_cache(maxsize=1)  # samplings follow each other with the same one, and it may be large
+def _read(path: Path, sections: tuple[str, ...] | None, _state: tuple[int, int] | None) -> Calibration:
+    return Calibration.from_sidecar(read(path, sections))
