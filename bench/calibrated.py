@@ -18,10 +18,10 @@ from common import machine, publish, start, table
 start()
 import torch
 from comfyui_duca.cache_core import Kind, Settings
-from comfyui_duca.cache_core.calibration.calibration import STARTS, Calibration, Factors
+from comfyui_duca.cache_core.calibration.calibration import ORIGINS, Calibration, Factors
 from comfyui_duca.cache_core.calibration.sidecar import read, write
 from comfyui_duca.cache_core.calibration.use import nested_plan, searched_plan
-from comfyui_duca.cache_core.policies import DucaCycle, FixedInterval, FrontLoaded, Given
+from comfyui_duca.cache_core.planning.policies import DucaCycle, FixedInterval, FrontLoaded, Given
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated, Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
@@ -69,7 +69,7 @@ def learn(prompts: Sequence[str], method: str = "") -> Calibration:
     calibration = calibrate(load_demo_model(), sampling, Wishes(not method, method, RANKS[-1]), "demo flux")
     print(f"calibrated {method or 'forecast'} in {time.time() - began:.0f} s", flush=True)
     if calibration.forecast is not None:
-        print(*(f"{c.plan} {c.share} {c.uncalibrated:.2f} -> {c.psnr:.2f}" for c in calibration.forecast.choices), sep="\n", flush=True)
+        print(*(f"{c.plan} {c.share} {c.uncalibrated:.2f} -> {c.psnr:.2f}" for c in calibration.forecast.tried), sep="\n", flush=True)
     if path is not None:
         write(path, calibration.to_sidecar())
     return calibration
@@ -104,9 +104,9 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
     forecast = learned.forecast
     assert forecast is not None
     model, auto, times, steps = forecast.model, FrontLoaded(STEPS / full), forecast.step_times, range(STEPS)
-    searched, other = (Given(searched_plan(forecast, times, steps, full, start, True)) for start in STARTS)
+    searched, other = (Given(searched_plan(forecast, times, steps, full, start, True)) for start in ORIGINS)
     nested = Given(nested_plan(forecast, times, steps, full, True))
-    uncorrected = Given(searched_plan(forecast, times, steps, full, STARTS[0], False))
+    uncorrected = Given(searched_plan(forecast, times, steps, full, ORIGINS[0], False))
     chosen = {
         "w, auto's plan": Strategy(auto, WeightsOnly(Calibrated(model))),
         "w and A, auto's plan": Strategy(auto, Calibrated(model)),

@@ -24,7 +24,7 @@ from comfyui_duca.cache_core.discovery.layers import linear_layers
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.discovery.watch import lists_of, watching
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.policies import Given
+from comfyui_duca.cache_core.planning.policies import Given
 from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.strategy import Strategy
 from overhead import CONFIG, Overhead

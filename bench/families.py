@@ -47,7 +47,7 @@ def row(case: Case) -> list[str]:
     listened, _ = shares(case, model, "F" * STEPS)
     _, costs = shares(case, model, "FaFaFaFa")
     calibrated = "-"
-    if known.linears:
+    if known.layer_calls:
         calibrated = difference(shares(case, model, "FiiFiiFi", full_rank(model, known))[0], plain)
     conservative = f"{shares(case, model, 'FcFcFcFc')[1]['c']:.3f}" if family.is_conservative else "-"
     return [
@@ -99,10 +99,10 @@ def modes(family: ModelFamily, known: Known) -> list[str]:
     return [
         name
         for name, has in (
-            ("whole output", place is not None and place.is_whole),
-            ("forecast", place is not None and not place.is_whole),
+            ("whole output", place is not None and place.is_whole_output),
+            ("forecast", place is not None and not place.is_whole_output),
             ("calibrated forecast", bool(family.embed)),
-            ("ICC", bool(known.linears)),
+            ("ICC", bool(known.layer_calls)),
             ("DuCa", family.is_conservative),
         )
         if has

@@ -21,8 +21,8 @@ from comfy.ldm.flux.model import Flux
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Places, Timeline
 from comfyui_duca.cache_core.discovery.places import Known
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.kinds import Plan
 from comfyui_duca.cache_core.overrides import forward_overrides
+from comfyui_duca.cache_core.planning.plan import Plan
 from comfyui_duca.cache_core.predictors import Chebyshev, Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 
@@ -135,7 +135,7 @@ class Overhead:
             for name, measure in (entry for group in groups[i % 3 :] + groups[: i % 3] for entry in group):
                 times[name].append(measure())
             print(f"round {i + 1} of {rounds}", {k: round(v[-1], 3) for k, v in times.items()}, flush=True)
-        assert [e.kind for e in forecast.report.evaluations[5:7]] == [Kind.FULL, Kind.AGGRESSIVE]
+        assert [e.kind for e in forecast.report.evaluations[5:7]] == [Kind.FULL, Kind.SKIPPED]
         assert cycle.report.evaluations[2].kind is Kind.CONSERVATIVE
         return times
 

@@ -27,8 +27,8 @@ from comfy.ldm.wan.model import WanModel
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Plan, Timeline, find_family
 from comfyui_duca.cache_core.discovery.flops import Macs, counted
 from comfyui_duca.cache_core.discovery.places import Known, Places
-from comfyui_duca.cache_core.engine.linear_sites import Factors, find_linears
-from comfyui_duca.cache_core.policies import Given
+from comfyui_duca.cache_core.engine.linear_sites import Factors, linear_sites
+from comfyui_duca.cache_core.planning.policies import Given
 from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.strategy import Strategy
 from torch import nn
@@ -74,7 +74,7 @@ def words(tokens: int, channels: int) -> torch.Tensor:
 
 
 T = torch.tensor([0.7])
-NAMES = {Kind.CONSERVATIVE: "conservative", Kind.CALIBRATED: "low-rank", Kind.AGGRESSIVE: "aggressive"}
+NAMES = {Kind.CONSERVATIVE: "conservative", Kind.INCREMENTAL: "low-rank", Kind.SKIPPED: "aggressive"}
 MODELS = (
     Real(
         "FLUX.1",
@@ -176,7 +176,7 @@ class Evaluations:
 
     def factors(self) -> Factors:
         """Returns random low-rank factors of rank RANK for every linear layer that can use them."""
-        sites = find_linears(self.family, self.known.linears, self.network)
+        sites = linear_sites(self.family, self.known.layer_calls, self.network)
         sizes = [(site.key(part), site.outputs(part), site.in_features) for site in sites for part in site.parts]
         made = {f"{key}.A": 0.02 * torch.randn(outputs, RANK) for key, outputs, _ in sizes}
         return made | {f"{key}.B": 0.02 * torch.randn(RANK, inputs) for key, _, inputs in sizes}
@@ -211,7 +211,7 @@ def rows(real: Real) -> list[list[str]]:
     print(real.title, {kind: dict(value) for kind, value in seconds.items()}, flush=True)
     found = []
     for path in evaluations.paths:
-        for kind in (Kind.CONSERVATIVE, Kind.CALIBRATED, Kind.AGGRESSIVE):
+        for kind in (Kind.CONSERVATIVE, Kind.INCREMENTAL, Kind.SKIPPED):
             if kind.value in seconds:
                 shares = [taken[kind.value][path] / taken[""][path] for taken in (macs, seconds)]
                 found.append([f"{real.title}, {path}", NAMES[kind], *(f"{share:.3f}" for share in shares)])

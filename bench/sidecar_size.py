@@ -16,12 +16,12 @@ from common import machine, publish, start, table
 start()
 import torch
 from comfyui_duca.cache_core import Kind, Plan
-from comfyui_duca.cache_core.calibration.calibration import Calibration, Choice, Factors, Forecast
+from comfyui_duca.cache_core.calibration.calibration import Calibration, Factors, Forecast, TriedPlan
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.cache_core.calibration.low_rank import factorise_sites
 from comfyui_duca.cache_core.calibration.sidecar import About, read, write
 from comfyui_duca.cache_core.calibration.statistics import Moments
-from comfyui_duca.cache_core.engine.linear_sites import find_linears
+from comfyui_duca.cache_core.engine.linear_sites import linear_sites
 from comfyui_duca.cache_core.families.flux import FLUX
 from overhead import CONFIG, Overhead
 
@@ -59,7 +59,7 @@ def forecast(times: list[float]) -> tuple[Forecast, float]:
     moments.add(torch.randn(NODES, 256, INPUTS, generator=generator), torch.randn(NODES, 256, CHANNELS, generator=generator))
     began = time.time()
     model = moments.compress(times, DIRECTIONS)
-    choice = Choice(Plan((Kind.FULL,) + (Kind.AGGRESSIVE,) * (NODES - 1)), 0.5, 30.0, 29.0)
+    choice = TriedPlan(Plan((Kind.FULL,) + (Kind.SKIPPED,) * (NODES - 1)), 0.5, 30.0, 29.0)
     return Forecast(model, tuple(times), (choice,) * 6), time.time() - began
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     with torch.inference_mode():
         known = bench.known()
     fingerprint = Fingerprint.of(network.named_parameters())
-    sites = find_linears(FLUX, known.linears, network)
+    sites = linear_sites(FLUX, known.layer_calls, network)
     before, began = peak(), time.time()
     tensors, energy = factorise_sites(sites, RANK, "svd", None, torch.bfloat16, torch.device("cpu"))
     seconds, grown = time.time() - began, peak() - before

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..cache_core.schedule import Schedule
+from ..cache_core.planning.policies import POLICIES
+from ..cache_core.planning.schedule import Schedule
 from .inputs import fields
 from .inputs.settings import SEVERAL_EVALUATIONS, schedule_of
 
@@ -42,13 +43,7 @@ class CacheSchedule(io.ComfyNode):
 def _inputs() -> list[io.Input]:
     usual = Schedule()
     return [
-        io.Combo.Input(
-            "kind",
-            options=list(Schedule.KINDS),
-            default=usual.kind,
-            tooltip="front-loaded: more at the beginning; a higher speed only takes full steps away. DuCa cycle: full, conservative and "
-            "aggressive in turn. fixed interval: full every N. searched: from the calibration, by expected harm. custom text: your own.",
-        ),
+        io.Combo.Input("kind", options=list(POLICIES), default=usual.policy, tooltip=_about_policies()),
         io.Float.Input(
             "speedup",
             default=usual.speedup,
@@ -64,7 +59,7 @@ def _inputs() -> list[io.Input]:
         io.String.Input(
             "text",
             default=usual.text,
-            tooltip="Kind custom text. F full, c conservative, a aggressive, i calibrated; 3F repeats, (Fca)* fills the run, "
+            tooltip="Kind custom text. F full, c conservative, a skipped, i incremental; 3F repeats, (Fca)* fills the run, "
             "what follows stands at its end. Without * the whole text is repeated.",
         ),
         io.Combo.Input("unit", options=list(Schedule.UNITS), default=usual.unit, tooltip="What skip_from and skip_to count in."),
@@ -97,3 +92,8 @@ def _inputs() -> list[io.Input]:
             "calibration", optional=True, tooltip="For kind searched. Without it DuCa Cache looks for the checkpoint's own."
         ),
     ]
+
+
+def _about_policies() -> str:
+    """What each kind does, for its tooltip."""
+    return ". ".join(f"{name}: {policy.about}" for name, policy in POLICIES.items()) + "."

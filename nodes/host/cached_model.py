@@ -9,8 +9,9 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...cache_core import CacheRun, Kind, Settings
+from ...cache_core import CacheRun, Settings
 from ...cache_core.meter import Evaluation
+from ...cache_core.strategy import FixedSettings, Strategy
 from ..page.live_runs import LiveRun, live_runs
 from ..page.notices import say
 from ..pictures.report_text import report_text
@@ -21,10 +22,7 @@ from .hooks import detach, listen
 from .keys import KEY
 from .model_calls import carry_out
 from .run_book import RunBook
-from .run_start import check_transformer, opening
-
-_FEW_STEPS = 8  # below this, and where fewer are computed than the number below, fewer steps were better in docs/benchmarks.md
-_FEW_COMPUTED = 4
+from .run_start import check_transformer, run_start
 
 
 class HostOptions(NamedTuple):
@@ -42,11 +40,14 @@ class HostOptions(NamedTuple):
     finds_calibration: bool = True
 
 
-def attach(model: ModelPatcher, settings: Settings, options: HostOptions = HostOptions()) -> ModelPatcher:
-    """A clone of `model` that samples with the cache; any cache of ours already on it is replaced.
+def attach(model: ModelPatcher, settings: Settings | Strategy, options: HostOptions = HostOptions()) -> ModelPatcher:
+    """Returns a clone of `model` that samples with the cache. It replaces any cache of ours on the model.
 
-    A UNet, or mode "off", comes back without one. Raises ValueError for a calibration of another checkpoint.
+    A UNet, or mode "off", comes back without one. Settings make a strategy for each run; a strategy given itself is used for all of them.
+    Raises ValueError for a calibration of another checkpoint.
     """
+    if isinstance(settings, Strategy):
+        settings = FixedSettings(fixed=settings)
     if not hasattr(getattr(model, "model", None), "diffusion_model"):  # some packs pass networks of their own as MODEL
         say(f"DuCa Cache serves models that ComfyUI samples; {type(model).__name__} is passed through unchanged.", options.node_id)
         return model
@@ -84,38 +85,29 @@ class _Runs:
         """A run for these noise levels; None, said to the user, where the cache must stand aside."""
         settings, node_id = self._lookup.settings_for(patcher), self._options.node_id
         try:
-            begun = opening(patcher, sigmas, sampler, *settings.part)
+            start = run_start(patcher, sigmas, sampler, *settings.part)
         except ValueError as reason:
             say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", node_id)
             return None
-        device = begun.device
 
         def choose_device(needed: int) -> torch.device | None:
             """System memory where the cache would take more than half of what is free on the device."""
-            return None if needed * 2 <= free_memory(patcher, device) else torch.device("cpu")
+            return None if needed * 2 <= free_memory(patcher, start.device) else torch.device("cpu")
 
         def on_evaluation(evaluation: Evaluation) -> None:
             if run in self._live:
                 self._live[run].evaluation(evaluation)
 
-        strategy = settings.strategy(begun)
+        strategy = settings.strategy(start)
         run = CacheRun(
             strategy,
-            begun.timeline,
-            begun.window,
-            begun.family,
-            device,
+            start,
             say=lambda text: say(f"DuCa Cache: {text}.", node_id),
             choose_device=choose_device if self._options.choose_device else None,
-            told=on_evaluation,
-            is_euler=begun.is_euler,
-            unrecorded=begun.unrecorded,
-            places=begun.places,
+            on_evaluation=on_evaluation,
         )
         if node_id is not None:
-            self._live[run] = live_runs.begin(node_id, strategy.name, str(run.plan), patcher, begun, self._lookup.found)
-        if settings.chosen is None:
-            _warn_of_few(run)
+            self._live[run] = live_runs.begin(node_id, strategy.name, str(run.plan), patcher, start, self._lookup.found)
         return run
 
     def open_as_guest(self, patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
@@ -133,13 +125,6 @@ class _Runs:
             live_runs.end(self._live.pop(run), report)
         if self._options.verbose:
             logging.info("[DuCa] %s", report_text(report, verbose=True))
-
-
-def _warn_of_few(run: CacheRun) -> None:
-    steps, full = len(run.plan), run.plan.count(Kind.FULL)
-    computed = steps - run.plan.count(Kind.AGGRESSIVE)
-    if full < steps and (steps < _FEW_STEPS or computed < _FEW_COMPUTED):
-        run.notify(f"{full} of {steps} steps are computed in full: fewer steps without a cache are likely to look better; compare")
 
 
 def free_memory(patcher: ModelPatcher, device: torch.device) -> int:

@@ -55,7 +55,7 @@ def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) 
         bypass=bypass,
         weights=_hook_weights(patcher),
         is_copy=getattr(patcher, "is_multigpu_base_clone", False),
-        starting=lambda kind: recording.note_skip(options, kind is Kind.AGGRESSIVE),
+        starting=lambda kind: recording.note_skip(options, kind is Kind.SKIPPED),
         abandoned=recording.abandoned,
     )
 

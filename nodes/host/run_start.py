@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...cache_core import Opening, Places, Timeline, find_family
+from ...cache_core import Places, RunStart, Timeline, find_family
 from . import recording, samplers
 
 # Where the blocks of every network are that was sampled, kept as long as the network lives. `bookkeeping`: attributes by which the host
@@ -15,17 +15,23 @@ from . import recording, samplers
 _places = Places(bookkeeping=("_v", "_prefetch", "_comfy_graph", "_pin", "weight_", "bias_", "comfy_"))
 
 
-def opening(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, start: float = 0.0, end: float = 1.0) -> Opening:
-    """What a run of the host's `sampler` (None: not known) begins with; start, end: the part of the sampling that may be skipped.
+def run_start(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, skip_from: float = 0.0, skip_to: float = 1.0) -> RunStart:
+    """Returns what is known when a run begins.
 
-    Raises ValueError in words for the user.
+    Args:
+        sigmas: The sampler's noise levels.
+        sampler: The host's sampler object. None where it is not known.
+        skip_from, skip_to: The part 0..1 of the sampling in which evaluations may be skipped.
+
+    Raises:
+        ValueError: In words for the user, where the cache cannot serve the model or its noise levels.
     """
     check_transformer(patcher)
     sampling = patcher.get_model_object("model_sampling")
     timeline = Timeline(sigmas.tolist(), model_times(sampling, sigmas))
-    window = timeline.window(float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end)))
+    window = timeline.window(float(sampling.percent_to_sigma(skip_from)), float(sampling.percent_to_sigma(skip_to)))
     adds_noise = samplers.adds_noise(sampling, sampler, sigmas) if sampler is not None else False
-    return Opening(
+    return RunStart(
         patcher.model.diffusion_model,
         find_family(patcher.model.diffusion_model),
         timeline,

@@ -9,7 +9,7 @@ import torch
 
 from ...cache_core import Settings, StoreFormat
 from ...cache_core.checks import check_number, check_one_of
-from ...cache_core.schedule import Schedule
+from ...cache_core.planning.schedule import Schedule
 
 STORE_DTYPES = MappingProxyType({"model dtype": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn})
 STORE_DEVICES = ("auto", "GPU", "CPU")
@@ -31,18 +31,18 @@ def settings_of(
     check_one_of("store_dtype", store_dtype, STORE_DTYPES)
     return Settings(
         warmup=None if warmup < 0 else warmup,
-        start=start_percent,
-        end=end_percent,
+        skip_from=start_percent,
+        skip_to=end_percent,
         seed=token_seed,
         storage=StoreFormat(torch.device("cpu") if store_device == "CPU" else None, STORE_DTYPES[store_dtype]),
         **given,
     )
 
 
-def schedule_of(several_evaluations: str, **given: Any) -> Schedule:
+def schedule_of(kind: str, several_evaluations: str, **given: Any) -> Schedule:
     """The schedule that Cache Schedule's inputs ask for. given: inputs that Schedule has by the same names.
 
     Raises ValueError, and a ScheduleTextError for the text.
     """
     check_one_of("several_evaluations", several_evaluations, SEVERAL_EVALUATIONS)
-    return Schedule(first_only=several_evaluations == "first only", **given)
+    return Schedule(kind, first_only=several_evaluations == "first only", **given)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ...cache_core import Opening, RunReport
+from ...cache_core import RunReport, RunStart
 from ...cache_core.discovery.places import CallShape
 from ...cache_core.families import ModelFamily
 from ...cache_core.meter import Evaluation
@@ -83,14 +83,14 @@ class LiveRuns:
         self._known: OrderedDict[str, Known] = OrderedDict()
         self._numbers = itertools.count(1)
 
-    def begin(self, node: str, name: str, plan: str, patcher: ModelPatcher, opening: Opening, calibration: Path | None) -> LiveRun:
+    def begin(self, node: str, name: str, plan: str, patcher: ModelPatcher, start: RunStart, calibration: Path | None) -> LiveRun:
         run = LiveRun(node, next(self._numbers), name, plan)
         _put(self._runs, node, run)
         sampling = patcher.get_model_object("model_sampling")
         before = self._known.get(node)
-        same = before is not None and before.network() is opening.network
+        same = before is not None and before.network() is start.network
         shape = before.shape if before is not None and same else None
-        _put(self._known, node, Known(opening.family, weakref.ref(opening.network), sampling, opening.device, calibration, shape))
+        _put(self._known, node, Known(start.family, weakref.ref(start.network), sampling, start.device, calibration, shape))
         return run
 
     def end(self, run: LiveRun, report: RunReport) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...cache_core import FAMILIES, Kind, Opening, Plan, Settings, Timeline
+from ...cache_core import FAMILIES, Kind, Plan, RunStart, Settings, Timeline
 from ...cache_core.calibration.calibration import Calibration, Forecast
 from ...cache_core.costs import expected_costs
-from ...cache_core.schedule import Schedule
-from ...cache_core.schedule_text import parse
+from ...cache_core.planning.schedule import Schedule
+from ...cache_core.planning.text import parse
 from ...cache_core.strategy import Strategy
 from .. import host
 from ..host import samplers
@@ -28,9 +28,9 @@ PRESETS = MappingProxyType({"Best quality": 1.5, "Balanced": 2.0, "Fast": 2.8, "
 _MEANINGS = MappingProxyType(
     {
         Kind.FULL: "every block runs",
-        Kind.CALIBRATED: "blocks run over low-rank increments",
-        Kind.CONSERVATIVE: "attention kept, some tokens refreshed",
-        Kind.AGGRESSIVE: "no block runs: reused or forecast",
+        Kind.INCREMENTAL: "blocks run, with low-rank increments for their layers (ICC)",
+        Kind.CONSERVATIVE: "attention is kept, some tokens are recomputed (DuCa)",
+        Kind.SKIPPED: "no block runs: the result is reused or forecast",
     }
 )
 
@@ -40,24 +40,24 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
     asked = read(body)
     steps = len(asked.steps)
     notes: list[str] = []
-    settings, opening = asked.settings, _opening(asked)
+    settings, start = asked.settings, _start(asked)
     try:
-        strategy = settings.strategy(opening)
+        strategy = settings.strategy(start)
     except ValueError as reason:
         if asked.network is not None:
             raise
         notes.append(f"{reason} (shown without, until the model has been sampled once)")  # the checkpoint's own may be found then
-        strategy = _without_calibration(settings).strategy(opening)
-    plan = strategy.policy.plan(steps, opening.window)
+        strategy = _without_calibration(settings).strategy(start)
+    plan = strategy.policy.plan(steps, start.window)
     notes += strategy.notices
-    if settings.schedule is not None and settings.schedule.kind == "custom text":
+    if settings.schedule is not None and settings.schedule.policy == "custom text":
         notes.append(parse(settings.schedule.text).mapping(steps))
     return {
         "steps": steps,
         "assumed_steps": asked.is_assumed,
         "plan": str(plan),
         "name": strategy.name,
-        "counts": {kind.label: plan.count(kind) for kind in Kind},
+        "counts": {kind.value: plan.count(kind) for kind in Kind},
         "kinds": [{"letter": kind.value, "label": kind.label, "meaning": _MEANINGS[kind]} for kind in Kind],
         **_costs(strategy, plan, asked),
         **_quality(settings, asked, plan),
@@ -66,14 +66,14 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _opening(asked: Asked) -> Opening:
+def _start(asked: Asked) -> RunStart:
     """As a run would begin: exactly for a model that was sampled before, else with noise levels as far apart as the calibration's."""
     settings, known, network = asked.settings, asked.known, asked.network
     if known is not None and network is not None:
         sigmas = _sigmas(known, asked.sampling, asked.total)[asked.steps.start : asked.steps.stop + 1]
         timeline = Timeline(sigmas.tolist(), host.model_times(known.sampling, sigmas))
         ends = [float(known.sampling.percent_to_sigma(part)) for part in settings.part]
-        return Opening(
+        return RunStart(
             network, known.family, timeline, timeline.window(*ends), known.device, *_steps(asked.sampling, known.sampling, sigmas)
         )
     calibration = settings.calibration
@@ -81,7 +81,7 @@ def _opening(asked: Asked) -> Opening:
     times = [*_spread(forecast, asked.total), 0.0][asked.steps.start : asked.steps.stop + 1]
     window = [min(max(round(part * asked.total) - asked.steps.start, 0), len(asked.steps)) for part in settings.part]
     known_steps = _steps(asked.sampling, _Flow(), torch.tensor(times))
-    return Opening(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"), *known_steps)
+    return RunStart(nn.Module(), FAMILIES[0], Timeline(times), range(*window), torch.device("cpu"), *known_steps)
 
 
 class _Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -113,13 +113,12 @@ def _spread(forecast: Forecast | None, steps: int) -> list[float]:
 
 
 def _without_calibration(settings: Settings) -> Settings:
+    """The same in mode auto without a calibration, a searched schedule as a front-loaded one."""
     schedule = settings.schedule
-    if schedule is not None and schedule.kind in ("searched", "custom text"):
-        kind = "front-loaded" if schedule.kind == "searched" else schedule.kind
-        return Settings(
-            mode="auto", schedule=Schedule(kind, schedule.speedup, text=schedule.text, warmup=schedule.warmup, tail=schedule.tail)
-        )
-    return Settings(mode="auto", speedup=settings.speedup)
+    if schedule is not None:
+        policy = "front-loaded" if schedule.needs_forecast else schedule.policy
+        schedule = Schedule(policy, schedule.speedup, text=schedule.text, warmup=schedule.warmup, tail=schedule.tail)
+    return Settings(mode="auto", speedup=settings.speedup, schedule=schedule)
 
 
 def _costs(strategy: Strategy, plan: Plan, asked: Asked) -> dict[str, Any]:
@@ -149,12 +148,12 @@ def _quality(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
 
 def _expected(calibration: Calibration, plan: Plan) -> dict[str, float] | None:
     """PSNR (dB) on the calibration's prompts at this share of full evaluations, between those that were tried; None beyond them."""
-    choices = calibration.forecast.choices if calibration.forecast is not None else ()
-    if not choices or plan.count(Kind.CALIBRATED) or plan.count(Kind.CONSERVATIVE):
+    tried = calibration.forecast.tried if calibration.forecast is not None else ()
+    if not tried or plan.count(Kind.INCREMENTAL) or plan.count(Kind.CONSERVATIVE):
         return None
-    shares = [choice.plan.count(Kind.FULL) / len(choice.plan) for choice in choices][::-1]
+    shares = [each.plan.count(Kind.FULL) / len(each.plan) for each in tried][::-1]
     share = plan.count(Kind.FULL) / len(plan)
     if not shares[0] * 0.9 <= share <= max(shares[-1], 0.99):
         return None
-    both = {"psnr": [choice.psnr for choice in choices][::-1], "uncalibrated": [choice.uncalibrated for choice in choices][::-1]}
+    both = {"psnr": [each.psnr for each in tried][::-1], "uncalibrated": [each.uncalibrated for each in tried][::-1]}
     return {name: float(np.interp(share, shares, values)) for name, values in both.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from ...cache_core import Settings
 from ...cache_core.calibration.sidecar import SidecarError
 from ...cache_core.checks import check_count, check_number, check_one_of
-from ...cache_core.schedule import Schedule
+from ...cache_core.planning.schedule import Schedule
 from .. import sidecars
 from ..cache_schedule import CacheSchedule
 from ..duca_cache import DucaCache

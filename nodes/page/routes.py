@@ -8,7 +8,7 @@ import logging
 
 from aiohttp import web
 
-from ...cache_core.schedule_text import ScheduleTextError
+from ...cache_core.planning.text import ScheduleTextError
 from .live_runs import live_runs
 from .notices import running_server
 from .plan_preview import preview

@@ -12,7 +12,7 @@ from ...cache_core.calibration.use import error_of
 from ...cache_core.predictors import AUTO
 from .figures import image_of
 
-_ERROR, _HARM, _FULL = "#D55E00", "#0072B2", "#999999"  # Okabe and Ito's palette
+_ERROR, _SENSITIVITY, _FULL = "#D55E00", "#0072B2", "#999999"  # Okabe and Ito's palette
 
 
 def calibration_plot(calibration: Calibration) -> torch.Tensor:
@@ -30,11 +30,11 @@ def calibration_plot(calibration: Calibration) -> torch.Tensor:
 
 def expected_errors(forecast: Forecast, number: int) -> list[float | None]:
     """Relative root mean square error of every step's forecast in the plan `number`, None where it is full."""
-    choice = forecast.choices[number]
-    error = error_of(forecast.model, choice.share)
+    tried = forecast.tried[number]
+    error = error_of(forecast.model, tried.share)
     errors: list[float | None] = []
     anchors: list[float] = []
-    for time, kind in zip(forecast.step_times, choice.plan.kinds):
+    for time, kind in zip(forecast.step_times, tried.plan.kinds):
         if kind is Kind.FULL:
             anchors = [*anchors, time][-AUTO.history :]
             errors.append(None)
@@ -45,8 +45,8 @@ def expected_errors(forecast: Forecast, number: int) -> list[float | None]:
 
 def _draw_forecast(axes, forecast: Forecast) -> None:
     """The plan in the middle of the speeds stands for all."""
-    number = len(forecast.choices) // 2
-    choice = forecast.choices[number]
+    number = len(forecast.tried) // 2
+    tried = forecast.tried[number]
     errors = expected_errors(forecast, number)
     steps = np.arange(len(errors))
     axes.bar(steps, [100 * (error or 0.0) for error in errors], color=_ERROR, width=0.8, label="expected error of a skipped step")
@@ -55,18 +55,18 @@ def _draw_forecast(axes, forecast: Forecast) -> None:
     axes.set_xlabel("step (grey: computed in full)")
     axes.set_ylabel("% of the hidden state")
     other = axes.twinx()
-    other.plot(steps, forecast.model.harm(forecast.step_times), color=_HARM, marker=".", label="sensitivity")
+    other.plot(steps, forecast.model.sensitivities(forecast.step_times), color=_SENSITIVITY, marker=".", label="sensitivity")
     other.set_yscale("log")
-    other.set_ylabel("harm to the picture")
-    speed = len(choice.plan) / choice.plan.count(Kind.FULL)
-    axes.set_title(f"{speed:.1f}x: {choice.uncalibrated:.1f} dB uncalibrated, {choice.psnr:.1f} dB calibrated", fontsize=10)
+    other.set_ylabel("effect on the picture")
+    speed = len(tried.plan) / tried.plan.count(Kind.FULL)
+    axes.set_title(f"{speed:.1f}x: {tried.uncalibrated:.1f} dB uncalibrated, {tried.psnr:.1f} dB calibrated", fontsize=10)
     handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def _draw_factors(axes, factors: Factors, title: str) -> None:
     names = sorted(factors.energy)
-    axes.bar(range(len(names)), [100 * factors.energy[name] for name in names], color=_HARM, width=1.0)
+    axes.bar(range(len(names)), [100 * factors.energy[name] for name in names], color=_SENSITIVITY, width=1.0)
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of square norm kept")
     starts = [i for i, name in enumerate(names) if i == 0 or name.split(".")[:2] != names[i - 1].split(".")[:2]]

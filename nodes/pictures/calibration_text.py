@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...cache_core import Kind
-from ...cache_core.calibration.calibration import Calibration, Choice
+from ...cache_core.calibration.calibration import Calibration, TriedPlan
 
 
 def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
@@ -20,7 +20,7 @@ def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
     ]
     if calibration.forecast is not None:
         lines.append("forecast     PSNR on its own prompts against no cache, uncalibrated -> calibrated")
-        lines += [f"             {_expected(choice)}" for choice in calibration.forecast.choices]
+        lines += [f"             {_expected(tried)}" for tried in calibration.forecast.tried]
     if calibration.factors is not None:
         energy = calibration.factors.energy.values()
         kept = f"{100 * min(energy):.0f} to {100 * max(energy):.0f} % of the (weighted) square norm kept"
@@ -28,9 +28,9 @@ def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
     return "\n".join(lines)
 
 
-def _expected(choice: Choice) -> str:
-    steps, full = len(choice.plan), choice.plan.count(Kind.FULL)
-    how = "uncalibrated forecast" if choice.share is None else f"{100 * choice.share:.0f} % calibrated forecast"
-    if choice.searched_from:
+def _expected(tried: TriedPlan) -> str:
+    steps, full = len(tried.plan), tried.plan.count(Kind.FULL)
+    how = "uncalibrated forecast" if tried.share is None else f"{100 * tried.share:.0f} % calibrated forecast"
+    if tried.searched_from:
         how += ", searched plan"
-    return f"{steps / full:4.1f}x {choice.uncalibrated:5.1f} -> {choice.psnr:5.1f} dB  {choice.plan}  {how}"
+    return f"{steps / full:4.1f}x {tried.uncalibrated:5.1f} -> {tried.psnr:5.1f} dB  {tried.plan}  {how}"

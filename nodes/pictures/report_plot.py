@@ -12,9 +12,9 @@ from .figures import image_of
 # Okabe and Ito's colour-blind safe palette; hatches and the letters below the bars say the same without colour.
 _STYLE = {
     Kind.FULL: ("#0072B2", ""),
-    Kind.CALIBRATED: ("#009E73", "xx"),
+    Kind.INCREMENTAL: ("#009E73", "xx"),
     Kind.CONSERVATIVE: ("#E69F00", "//"),
-    Kind.AGGRESSIVE: ("#56B4E9", ".."),
+    Kind.SKIPPED: ("#56B4E9", ".."),
 }
 _LETTERS = 60  # more of them would run into each other
 

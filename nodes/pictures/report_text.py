@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from ...cache_core import Kind, RunReport
 
 _MIB = 2**20
+_LABELS = MappingProxyType({**{kind.value: kind.label for kind in Kind}, "-": "elsewhere"})
 
 
 def report_text(report: RunReport, verbose: bool = False) -> str:
     """A few lines for people; `verbose` adds one per evaluation."""
     evaluations = report.evaluations
-    counts = ", ".join(f"{count} {label}" for label, count in _counts(report).items())
+    counts = ", ".join(f"{count} {_LABELS[letter]}" for letter, count in _counts(report).items())
     lines = [
         f"{report.setting} on {report.family}{'' if report.is_complete else ' (run not finished)'}",
         f"plan         {report.plan}",
         *([f"place        {report.place}"] if report.place else []),
         f"evaluations  {len(evaluations)}: {counts}",
-        *([f"corrected    {report.corrected} full evaluations made up for those skipped before them"] if report.corrected else []),
+        *([f"corrected    {report.corrected} full evaluations corrected the skipped ones before them"] if report.corrected else []),
         f"compute      {report.compute_speedup:.2f}x less",
         f"time         {report.total_ms / 1000:.2f} s, {report.time_speedup:.2f}x faster than all full",
         f"cache        {report.peak_bytes / _MIB:.1f} MiB (predicted {report.predicted_bytes / _MIB:.1f}), freed",
@@ -30,7 +32,7 @@ def report_text(report: RunReport, verbose: bool = False) -> str:
 
 
 def report_data(report: RunReport) -> dict[str, Any]:
-    """The same as JSON-ready values, for scripts and the page."""
+    """Returns the same as JSON-ready values, for scripts and the page. Kinds are their letters in a plan, "-" for another node's answer."""
     return {
         "setting": report.setting,
         "family": report.family,
@@ -38,7 +40,7 @@ def report_data(report: RunReport) -> dict[str, Any]:
         "place": report.place,
         "complete": report.is_complete,
         "evaluations": [
-            {"step": e.step, "sigma": e.sigma, "planned": e.planned.label, "kind": e.label, "ms": e.ms, "macs": e.macs}
+            {"step": e.step, "sigma": e.sigma, "planned": e.planned.value, "kind": e.letter, "ms": e.ms, "macs": e.macs}
             for e in report.evaluations
         ],
         "counts": _counts(report),
@@ -53,6 +55,6 @@ def report_data(report: RunReport) -> dict[str, Any]:
 
 
 def _counts(report: RunReport) -> dict[str, int]:
-    """Evaluations of every kind, by its label; where another node answered some, those too."""
+    """Evaluations of every kind, by its letter; where another node answered some, those too."""
     elsewhere = sum(evaluation.kind is None for evaluation in report.evaluations)
-    return {kind.label: report.count(kind) for kind in Kind} | ({"elsewhere": elsewhere} if elsewhere else {})
+    return {kind.value: report.count(kind) for kind in Kind} | ({"-": elsewhere} if elsewhere else {})

@@ -11,7 +11,7 @@ import comfyui_version
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...cache_core import CacheRun, Opening, find_family
+from ...cache_core import CacheRun, RunStart, find_family
 from ...cache_core.calibration.calibration import Calibration
 from ...cache_core.calibration.sidecar import About
 from ...cache_core.tuning import Calibrator, Learned, Wishes
@@ -58,12 +58,12 @@ def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str
     fingerprint = fingerprint_of(model)  # first, as there may be none
     sigmas: list[list[float]] = []
 
-    def sample(prompt: int, make: Callable[[Opening], CacheRun]) -> torch.Tensor:
+    def sample(prompt: int, make: Callable[[RunStart], CacheRun]) -> torch.Tensor:
         listening = plain.clone()
 
         def open_run(patcher: ModelPatcher, levels: torch.Tensor, sampler: Any) -> CacheRun:
             sigmas.append(levels.tolist())
-            return make(host.opening(patcher, levels, sampler))
+            return make(host.run_start(patcher, levels, sampler))
 
         host.listen(listening, open_run, lambda run, result: run.close(result is not None))
         return sampling.run(listening, prompt).float()

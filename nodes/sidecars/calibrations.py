@@ -27,7 +27,8 @@ def used_sections(settings: Settings) -> tuple[str, ...]:
     """The sections of a calibration that a run with these settings could use."""
     used = {_USED_SECTION.get(settings.mode)} - {None}
     if settings.schedule is not None and settings.mode != "off":
-        used |= {section for section, needs in zip(("forecast", "icc"), settings.schedule.needs) if needs}
+        used |= {"forecast"} if settings.schedule.needs_forecast else set()
+        used |= {"icc"} if settings.schedule.needs_factors else set()
     return tuple(sorted(section for section in used if section is not None))
 
 
@@ -88,7 +89,7 @@ class CalibrationLookup:
     def __init__(self, settings: Settings, is_on: bool = True, node_id: str | None = None) -> None:
         self._settings, self._node_id = settings, node_id
         self._sections = used_sections(settings)
-        self._is_on = is_on and settings.calibration is None and settings.chosen is None and bool(self._sections)
+        self._is_on = is_on and settings.calibration is None and bool(self._sections)
         self._said: set[str] = set()
         self.found: Path | None = None
 
