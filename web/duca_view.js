@@ -1,7 +1,6 @@
 // Draws the strip: presets, a cell for each evaluation, words. Gets states, gives elements; knows no graph and no server.
 
-const KINDS = { F: "full", i: "calibrated", c: "conservative", a: "aggressive", "-": "elsewhere" }; // the last: another node answered
-const LETTERS = Object.fromEntries(Object.entries(KINDS).map(([letter, word]) => [word, letter]));
+const KINDS = { F: "full", i: "incremental", c: "conservative", a: "skipped", "-": "elsewhere" }; // the last: another node answered
 const MOST_CELLS = 512; // more would be finer than a pixel each
 const ANNOUNCE_MS = 1000;
 
@@ -185,23 +184,23 @@ function runCells({ plan = "", steps, evaluations }) {
 function reportCells({ evaluations }) {
   const longest = Math.max(...evaluations.map(({ ms }) => ms ?? 0));
   return evaluations.map(({ step, kind, planned, ms }, index) => {
-    const instead = planned && planned !== kind ? ` (planned ${planned})` : "";
+    const instead = planned && planned !== kind ? ` (planned ${KINDS[planned] ?? planned})` : "";
     const time = Number.isFinite(ms) ? `, ${milliseconds(ms)}` : "";
-    const title = `evaluation ${index + 1}, step ${step + 1}: ${kind}${instead}${time}`;
-    return { kind: LETTERS[kind] ?? kind, done: true, title, part: longest > 0 && Number.isFinite(ms) ? ms / longest : 1 };
+    const title = `evaluation ${index + 1}, step ${step + 1}: ${KINDS[kind] ?? kind}${instead}${time}`;
+    return { kind, done: true, title, part: longest > 0 && Number.isFinite(ms) ? ms / longest : 1 };
   });
 }
 
 function countKinds(cells) {
   const counts = {};
-  for (const { kind } of cells) counts[KINDS[kind] ?? kind] = (counts[KINDS[kind] ?? kind] ?? 0) + 1;
+  for (const { kind } of cells) counts[kind] = (counts[kind] ?? 0) + 1;
   return counts;
 }
 
 // --- words
 
 const used = (counts) => Object.entries(counts ?? {}).filter(([, count]) => count > 0);
-const countWords = (counts) => used(counts).map(([word, count]) => `${count} ${word}`).join(", ");
+const countWords = (counts) => used(counts).map(([kind, count]) => `${count} ${KINDS[kind] ?? kind}`).join(", ");
 const times = (ratio) => `${ratio.toFixed(2)}×`;
 const milliseconds = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
 const line = (parts, className = "") => {
@@ -256,11 +255,10 @@ function runLines({ active, bytes, report }, head) {
 /** The counts, each with its colour: the legend too. */
 function keyLine(counts, kinds) {
   const row = element("div", "duca-line");
-  for (const [word, count] of used(counts)) {
+  for (const [letter, count] of used(counts)) {
     if (row.childNodes.length) row.append(", ");
-    const letter = LETTERS[word] ?? word;
     const key = row.appendChild(element("span", "duca-key", { title: kinds[letter]?.meaning ?? "" }));
-    key.append(element("span", "duca-swatch", { "data-kind": letter, "aria-hidden": "true" }), `${count} ${word}`);
+    key.append(element("span", "duca-swatch", { "data-kind": letter, "aria-hidden": "true" }), `${count} ${KINDS[letter] ?? letter}`);
   }
   return row;
 }
