@@ -13,7 +13,7 @@ import pytest
 
 from devtools import host_setup
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def dev(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

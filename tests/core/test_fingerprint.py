@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
-from test_sidecar import weights
+from helpers.sidecars import weights
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_duca.cache_core import Kind, Plan
-from comfyui_duca.cache_core.policies import Patterned
-from comfyui_duca.cache_core.schedule_text import ScheduleTextError, parse, text_of
-from hypothesis import given
-from hypothesis import strategies as st
+from comfyui_duca.cache_core.schedule_text import ScheduleTextError, parse
 
 
 @pytest.mark.parametrize(
@@ -77,49 +73,3 @@ def test_groups_as_deep_as_they_may_be():
 def test_what_is_no_text(text):
     with pytest.raises(ValueError, match="written as text"):
         parse(text)
-
-
-plans = st.lists(st.sampled_from("Fica"), max_size=199).map(lambda rest: Plan.parse("F" + "".join(rest)))
-
-
-@given(plan=plans)
-def test_a_plan_round_trips(plan):
-    written = text_of(plan)
-    assert parse(written).fit(len(plan)) == plan and text_of(parse(written).fit(len(plan))) == written
-
-
-items = st.recursive(
-    st.tuples(st.integers(1, 3), st.sampled_from("FXica")).map(lambda item: f"{item[0]}{item[1]}"),
-    lambda inner: st.tuples(st.integers(1, 3), st.lists(inner, min_size=1, max_size=3)).map(lambda g: f"{g[0]}({' '.join(g[1])})"),
-    max_leaves=5,
-)
-
-
-@given(head=st.lists(items, max_size=3), loop=items, tail=st.lists(items, max_size=2), steps=st.integers(1, 200))
-def test_any_text_fits_any_run(head, loop, tail, steps):
-    text = f"F{''.join(head)}({loop})*{''.join(tail)}"
-    pattern = parse(text)
-    plan = pattern.fit(steps)
-    assert len(plan) == steps and plan[0] is Kind.FULL
-    if steps > len(pattern.head) + len(pattern.tail):
-        assert plan.kinds[: len(pattern.head)] == pattern.head and plan.kinds[steps - len(pattern.tail) :] == pattern.tail
-    assert str(steps) in pattern.mapping(steps)
-
-
-@given(text=st.text(alphabet="Fcai X0123()*", max_size=30))
-def test_nonsense_is_refused_in_words_or_read(text):
-    try:
-        pattern = parse(text)
-    except ScheduleTextError as error:
-        assert 0 <= error.position <= len(text)
-    else:
-        assert pattern.fit(7)[0] is Kind.FULL
-
-
-@given(plan=plans, warmup=st.integers(0, 20), tail=st.integers(0, 20), start=st.integers(0, 20))
-def test_warm_up_tail_and_window_are_full(plan, warmup, tail, start):
-    steps = len(plan)
-    fitted = Patterned(parse(text_of(plan)), warmup, tail).plan(steps, range(start, steps))
-    for step, kind in enumerate(fitted.kinds):
-        outside = step < warmup or step >= steps - tail or step < start
-        assert kind is (Kind.FULL if outside else plan[step])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_duca.cache_core.calibration.sidecar import About, Sidecar, SidecarError, read, write
-from test_sidecar import ROOT, file, same, sidecar  # noqa: F401 - file is a fixture
+from helpers.sidecars import ROOT, same, sidecar
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked")
 
@@ -152,7 +152,7 @@ def strays(path: Path) -> list[str]:
     return [p.name for p in path.parent.iterdir() if p != path]
 
 
-def test_what_killed_writers_left_is_cleared_after_an_hour(file):  # noqa: F811
+def test_what_killed_writers_left_is_cleared_after_an_hour(file):
     old, fresh, foreign = (file.with_name(n) for n in (f".{file.name}.aa.part", f".{file.name}.bb.part", ".other.aa.part"))
     for path in (old, fresh, foreign):
         path.write_bytes(b"half")
@@ -179,7 +179,7 @@ def _raises(error: BaseException):
         ("pathlib.Path.open", OSError(errno.EROFS, "Read-only file system"), "check that its folder"),
     ],
 )
-def test_a_failure_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where, error, remedy):  # noqa: F811
+def test_a_failure_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where, error, remedy):
     with monkeypatch.context() as patched:
         patched.setattr(where, _raises(error))
         with pytest.raises(SidecarError) as caught:
@@ -189,7 +189,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, wher
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
-def test_ctrl_c_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where):  # noqa: F811
+def test_ctrl_c_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(where, _raises(KeyboardInterrupt()))
         write(file, sidecar(1))
@@ -218,7 +218,7 @@ for limit in (0, 5000, 300000):
     )
 
 
-def test_folders_that_cannot_be_written_to(tmp_path, file):  # noqa: F811
+def test_folders_that_cannot_be_written_to(tmp_path, file):
     for path in (file / "f", tmp_path / "missing" / "f", tmp_path):
         with pytest.raises(SidecarError) as caught:
             write(path, sidecar())
@@ -256,20 +256,20 @@ with tempfile.TemporaryDirectory() as folder:
     )
 
 
-def test_a_file_that_may_not_be_read(file, monkeypatch):  # noqa: F811
+def test_a_file_that_may_not_be_read(file, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", _raises(PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(SidecarError) as caught:
         read(file)
     assert caught.value.remedy == "allow reading it"
 
 
-def test_others_may_read_what_is_written(file):  # noqa: F811
+def test_others_may_read_what_is_written(file):
     usual = file.with_name("usual")
     usual.touch()
     assert file.stat().st_mode == usual.stat().st_mode
 
 
-def test_a_link_stays_a_link(file):  # noqa: F811
+def test_a_link_stays_a_link(file):
     link = file.with_name("link")
     link.symlink_to(file)
     write(link, sidecar(1))
@@ -308,7 +308,7 @@ def _with(section: str, name: str, tensor: torch.Tensor | None) -> dict:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_nothing_is_written_that_could_not_be_read(file, sections):  # noqa: F811
+def test_nothing_is_written_that_could_not_be_read(file, sections):
     with pytest.raises(SidecarError, match="not written"):
         write(file, Sidecar(sidecar().about, sidecar().fingerprint, sections[1]))
     assert same(read(file), sidecar())
@@ -326,7 +326,7 @@ def test_nothing_is_written_that_could_not_be_read(file, sections):  # noqa: F81
         {"versions": {"a": 1}},
     ],
 )
-def test_nor_with_a_wrong_description(file, wrong):  # noqa: F811
+def test_nor_with_a_wrong_description(file, wrong):
     about = About(**{**vars(sidecar().about), **wrong})
     with pytest.raises(SidecarError, match="not written"):
         write(file, Sidecar(about, sidecar().fingerprint, sidecar().sections))

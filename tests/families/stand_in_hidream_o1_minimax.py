@@ -1,4 +1,4 @@
-"""Stand-ins for HiDream-O1 and MiniMax H3, whose blocks write into what they are given. See stand_in_newer_b.py.
+"""Stand-ins for HiDream-O1 and MiniMax H3, whose blocks write into what they are given. See stand_in_ernie_helios.py.
 
 MiniMax H3 makes its outputs first and fills them last, as where the host has a plan of its memory; the plan itself is left out.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import comfy.conds
 import torch
 import torch.nn.functional as F  # noqa: N812
-from stand_in_newer_b import Ops, StandIn, angles, attend, turned, waves
+from stand_in_ernie_helios import Ops, StandIn, angles, attend, turned, waves
 from torch import Tensor, nn
 
 TMS = 1  # the token of HiDream-O1 that the noise level takes the place of

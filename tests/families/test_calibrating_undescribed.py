@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning.calibrate import Wishes
 from comfyui_duca.nodes import host, sidecars
 from comfyui_duca.nodes.calibrating import Sampling, calibrate
-from test_every_family import STEPS, kinds, report_of, sample
+from runs import STEPS, kinds, report_of, sample
 from zoo import CASES
 
 CASE = next(case for case in CASES if case.name == "ace_step")

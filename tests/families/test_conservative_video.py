@@ -16,11 +16,11 @@ from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import Case
-from test_every_family import STEPS, kinds, network, report_of, sample
-from test_video import VARIANTS, _vace
+from runs import STEPS, kinds, network, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_video import seeded, wan_case
+from zoo_video_variants import VARIANTS, vace
 
 PLAN = "FcacccFc"  # from full ones and from one another, skips from either
 SHARES = (0.0, 0.37, 1.0)
@@ -58,7 +58,7 @@ CASES = {
     "wan, I2V": (ZOO["wan_i2v"], WAN),
     "wan, I2V without picture": (VARIANTS["Wan I2V without a picture"], WAN),
     "wan, VACE": (ZOO["wan_vace"], WAN),
-    "wan, VACE twice": (_vace(2), WAN),
+    "wan, VACE twice": (vace(2), WAN),
     "wan, Animate": (ZOO["wan_animate"], WAN),
     "wan, S2V": (VARIANTS["Wan S2V with sound and a reference"], WAN),
     "wan, S2V with motion": (MOTION, WAN),

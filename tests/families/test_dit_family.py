@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Settings, Timeline, find_family
 from comfyui_duca.cache_core.engine import TokenChoice
 from comfyui_duca.cache_core.families.dit import DIT
@@ -11,10 +12,9 @@ from comfyui_duca.cache_core.policies import DucaCycle
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
-from test_every_family import kinds, report_of, sample
+from runs import kinds, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from watched import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept, sampling
 from zoo_dit import CASES, EXTRA_MODELS, SHAPE, assert_near, dit, network_of, normal, plain_of
 from zoo_dit import DiT as PlainDiT
 
@@ -89,12 +89,12 @@ def test_the_cost_of_a_conservative_evaluation_is_what_torch_counts(share):
 
 @pytest.mark.parametrize("case", EXTRA_MODELS, ids=lambda case: type(network_of(case.make())).__name__)
 def test_models_of_extra_models_are_served_by_the_same_families(case):
-    model, run = case.make(), sampling(case)
+    model = case.make()
     net, plain = network_of(model), sample(case, model)
     assert find_family(net).name == case.name and find_family(net).is_conservative
-    assert_skips_repeat(run, model, net.blocks[-1], None, "FaFaFaFa", plain)
-    assert_the_input_is_kept(run, model, net.blocks[0].mlp.fc2.out_features)
-    assert f"blocks.{len(net.blocks) - 1}.attn.qkv" in assert_calibrated_is_exact(run, model, plain)
+    assert_skips_repeat(case, model, plain)
+    assert_the_input_is_kept(case, model, net.blocks[0].mlp.fc2.out_features)
+    assert f"blocks.{len(net.blocks) - 1}.attn.qkv" in assert_calibrated_is_exact(case, model, plain)
     assert torch.equal(sample(case, model), plain)
 
 

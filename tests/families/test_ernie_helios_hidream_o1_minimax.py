@@ -5,11 +5,11 @@ from __future__ import annotations
 import comfy.sample
 import pytest
 import torch
-from holding import PLAN, assert_right, cached, cached_run, kept_tokens
+from checks import assert_right
 from making import text, tiny
-from stand_in_newer_b import Ernie, Helios, config_of
-from test_every_family import kinds, network, report_of, sample
-from zoo_newer_b import CASES, helios, hidream_o1, ids, minimax_h3
+from runs import PLAN, cached, cached_run, kept_tokens, kinds, network, report_of, sample
+from stand_in_ernie_helios import Ernie, Helios, config_of
+from zoo_stand_ins import CASES, helios, hidream_o1, ids, minimax_h3
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -1,4 +1,4 @@
-"""Classes that only newer hosts have, as they are there: what is special in each. Stand-ins are tested in test_newer_a.py and _b.py."""
+"""Classes that only newer hosts have, as they are there: what is special in each. Stand-ins are tested in files named by them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import comfy.supported_models
 import pytest
 import torch
+from checks import assert_right, assert_skips_repeat
 from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import find_family
-from holding import PLAN, assert_right, assert_skips_repeat, cached, cached_run, kept_tokens, linear_sites
 from making import Case, text
-from test_every_family import STEPS, kinds, network, report_of, sample
+from runs import PLAN, STEPS, cached, cached_run, kept_tokens, kinds, linear_sites, network, report_of, sample
 from zoo_image import normal
 from zoo_newest import CASES, hidream_o1, ids, ltxav, minimax_h3, stable_audio3
 

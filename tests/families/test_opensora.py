@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import assert_calibrated_is_exact, assert_right, repeated
 from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, Settings, Timeline, find_family
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.engine import TokenChoice
@@ -15,9 +16,9 @@ from comfyui_duca.cache_core.policies import DucaCycle, Given
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
-from holding import Innovating, assert_calibrated_at_full_rank, assert_right, cached, linear_sites, repeated
+from helpers.predictors import Innovating
+from runs import cached, kinds, linear_sites, network, report_of, sample
 from stand_in_stdit import STDiT3Block
-from test_every_family import kinds, network, report_of, sample
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,7 +205,7 @@ def test_given_frames_are_sampled_as_without_the_cache(model):
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), plain) and not report_of(patched).notices
     patched = cached(model, "FaFaaFaa")
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), repeated(FIRST_FRAME_GIVEN, model, "FaFaaFaa"))
-    assert_calibrated_at_full_rank(FIRST_FRAME_GIVEN, model, plain)
+    assert_calibrated_is_exact(FIRST_FRAME_GIVEN, model, plain)
 
 
 def test_every_layer_is_calibrated_but_that_of_the_flat_text(model):

@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import tiny
 from reference_pixart import ReferencePixArt
-from test_every_family import kinds, report_of, sample
+from runs import kinds, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_image import CASES, normal, pixart

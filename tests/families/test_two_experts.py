@@ -19,7 +19,7 @@ from comfyui_duca.cache_core.store import FeatureStore
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.cache_report import CacheReport
-from test_every_family import kinds, network, report_of
+from runs import kinds, network, report_of
 from zoo_video import WAN_LATENT
 
 import nodes as host_nodes

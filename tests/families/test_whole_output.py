@@ -16,11 +16,11 @@ from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.report_text import report_text
 from making import Case, text, tiny
+from runs import STEPS, cached, kinds, report_of, sample
+from runs import network as network_of
 from stand_in_early import EarlyErnie, EarlyReader, Nothing, VideoAndSound, packed
-from stand_in_newer_b import config_of
-from test_every_family import STEPS, cached, kinds, report_of, sample
-from test_every_family import network as network_of
-from zoo_newer_b import hunyuan3d_2_1
+from stand_in_ernie_helios import config_of
+from zoo_stand_ins import hunyuan3d_2_1
 
 CASE = Case("early", lambda: tiny(config_of(EarlyErnie, 16)), (16, 12, 16), text(7, 24), lambda m: m)
 PLAN = "FaFaFaFa"

@@ -15,7 +15,8 @@ from comfyui_duca.nodes import host, svd_calibrator
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from comfyui_duca.nodes.duca_cache import DucaCache
 from comfyui_duca.nodes.svd_calibrator import SvdCalibrator
-from host import as_called, last_report, sample
+
+from helpers.sampling import as_called, last_report, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = json.loads((ROOT / "workflows" / "api" / "duca_calibrate_demo.json").read_text())

@@ -81,16 +81,6 @@ def linear_sites_of(network: torch.nn.Module, size=(48, 48)) -> list[LinearSite]
     return find_linears(find_family(network), known_of(network, size).linears, network)
 
 
-def exact_factors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Factors of the demo network's linear layers that lose nothing: each matrix itself, and the identity."""
-    factors = {}
-    for site in linear_sites_of(network):
-        for part in site.parts:
-            own = site.module.weight.detach()[part.rows or slice(None)]
-            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
-    return factors
-
-
 def perturbed(model: ModelPatcher) -> ModelPatcher:
     """Every weight moved by 1 %, in place, as another checkpoint in the same network."""
     g = torch.Generator().manual_seed(4)
@@ -103,6 +93,25 @@ def patcher_of(network: torch.nn.Module) -> ModelPatcher:
     model = torch.nn.Module()
     model.diffusion_model = network
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def change_for_all(model: ModelPatcher) -> dict:
+    """A LoRA's patches, which move every weight by several percent."""
+    g = torch.Generator().manual_seed(3)
+    named = model.model.diffusion_model.named_parameters()
+    return {f"diffusion_model.{name}": ("diff", (0.05 * torch.randn(w.shape, generator=g),)) for name, w in named}
+
+
+def with_lora(model: ModelPatcher) -> ModelPatcher:
+    clone = model.clone()
+    assert clone.add_patches(change_for_all(model))
+    return clone
+
+
+@torch.no_grad()
+def load(model: ModelPatcher) -> None:
+    """As the host does before it samples."""
+    comfy.model_management.load_models_gpu([model])
 
 
 # -- the same question to every host ---------------------------------------------------------------------

@@ -6,7 +6,8 @@ import torch
 from comfyui_duca.cache_core.tuning import Calibrator, Wishes
 from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.nodes import host
-from host import sample
+
+from helpers.sampling import sample
 
 STEPS = 6
 PROMPTS = ("red apple", "castle")

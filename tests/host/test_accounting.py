@@ -24,7 +24,8 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.report_plot import report_plot
 from comfyui_duca.nodes.report_text import report_data, report_text
-from host import cached, exact_factors, flux_1, kinds, last_report, sample, split_calls
+from helpers.factors import exact_factors
+from helpers.sampling import cached, flux_1, kinds, last_report, linear_sites_of, sample, split_calls
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -202,7 +203,7 @@ def test_counted_macs_are_those_torch_sees(model, kind, share):
 def test_costs_shown_before_a_run_are_those_counted_after_it(model, settings):
     """What the page's preview shows once the model was sampled: the share of multiply-adds, and the bytes."""
     if "plan" in settings:
-        factors = exact_factors(model.model.diffusion_model)
+        factors = exact_factors(linear_sites_of(model.model.diffusion_model))
         settings = {"chosen": Strategy(Given(Plan.parse(settings["plan"])), Reuse(), factors=factors)}
     patched = cached(model, **settings)
     sample(patched, steps=8)

@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import cached, kinds, last_report, psnr, sample
+from helpers.sampling import cached, kinds, last_report, psnr, sample
 
 MODES = {
     "auto": {"mode": "auto", "speedup": 3.0},

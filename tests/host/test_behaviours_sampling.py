@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, kinds, last_report, psnr, sample, split_calls
+from helpers.sampling import cached, kinds, last_report, psnr, sample, split_calls
 
 AUTO = {"mode": "auto", "speedup": 3.0}
 PAPER = {"mode": "paper", "cycle_length": 5, "token_share": 0.2}

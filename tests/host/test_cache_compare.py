@@ -14,11 +14,10 @@ import torch
 from comfyui_duca.nodes import DucaExtension
 from comfyui_duca.nodes.cache_compare import CacheCompare
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import cached, last_report, sample
+from helpers.pictures import cells, distance, enlarged, found, noise
+from helpers.sampling import cached, last_report, sample
 from PIL import Image, ImageDraw
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-HEAD = ["setting", "PSNR dB", "SSIM", "time", "compute"]
 SMALL = {"steps": 8, "size": (16, 16)}
 
 
@@ -42,27 +41,9 @@ def written(monkeypatch) -> list[str]:
     return texts
 
 
-def noise(count: int, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
-
-
 def flat(*values: float) -> torch.Tensor:
     """One picture of one grey for each value."""
     return torch.tensor(values)[:, None, None, None].expand(-1, 16, 16, 3).clone()
-
-
-def cells(table: str) -> list[list[str]]:
-    """The lines of a Markdown table without its rule."""
-    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
-    assert head == HEAD and set("".join(rule)) == set("-:|")
-    return rows
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> list[str]:
-    """PSNR and SSIM of two pictures by scikit-image, as in the table."""
-    a, b = one.double().numpy(), other.double().numpy()
-    likeness = structural_similarity(a, b, win_size=7, data_range=1, channel_axis=-1)
-    return [f"{peak_signal_noise_ratio(a, b, data_range=1):.1f}", f"{likeness:.3f}"]
 
 
 def saved(ui: dict) -> list[np.ndarray]:
@@ -148,18 +129,6 @@ def test_what_does_not_fit_is_told_with_both_numbers(reference, pictures, labels
 
 
 # -- Cache Compare: pictures ---------------------------------------------------------------------------
-
-
-def found(image: torch.Tensor, picture: torch.Tensor) -> bool:
-    """Whether the picture's pixels stand somewhere in the image, each as it is in 8 bits."""
-    wanted, sheet = ((one * 255).round().to(torch.uint8) for one in (picture, image[0]))
-    height, width = wanted.shape[:2]
-    starts = (sheet[: sheet.shape[0] - height + 1, : sheet.shape[1] - width + 1] == wanted[0, 0]).all(-1).nonzero().tolist()
-    return any(torch.equal(sheet[top : top + height, left : left + width], wanted) for top, left in starts)
-
-
-def enlarged(picture: torch.Tensor, factor: int) -> torch.Tensor:
-    return picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor(written):

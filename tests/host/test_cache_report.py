@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_duca.nodes.cache_report import CacheReport
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import cached, sample
+from helpers.sampling import cached, sample
 
 WORDS = "did not come from any of this model's last runs"
 

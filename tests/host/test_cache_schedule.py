@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from comfyui_duca.cache_core import Kind, Opening, Settings, Timeline
-from comfyui_duca.cache_core.calibration.calibration import Calibration, Forecast
+from comfyui_duca.cache_core.calibration.calibration import Calibration
 from comfyui_duca.cache_core.calibration.sidecar import About
-from comfyui_duca.cache_core.calibration.statistics import Moments
 from comfyui_duca.cache_core.calibration.use import NotCoveredError, nested_plan
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.policies import FrontLoaded, Within
@@ -21,10 +19,11 @@ from comfyui_duca.nodes.cache_schedule import CacheSchedule, schedule_of
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.duca_cache import settings_of
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import cached, kinds, last_report, sample
+from helpers.calibrations import random_forecast
+from helpers.sampling import cached, kinds, last_report, sample
+from helpers.tuner import calibrator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tuner import calibrator
 
 INPUTS = {
     "kind": "front-loaded", "speedup": 2.0, "cycle_length": 0, "text": "F", "unit": "percent", "skip_from": 0.0, "skip_to": 100.0,
@@ -104,16 +103,6 @@ def test_front_loaded_meets_its_budget_and_gaps_never_shrink(steps, speedup):
     assert chosen.count("F") == max(min(2, steps), round(steps / speedup))
     gaps = [len(gap) for gap in chosen[: 1 + chosen.rstrip("F").rfind("F")].split("F")[1:]]  # up to the last step, which is out of turn
     assert gaps[:-1] == sorted(gaps[:-1])
-
-
-def random_forecast(seed: int, nodes: int = 12):
-    """Of made-up trajectories."""
-    moments, generator = Moments(), torch.Generator().manual_seed(seed)
-    z = torch.randn(nodes, 40, 6, generator=generator).cumsum(0)
-    moments.add(torch.randn(nodes, 40, 3, generator=generator).cumsum(0), z)
-    times = [1 - i / nodes for i in range(nodes)]
-    learned = moments.compress(times, 6)
-    return Forecast(replace(learned, sensitivity=torch.rand(nodes, generator=generator).double() + 0.1), tuple(times), ())
 
 
 @settings(max_examples=12, deadline=None)

@@ -17,9 +17,9 @@ from comfy_api.latest import io
 from comfyui_duca.nodes import DucaExtension, cache_sweep, host, sidecars
 from comfyui_duca.nodes.cache_sweep import CacheSweep, parse_speedups
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import as_called, cached, last_report, sample
-from test_cache_compare import cells, distance, enlarged, found, noise
-from test_wrong_input import unet
+from helpers.other_networks import unet
+from helpers.pictures import cells, distance, enlarged, found, noise
+from helpers.sampling import as_called, cached, last_report, sample
 
 SMALL = {"steps": 6, "size": (16, 16)}
 

@@ -17,7 +17,7 @@ from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, last_report, sample
+from helpers.sampling import cached, last_report, sample
 
 N, TOKENS, D, C = 7, 50, 4, 9
 TIMES = [1 - i / N for i in range(N)]

@@ -16,7 +16,7 @@ from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.schedule import Schedule
 from comfyui_duca.nodes.plan_preview import _opening
 from comfyui_duca.nodes.plan_request import Asked
-from test_calibration import CPU, STEP_TIMES, K, calibration_of, forecast_of, some_factors
+from helpers.calibrations import CPU, STEP_TIMES, K, calibration_of, forecast_of, some_factors
 from torch import nn
 
 # -- what is recommended ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from comfyui_duca.cache_core.calibration.fingerprint import Fingerprint
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import patcher_of, perturbed, sample
+from helpers.sampling import change_for_all, load, patcher_of, perturbed, sample, with_lora
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -29,25 +29,6 @@ def model():
     """One for each test, as what is loaded stays loaded."""
     yield load_demo_model()
     comfy.model_management.unload_all_models()
-
-
-def change_for_all(model: ModelPatcher) -> dict:
-    """A LoRA's patches, which move every weight by several percent."""
-    g = torch.Generator().manual_seed(3)
-    named = model.model.diffusion_model.named_parameters()
-    return {f"diffusion_model.{name}": ("diff", (0.05 * torch.randn(w.shape, generator=g),)) for name, w in named}
-
-
-def with_lora(model: ModelPatcher) -> ModelPatcher:
-    clone = model.clone()
-    assert clone.add_patches(change_for_all(model))
-    return clone
-
-
-@torch.no_grad()
-def load(model: ModelPatcher) -> None:
-    """As the host does before it samples."""
-    comfy.model_management.load_models_gpu([model])
 
 
 def as_they_lie(model: ModelPatcher) -> Fingerprint:

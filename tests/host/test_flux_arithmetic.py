@@ -11,7 +11,7 @@ from comfyui_duca.cache_core.policies import DucaCycle
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes.demo_flux import encode_prompt
-from reference_flux import ReferenceFlux
+from helpers.reference_flux import ReferenceFlux
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host import inputs_listed
+from helpers.sampling import inputs_listed
 
 from devtools import example_workflows, host_setup
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FROZEN = ROOT / "tests" / "frozen"
 GRAPHS, PROMPTS = sorted(FROZEN.glob("*.json")), sorted(FROZEN.glob("api/*.json"))
 _MODEL_FILES = (".safetensors", ".pt")

@@ -20,8 +20,8 @@ from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
 from comfyui_duca.nodes.demo_flux import encode_prompt
-from host import known_of, linear_sites_of
-from reference_flux import ReferenceFlux
+from helpers.reference_flux import ReferenceFlux
+from helpers.sampling import known_of, linear_sites_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

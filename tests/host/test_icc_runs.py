@@ -19,7 +19,8 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.report_plot import report_plot
 from comfyui_duca.nodes.report_text import report_text
-from host import kinds, last_report, linear_sites_of, psnr, sample, split_calls
+from helpers.predictors import Innovating
+from helpers.sampling import kinds, last_report, linear_sites_of, psnr, sample, split_calls
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
@@ -266,21 +267,8 @@ def test_predicted_bytes_are_allocated(model, factors, plan, dtype):
     assert kinds(report) == plan and report.predicted_bytes == report.peak_bytes > 2 * bytes_per_row(156, 0, 1)
 
 
-class Innovating(Predictor):
-    """Keeps the input beside every hidden state, as a calibrated forecast does, and corrects by none of it."""
-
-    history = 4
-    uses_input = True
-
-    def weights(self, anchors, time):
-        return Reuse().weights(anchors, time)
-
-    def correction(self, anchors, time):
-        return torch.zeros(48, 256)
-
-
 def test_a_forecast_that_uses_the_input_finds_it_beside_calibrated_hidden_states(model, factors):
-    patched = planned(model, "FiaFia", factors, Innovating())
+    patched = planned(model, "FiaFia", factors, Innovating(torch.zeros(48, 256), history=4))
     sample(patched, steps=6)
     report = last_report(patched)
     assert kinds(report) == "FiaFia"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_duca.nodes import samplers
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import cached, kinds, last_report, psnr, sample
+from helpers.sampling import cached, kinds, last_report, psnr, sample
 
 STEPS = 20
 QUIET = (

@@ -13,7 +13,7 @@ from comfyui_duca.cache_core.predictors import PREDICTORS
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, kinds, last_report, psnr, sample
+from helpers.sampling import cached, kinds, last_report, psnr, sample
 
 STEPS = 28
 

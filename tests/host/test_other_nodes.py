@@ -14,7 +14,7 @@ from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.network_options import variant_of
 from comfyui_duca.nodes.report_text import report_data, report_text
-from host import cached, kinds, last_report, psnr, sample
+from helpers.sampling import cached, kinds, last_report, psnr, sample
 
 STEPS = 28
 AUTO = {"mode": "auto", "speedup": 2.8}  # 10 of 28

@@ -12,7 +12,7 @@ from comfyui_duca.nodes.picture_metrics import psnr, ssim
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

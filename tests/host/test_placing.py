@@ -11,25 +11,15 @@ import torch
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Places, Plan, StoreFormat, Timeline, find_family
 from comfyui_duca.cache_core.discovery.proof import Prover
 from comfyui_duca.cache_core.policies import Given
-from comfyui_duca.cache_core.predictors import Predictor, Reuse
+from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, exact_factors, kinds, last_report, sample, split_calls
+from helpers.factors import exact_factors
+from helpers.predictors import Innovating
+from helpers.sampling import cached, kinds, last_report, linear_sites_of, sample, split_calls
 
 CPU = torch.device("cpu")
 STRATEGIES = {"auto": "FaFaFaFa", "paper": "FcacFcaF", "icc": "FiiFiiFF", "corrected": "FaFaFaFa"}
-
-
-class Innovating(Predictor):
-    """Keeps the input, as a calibrated forecast does."""
-
-    history, uses_input = 1, True
-
-    def weights(self, anchors, time):
-        return Reuse().weights(anchors, time)
-
-    def correction(self, anchors, time):
-        return torch.zeros(48, 256)
 
 
 @pytest.fixture
@@ -51,8 +41,8 @@ def counts(network) -> dict[str, int]:
 
 
 def strategy_of(network, name: str) -> Strategy:
-    factors = exact_factors(network) if name == "icc" else None
-    predictor = Innovating() if name == "corrected" else Reuse()
+    factors = exact_factors(linear_sites_of(network)) if name == "icc" else None
+    predictor = Innovating(torch.zeros(48, 256), history=1) if name == "corrected" else Reuse()
     return Strategy(Given(Plan.parse(STRATEGIES[name])), predictor, token_share=0.2, factors=factors)
 
 

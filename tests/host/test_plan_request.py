@@ -13,7 +13,7 @@ import pytest
 from comfyui_duca.cache_core.calibration.sidecar import write
 from comfyui_duca.nodes import routes, sidecars
 from comfyui_duca.nodes.plan_preview import preview
-from test_sidecar import sidecar
+from helpers.sidecars import sidecar
 
 
 @pytest.fixture

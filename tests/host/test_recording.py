@@ -18,19 +18,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import Plan, Settings, StoreFormat
 from comfyui_duca.cache_core.policies import Given
-from comfyui_duca.cache_core.predictors import Predictor, Reuse
 from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes import host, recording
 from comfyui_duca.nodes.calibrating import Sampling, calibrate
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, exact_factors, kinds, last_report, sample
+from helpers.factors import exact_factors
+from helpers.predictors import Innovating
+from helpers.sampling import cached, kinds, last_report, linear_sites_of, sample
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PACK = Path(__file__).resolve().parents[1]
+PACK = Path(__file__).resolve().parents[2]
 OURS = (str(PACK / "cache_core"), str(PACK / "nodes"))
 
 
@@ -123,24 +124,12 @@ def recorder(model, monkeypatch) -> Recorder:
     return recorder
 
 
-class Innovating(Predictor):
-    """As a calibrated forecast: keeps the input and corrects by it."""
-
-    history, uses_input, without_input = 2, True, Reuse()
-
-    def weights(self, anchors, time):
-        return Reuse().weights(anchors, time)
-
-    def correction(self, anchors, time):
-        return torch.ones(48, 256) * 0.01
-
-
 def strategies(network) -> dict[str, Settings]:
-    factors = exact_factors(network)
+    factors = exact_factors(linear_sites_of(network))
     plans = {"forecast": "FFaaFaaa", "icc": "FiiFiiFi", "paper": "FcaFcacF"}
     found = {name: Settings(chosen=Strategy(Given(Plan.parse(plan)), factors=factors)) for name, plan in plans.items()}
     found["auto"] = Settings(speedup=3.0)
-    found["calibrated"] = Settings(chosen=Strategy(Given(Plan.parse("FFaaFaaa")), Innovating()))
+    found["calibrated"] = Settings(chosen=Strategy(Given(Plan.parse("FFaaFaaa")), Innovating(torch.full((48, 256), 0.01))))
     found["fp8"] = Settings(speedup=3.0, storage=StoreFormat(dtype=torch.float8_e4m3fn))
     return found
 

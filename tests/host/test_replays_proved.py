@@ -12,7 +12,7 @@ from comfyui_duca.cache_core.policies import Given
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import kinds, last_report, sample
+from helpers.sampling import kinds, last_report, sample
 
 PLAN = "FcFcac"
 RUN = {"steps": len(PLAN), "size": (16, 16)}

@@ -18,7 +18,8 @@ from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
-from host import cached, exact_factors, kinds, last_report, perturbed, psnr, sample
+from helpers.factors import exact_factors
+from helpers.sampling import cached, kinds, last_report, perturbed, psnr, sample
 
 try:
     from comfy_extras.nodes_custom_sampler import DualModelGuider

@@ -17,10 +17,10 @@ from comfyui_duca.cache_core.calibration.sidecar import SidecarError, read, writ
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import patcher_of, perturbed
+from helpers.sampling import patcher_of, perturbed
+from helpers.sidecars import ABOUT, sidecar
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_sidecar import ABOUT, sidecar
 from torch import nn
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from comfyui_duca.cache_core.predictors import AUTO
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning import Wishes
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import kinds, split_calls
-from tuner import STEPS, calibrator, drawn, taped
+from helpers.sampling import kinds, split_calls
+from helpers.tuner import STEPS, calibrator, drawn, taped
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfyui_duca.nodes.demo_flux import load_demo_model
-from host import cached, kinds, last_report, sample
+from helpers.sampling import cached, kinds, last_report, sample
 
 BLOCKS = [f"diffusion_model.double_blocks.{i}" for i in range(3)] + [f"diffusion_model.single_blocks.{i}" for i in range(6)]
 AUTO = {"mode": "auto", "speedup": 2.0}

@@ -23,9 +23,9 @@ from comfyui_duca.cache_core.tuning.tape import TapedRun
 from comfyui_duca.cache_core.tuning.trials import psnr
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import fingerprint_of
-from host import cached, kinds, last_report, linear_sites_of
-from test_cache_schedule import random_forecast
-from tuner import QUICK, STEPS, calibrator, drawn, sampler_of, taped
+from helpers.calibrations import random_forecast
+from helpers.sampling import cached, kinds, last_report, linear_sites_of
+from helpers.tuner import QUICK, STEPS, calibrator, drawn, sampler_of, taped
 
 
 @pytest.fixture(scope="module")

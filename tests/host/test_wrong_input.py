@@ -15,7 +15,8 @@ from comfyui_duca.cache_core import Settings
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.cache_schedule import CacheSchedule
 from comfyui_duca.nodes.duca_cache import DucaCache
-from host import cached, kinds, last_report, sample
+from helpers.other_networks import patcher, unet
+from helpers.sampling import cached, kinds, last_report, sample
 
 
 @pytest.fixture
@@ -23,30 +24,6 @@ def said(monkeypatch):
     texts = []
     monkeypatch.setattr(host, "say", lambda text, node_id=None: texts.append(text))
     return texts
-
-
-def patcher(config) -> ModelPatcher:
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.diffusion_model.parameters():
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-
-
-def unet() -> ModelPatcher:
-    """The host's UNet as SD 1.5 configures it, narrow."""
-    return patcher(
-        comfy.supported_models.SD15(
-            {
-                "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
-                "channel_mult": [1, 2], "num_heads": 2, "use_spatial_transformer": True, "transformer_depth": [1, 1],
-                "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 64,
-                "use_linear_in_transformer": False, "adm_in_channels": None, "legacy": False,
-            }
-        )
-    )  # fmt: skip
 
 
 def unknown_dit() -> ModelPatcher:

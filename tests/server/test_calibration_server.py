@@ -10,11 +10,11 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from calibrator_calls import PROMPTS, SHIPPED
 from comfyui_duca.cache_core.calibration.sidecar import peek
 from comfyui_duca.nodes import sidecars
+from helpers.calibrator_calls import PROMPTS, SHIPPED
+from helpers.watching import watch
 from PIL import Image
-from watching import watch
 
 from devtools.client import ComfyClient, PromptError
 from devtools.server import ComfyServer

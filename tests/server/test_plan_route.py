@@ -10,9 +10,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from watching import watch
+from helpers.watching import watch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = json.loads((ROOT / "workflows" / "api" / "duca_demo_flux.json").read_text())
 CACHE = next(key for key, value in DEMO.items() if value["class_type"] == "DuCaCache")
 SAMPLER = next(key for key, value in DEMO.items() if value["class_type"] == "KSampler")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host import inputs_listed
+from helpers.sampling import inputs_listed
 from PIL import Image
 
 from devtools.client import ComfyClient, PromptError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = json.loads((ROOT / "workflows" / "api" / "duca_demo_flux.json").read_text())
 
 

@@ -6,19 +6,10 @@ import copy
 
 import pytest
 import torch
-from test_refused import NOTHING, STATEFUL, WHOLE
-from test_served import SERVED
 from torch import nn
-from toys import PLAN, Block, Case, Toy, checked, distance, driven, referred, skips
-
-
-class At(Toy):
-    """Knows the step: 1 - t is its share of the run."""
-
-    steps = len(PLAN)
-
-    def step(self, t) -> int:
-        return round((1 - float(t[0])) * self.steps)
+from toys import PLAN, At, Block, Case, Toy, checked, distance, driven, referred, skips
+from toys_refused import NOTHING, STATEFUL, WHOLE
+from toys_served import SERVED
 
 
 class NotFiniteAtFirst(At):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_duca.cache_core.discovery.persistence import persists
-from test_later_calls import At
 from torch import nn
-from toys import CHANNELS, PLAN, WIDTH, Case, Toy, distance, driven, referred, seeded, text_of
+from toys import CHANNELS, PLAN, WIDTH, At, Case, Toy, distance, driven, referred, seeded, text_of
 from toys_in_loops import Joint
 
 MANY = 48

@@ -4,87 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import ORDERS, Case, Toy, checked, latent, skips, text_of
-from toys_in_loops import (
-    InPlace,
-    InSequence,
-    InTurns,
-    Joint,
-    JointTxtLast,
-    Keywords,
-    Named,
-    Nested,
-    OddOutputs,
-    Reversed,
-    SameLength,
-    Single,
-    SwappedReturn,
-    in_form,
-    leaving_out,
-)
-from toys_in_shapes import (
-    Anew,
-    Conditioning,
-    Dropping,
-    Folded,
-    FoldedOuter,
-    Grid,
-    LastFeedsNothing,
-    Lower,
-    Lower16,
-    Packed,
-    PackedEqually,
-    PackedTxtLast,
-    Pixels,
-    Refined,
-    SwappedInside,
-    Two,
-    UInTwo,
-    UShaped,
-    numbered,
-    with_two,
-)
+from toys import ORDERS, Case, checked, latent, skips, text_of
+from toys_in_loops import Joint
+from toys_served import SERVED
 
-SERVED = {
-    "plain": Case(Toy, "blocks.3"),
-    "keywords": Case(Keywords, "blocks.3"),
-    "dict": Case(in_form("dict"), "blocks.3"),
-    "tuple": Case(in_form("tuple"), "blocks.3"),
-    "list": Case(in_form("list"), "blocks.3"),
-    "none, bool, number": Case(OddOutputs, "blocks.3"),
-    "in place": Case(InPlace, "blocks.3"),
-    "ModuleDict": Case(Named, "blocks.layer3"),
-    "Sequential": Case(InSequence, "blocks.3"),
-    "list of one": Case(Single, "blocks.0"),
-    "lists of lists": Case(Nested, "blocks.2.1", ("blocks.0", "blocks.1", "blocks.2")),
-    "reverse": Case(Reversed, "blocks.0"),
-    "the first block left out": Case(leaving_out(0), "blocks.3"),
-    "a block left out": Case(leaving_out(2), "blocks.3"),
-    "the last two left out": Case(leaving_out(2, 3), "blocks.1"),
-    "two lists in turns": Case(InTurns, "others.3", ("blocks", "others")),
-    "double, then joint": Case(Joint, "blocks.3", ("doubles", "blocks")),
-    "double, then joint, txt last": Case(JointTxtLast, "blocks.3", ("doubles", "blocks")),
-    "txt as long as img": Case(SameLength, "blocks.3", ("doubles", "blocks")),
-    "txt as long as img, in turns": Case(SwappedReturn, "blocks.3"),
-    "grid": Case(Grid, "blocks.3"),
-    "frames in the batch": Case(Folded, "blocks.3"),
-    "swapped inside": Case(SwappedInside, "blocks.3"),
-    "made anew": Case(Anew, "blocks.3"),
-    "bfloat16": Case(Lower, "blocks.3"),
-    "float16": Case(Lower16, "blocks.3"),
-    "refiners": Case(Refined, "blocks.3", ("refiner", "image_refiner", "blocks")),
-    "pixel head": Case(Pixels, "blocks.7"),
-    "conditioning": Case(Conditioning, "blocks.3"),
-    "u-shaped": Case(UShaped, "blocks.5"),
-    "u-shaped in two lists": Case(UInTwo, "blocks.2", ("down", "blocks")),
-    "dropout": Case(Dropping, "blocks.3", is_joint=True),
-    "two latents": Case(Two, "blocks.3", call=with_two),
-    "a list for nothing": Case(LastFeedsNothing, "blocks.5"),
-    "frames around the batch": Case(FoldedOuter, "blocks.3", is_joint=True),
-    "packed": Case(Packed, "blocks.3", call=numbered, is_joint=True, signature=lambda conds: conds),
-    "packed, txt last": Case(PackedTxtLast, "blocks.3", call=numbered, is_joint=True, signature=lambda conds: conds),
-    "packed equally": Case(PackedEqually, "blocks.3"),
-}
 JOINT = {"frames around the batch", "packed", "packed, txt last", "swapped inside"}  # as what is kept cannot be told apart by conds
 
 

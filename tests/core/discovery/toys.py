@@ -77,6 +77,15 @@ class Toy(nn.Module):
         return self.unembed(functional.layer_norm(h, h.shape[-1:]) + self.shift(c)[:, None])
 
 
+class At(Toy):
+    """Knows the step: 1 - t is its share of the run."""
+
+    steps = len(PLAN)
+
+    def step(self, t) -> int:
+        return round((1 - float(t[0])) * self.steps)
+
+
 def seeded(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(sum(100**i * (part + 1) for i, part in enumerate(seed)))
 

@@ -10,7 +10,6 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from calibrator_calls import calibrator
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.sidecar import read
@@ -18,6 +17,7 @@ from comfyui_duca.cache_core.engine.linear_sites import find_linears
 from comfyui_duca.cache_core.tuning import tape
 from comfyui_duca.nodes import calibrations, sidecars, svd_calibrator
 from comfyui_duca.nodes.demo_flux import load_demo_model
+from helpers.calibrator_calls import calibrator
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrator_calls import PROMPTS, SMALL, cache, calibrator, setting, without_finding
 from comfyui_duca.cache_core.calibration.sidecar import SidecarError, peek
 from comfyui_duca.nodes import calibrations, sidecars
 from comfyui_duca.nodes.demo_flux import encode_prompt
-from host import last_report, sample
+from helpers.calibrator_calls import PROMPTS, SMALL, cache, calibrator, setting, without_finding
+from helpers.other_networks import unet
+from helpers.sampling import last_report, sample
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_wrong_input import unet
 
 # -- faults --------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from itertools import combinations
 import folder_paths
 import pytest
 import torch
-from calibrator_calls import SMALL, cache, setting, without_finding
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.cache_core.calibration.sidecar import read
 from comfyui_duca.cache_core.strategy import MODES
@@ -17,8 +16,8 @@ from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.duca_cache import DucaCache
 from comfyui_duca.nodes.load_calibration import LoadCalibration
-from host import last_report, perturbed, sample
-from test_fingerprint_on_host import load, with_lora
+from helpers.calibrator_calls import SMALL, cache, setting, without_finding
+from helpers.sampling import last_report, load, perturbed, sample, with_lora
 
 # -- DuCa Cache finds it -------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
-from calibrator_calls import PROMPTS, ROOT, SMALL, calibrator
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfyui_duca.cache_core import Kind
@@ -19,8 +18,8 @@ from comfyui_duca.nodes import DucaExtension, calibrating, sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.load_calibration import LoadCalibration
 from comfyui_duca.nodes.prompt_list import PromptList
-from host import sample
-from test_fingerprint_on_host import with_lora
+from helpers.calibrator_calls import PROMPTS, ROOT, SMALL, calibrator
+from helpers.sampling import sample, with_lora
 
 IDS = (
     "DuCaCache", "DuCaCacheSchedule", "DuCaCacheReport", "DuCaCacheCompare", "DuCaCacheSweep", "DuCaSVDCalibrator", "DuCaLoadCalibration",
