@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from comfyui_duca.cache_core.calibration.sidecar import About, Sidecar, SidecarError, read, write
+from helpers.forking import Forked
 from helpers.sidecars import ROOT, same, sidecar
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked")
@@ -19,12 +19,11 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are
 # A process of its own, which forks: the tests' process has the host's threads. Versions differ in every tensor and in size.
 _DRIVER = """
 import os, random, signal, sys, time
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
+sys.path.insert(0, ROOT)
 import torch
 from cache_core.calibration.fingerprint import Fingerprint
 from cache_core.calibration.sidecar import About, Sidecar, SidecarError, peek, read, write
 torch.set_num_threads(1)
-path = sys.argv[3]
 
 def version(v):
     about = About("flux", f"v{v}", "euler", "simple", 4, 1.0, (1.0,) * 5, (1.0,) * 4, (8, 8), 1, (v,), 8, "svd", {}, "2026-01-02")
@@ -55,17 +54,21 @@ def strays():
 """
 
 
-def driven(folder: Path, body: str) -> str:
-    arguments = [sys.executable, "-c", _DRIVER + body, str(ROOT), str(ROOT / "tests"), str(folder / "f.safetensors")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    process = Forked(f"ROOT = {str(ROOT)!r}" + _DRIVER)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def driven(forked, tmp_path) -> Callable[[str], str]:
+    return lambda body: forked.run(body, path=str(tmp_path / "f.safetensors"))
 
 
 @needs_fork
-def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(driven):
     said = driven(
-        tmp_path,
         """
 def forever():
     v = 1
@@ -95,10 +98,9 @@ print(len(seen), left)
 
 @needs_fork
 @pytest.mark.parametrize("moment, survives", [("fsync", "old"), ("replace", "old"), ("open", "new")])
-def test_a_writer_killed_at_a_known_moment(tmp_path, moment, survives):
+def test_a_writer_killed_at_a_known_moment(driven, moment, survives):
     """fsync: all is written, not yet in place. replace: at the rename. open: of the folder, after the rename."""
     driven(
-        tmp_path,
         f"""
 write(path, version(1))
 def body():
@@ -120,9 +122,8 @@ assert whole() == 3
 
 
 @needs_fork
-def test_readers_see_one_version_while_two_write(tmp_path):
+def test_readers_see_one_version_while_two_write(driven):
     said = driven(
-        tmp_path,
         """
 write(path, version(0))
 def writer(first):
@@ -197,10 +198,9 @@ def test_ctrl_c_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where):
 
 
 @needs_fork
-def test_a_disk_that_fills_up_while_writing(tmp_path):
+def test_a_disk_that_fills_up_while_writing(driven):
     """The system's own refusal of a write half-way, here by the limit on a file's size."""
     driven(
-        tmp_path,
         """
 import resource
 write(path, version(1))
@@ -227,10 +227,9 @@ def test_folders_that_cannot_be_written_to(tmp_path, file):
 
 
 @needs_fork
-def test_a_read_only_folder(tmp_path):
+def test_a_read_only_folder(driven):
     """Root may write everywhere, so the writer gives up being root; and the folder is not in root's own."""
     driven(
-        tmp_path,
         """
 import tempfile
 with tempfile.TemporaryDirectory() as folder:
