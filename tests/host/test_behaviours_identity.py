@@ -9,7 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import Kind
 from comfyui_duca.nodes import host
-from comfyui_duca.nodes.demo_flux import load_demo_model
+from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from helpers.sampling import cached, kinds, last_report, psnr, sample
 
 MODES = {
@@ -188,11 +188,49 @@ def test_kept_features_are_not_the_live_ones(model, monkeypatch):
     assert all(torch.equal(sample(cached(model, **s), steps=8), e) for s, e in zip(MODES.values(), expected))
 
 
-def test_inputs_are_not_written_to(model):
-    latent, noise = torch.zeros(1, 3, 48, 48), comfy.sample.prepare_noise(torch.zeros(1, 3, 48, 48), 0)
-    before = latent.clone(), noise.clone()
-    sample(cached(model, **MODES["auto"]), latent=latent, steps=4)
-    assert torch.equal(latent, before[0]) and torch.equal(comfy.sample.prepare_noise(latent, 0), before[1])
+def written_to(patched) -> set[str]:
+    """By name, what a sampling or one of its model calls was given and has other values afterwards."""
+    given = {"latent": 0.1 * torch.randn(1, 3, 48, 48), "noise": torch.randn(1, 3, 48, 48)}
+    conds = [encode_prompt("castle"), encode_prompt("")]
+    for cond, name in zip(conds, ("positive", "negative")):
+        given |= {name: cond[0][0], f"{name} pooled": cond[0][1]["pooled_output"]}
+    before, found = {name: value.clone() for name, value in given.items()}, set[str]()
+
+    def changed(tensors: dict, clones: dict) -> set[str]:
+        return {name for name, clone in clones.items() if not torch.equal(tensors[name], clone)}
+
+    def compute(apply_model, call):
+        tensors = {name: value for name, value in call["c"].items() if isinstance(value, torch.Tensor)}
+        tensors |= {"input": call["input"], "timestep": call["timestep"]}
+        clones = {name: value.clone() for name, value in tensors.items()}
+        result = apply_model(call["input"], call["timestep"], **call["c"])
+        found.update(changed(tensors, clones))
+        return result
+
+    patched = patched.clone()
+    patched.set_model_unet_function_wrapper(compute)
+    latent, noise = given["latent"], given["noise"]
+    comfy.sample.sample(patched, noise, 6, 2.5, "euler", "simple", *conds, latent, seed=0, disable_pbar=True)
+    return found | changed(given, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_are_not_written_to(model, mode):
+    assert not written_to(cached(model, **MODES[mode]))
+
+
+def test_an_input_that_is_written_to_is_seen(model):
+    """The test above can fail: here something beside the cache writes into what the network is given."""
+
+    def writing(compute, x, timestep, context, *more, **options):
+        result = compute(x, timestep, context, *more, **options)
+        for tensor in (x, context):
+            tensor.mul_(1.5)
+        return result
+
+    patched = cached(model, **MODES["auto"])
+    patched.add_wrapper(WrappersMP.DIFFUSION_MODEL, writing)
+    assert written_to(patched) >= {"input", "c_crossattn"}
 
 
 def test_two_samplers_on_one_cached_model_do_not_mix(model):

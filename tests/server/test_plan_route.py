@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -132,16 +131,12 @@ def test_too_much_is_refused(ask):
     assert ask({"cache": {"predictor": "x" * 100_000}})[0] == 413
 
 
-def test_the_answer_for_200_steps_comes_in_50_ms(ask, client):
-    """The best of a few, as other work goes on on the machine."""
+def test_plans_of_200_steps_are_answered(ask, client):
+    """How long that takes is measured in bench/overhead.py."""
     client.run(demo())
     for schedule in (None, {"kind": "front-loaded"}, {"kind": "DuCa cycle", "speedup": 3}, {"kind": "custom text", "text": "3F (Fca)*"}):
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            assert ask(request(steps=200, schedule=schedule, node=CACHE))[0] == 200
-            times.append(time.perf_counter() - began)
-        assert min(times) < 0.05, schedule
+        status, answer = ask(request(steps=200, schedule=schedule, node=CACHE))
+        assert status == 200 and len(answer["plan"]) == 200, schedule
 
 
 def test_after_a_run_costs_are_counted_and_the_plan_is_what_was_run(ask, client):
