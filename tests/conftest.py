@@ -6,6 +6,8 @@ families samples small models of its classes. Only the rooms' own conftest.py lo
 
 from __future__ import annotations
 
+import os
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,22 +28,25 @@ else:
     hypothesis.settings.load_profile("no deadline")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_IN_THIS_RUN = pytest.StashKey[set[str]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[_IN_THIS_RUN] = set()
     for item in items:
-        item.add_marker(item.path.relative_to(TESTS).parts[0])
+        room = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(room)
+        config.stash[_IN_THIS_RUN].add(room)
 
 
 @pytest.hookimpl(trylast=True)  # below everything else
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for reason, count in Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])).most_common():
         terminalreporter.write_line(f"{count} {reason.replace('Skipped', 'skipped', 1)}")
-    terminalreporter.write_line(f"{host()}, torch {torch.__version__}")
+    host = "without ComfyUI" if config.stash.get(_IN_THIS_RUN, set()) <= {"core"} else f"on {comfyui()}"
+    terminalreporter.write_line(f"{host}, torch {torch.__version__}")
 
 
-def host() -> str:
-    """On which ComfyUI the tests ran."""
-    loaded = sys.modules.get("comfyui_version")
-    if loaded is None:
-        return "without ComfyUI"
-    source = "the pinned source" if host_setup.given_comfyui() is None else "COMFYUI_PATH"
-    return f"on ComfyUI {loaded.__version__} ({source})"
+def comfyui() -> str:
+    version = runpy.run_path(str(Path(os.environ["COMFYUI_PATH"]) / "comfyui_version.py"))["__version__"]
+    return f"ComfyUI {version} ({'the pinned source' if host_setup.given_comfyui() is None else 'COMFYUI_PATH'})"

@@ -6,5 +6,3 @@ from devtools.inprocess import load_comfyui, load_pack
 
 load_comfyui()
 load_pack()
-
-import comfyui_version  # noqa: F401 - for the summary
