@@ -2,7 +2,7 @@
 """One command for everything a developer does; standard library only, Python 3.10 or newer.
 
   python3 dev.py demo     start a real ComfyUI, run the shipped demo workflow, write pictures and a table to demo_out/
-  python3 dev.py test     all tests, on the real host
+  python3 dev.py test     all tests, on the real host; `test core` runs one room of them (core, host, server, browser, families)
   python3 dev.py bench    the benchmarks (names as arguments; none runs all)
   python3 dev.py lint     ruff and mypy
   python3 dev.py host     only the set-up: virtual environment, pinned dependencies, ComfyUI, the pack linked into it
@@ -27,7 +27,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an old python3 is what people st
 sys.path.insert(0, str(ROOT))
 from devtools.environment.host_setup import Host, SetupError, ensure_host  # noqa: E402
 
-FIRST_HALF = ["tests/families", "tests/discovery", "tests/calibrating"]
+ROOMS = ("core", "host", "server", "browser", "families")  # folders of tests, by what they need; core needs no ComfyUI
+FIRST_HALF = ["tests/families", "tests/host/calibrating"]  # takes as long as the others
 BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "discovery", "families"]
 
 
@@ -57,18 +58,23 @@ def run(host: Host, *command: str) -> int:
 def test(host: Host, rest: list[str]) -> int:
     if not rest:
         return test_in_two(host)
-    chosen = [a for a in rest if Path(a.split("::")[0]).exists()]
+    rest = [f"tests/{a}" if a in ROOMS else a for a in rest]
+    chosen = [a for a in rest if (ROOT / a.split("::")[0]).exists()]
     return run(host, "-m", "pytest", *(() if chosen else ("tests",)), *rest)
 
 
 def test_in_two(host: Host) -> int:
-    """All tests, one half beside the other with half of the processors each, as most tests use one. What the first printed comes last."""
+    """All tests, one half beside the other with half of the processors each, as most tests use one. What the first printed comes last.
+
+    The core room has a process of its own, which shows that it imports no ComfyUI.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with tempfile.TemporaryFile() as output:
         command = [str(host.python), "-m", "pytest", *FIRST_HALF]
         beside = subprocess.Popen(command, cwd=ROOT, env=os.environ | host.environment, stdout=output, stderr=subprocess.STDOUT)
-        status = run(host, "-m", "pytest", "tests", *(f"--ignore={folder}" for folder in FIRST_HALF))
-        status = max(status, beside.wait())
+        status = run(host, "-m", "pytest", "tests/core")
+        others = (f"--ignore={folder}" for folder in ("tests/core", *FIRST_HALF))
+        status = max(status, run(host, "-m", "pytest", "tests", *others), beside.wait())
         output.seek(0)
         print(output.read().decode(errors="replace"))
     return status

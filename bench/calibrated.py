@@ -36,7 +36,7 @@ LEARNED_FROM = (
 SPEEDS = {2.0: 14, 2.8: 10, 3.5: 8, 4.7: 6, 5.6: 5}  # full evaluations of 28
 METHODS = {"svd": "SVD", "ca_svd": "CA-SVD", "cd_svd": "CD-SVD"}
 RANKS = (8, 16, 32, 64, 128)
-HEADER = ["setting", "full / calibrated / conservative / aggressive", "compute ×", "PSNR dB", "median", "SSIM"]
+HEADER = ["setting", "full / incremental / conservative / skipped", "compute ×", "PSNR dB", "median", "SSIM"]
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def uncalibrated(full: int) -> dict[str, Settings | None]:
     even = FixedInterval(interval, 3, 1)
     return {
         "no cache, fewer steps": None,
-        "FORA, even gaps": Settings(chosen=Strategy(DucaCycle(interval, "c", 3, 1), Reuse(), token_share=0.0)),
-        "DuCa (share 0.1), even gaps": Settings(chosen=Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1)),
-        "Taylor 1, even gaps": Settings(chosen=Strategy(even, Taylor(1))),
-        "Chebyshev, even gaps": Settings(chosen=Strategy(even, Chebyshev(history=100))),
-        "Taylor 1, auto's plan": Settings(chosen=Strategy(auto, Taylor(1))),
-        "Chebyshev, auto's plan": Settings(chosen=Strategy(auto, Chebyshev(history=100))),
-        "auto's plan and predictor, nothing corrected": Settings(chosen=Strategy(auto, AUTO)),
+        "FORA, even gaps": Strategy(DucaCycle(interval, "c", 3, 1), Reuse(), token_share=0.0),
+        "DuCa (share 0.1), even gaps": Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1),
+        "Taylor 1, even gaps": Strategy(even, Taylor(1)),
+        "Chebyshev, even gaps": Strategy(even, Chebyshev(history=100)),
+        "Taylor 1, auto's plan": Strategy(auto, Taylor(1)),
+        "Chebyshev, auto's plan": Strategy(auto, Chebyshev(history=100)),
+        "auto's plan and predictor, nothing corrected": Strategy(auto, AUTO),
         "**auto, uncalibrated**": Settings(speedup=STEPS / full),
     }
 
@@ -118,8 +118,8 @@ def calibrated(full: int, learned: Calibration) -> dict[str, Settings | None]:
         "half w and A, nested searched plan": Strategy(nested, Calibrated(model, 0.5)),
     }
     return {
-        **{name: Settings(chosen=replace(strategy, corrects=True)) for name, strategy in chosen.items()},
-        "half w and A, plan searched for it, nothing corrected": Settings(chosen=Strategy(uncorrected, Calibrated(model, 0.5))),
+        **{name: replace(strategy, corrects=True) for name, strategy in chosen.items()},
+        "half w and A, plan searched for it, nothing corrected": Strategy(uncorrected, Calibrated(model, 0.5)),
         "**auto, calibrated** (tried out)": Settings(speedup=STEPS / full, calibration=learned),
     }
 

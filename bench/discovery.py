@@ -19,7 +19,7 @@ from common import machine, publish, start, table
 
 start()
 import torch
-from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, Timeline
+from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, RunStart, Timeline
 from comfyui_duca.cache_core.discovery.layers import linear_layers
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.discovery.watch import lists_of, watching
@@ -46,7 +46,10 @@ class Finding(Overhead):
     def first_evaluation(self, places: Places) -> tuple[float, int]:
         """Returns the seconds of a run's first evaluation, which is full, and how often it called the network."""
         plan = Plan.parse("Fa")
-        run = CacheRun(Strategy(Given(plan), AUTO), Timeline([1.0, 0.5, 0.0]), range(2), FLUX, torch.device("cpu"), places=places)
+        run = CacheRun(
+            Strategy(Given(plan), AUTO),
+            RunStart(self.network, FLUX, Timeline([1.0, 0.5, 0.0]), range(2), places=places),
+        )
         before = self.calls
 
         def work() -> None:

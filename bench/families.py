@@ -20,7 +20,8 @@ from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.discovery.places import Known
 from comfyui_duca.cache_core.engine.linear_sites import Factors
 from comfyui_duca.cache_core.families import FAMILIES, ModelFamily
-from test_every_family import STEPS, cached, full_rank, known_of, network, report_of, sample
+from helpers.factors import exact_factors
+from runs import STEPS, cached, known_of, network, report_of, sample, sites_of
 from zoo import CASES, Case
 
 HOST = f"ComfyUI {comfyui_version.__version__}"
@@ -48,7 +49,7 @@ def row(case: Case) -> list[str]:
     _, costs = shares(case, model, "FaFaFaFa")
     calibrated = "-"
     if known.layer_calls:
-        calibrated = difference(shares(case, model, "FiiFiiFi", full_rank(model, known))[0], plain)
+        calibrated = difference(shares(case, model, "FiiFiiFi", exact_factors(sites_of(model, known)))[0], plain)
     conservative = f"{shares(case, model, 'FcFcFcFc')[1]['c']:.3f}" if family.is_conservative else "-"
     return [
         case.name, ", ".join(modes(family, known)), tested_on(network(model)), found(known), difference(listened, plain), calibrated,
@@ -114,7 +115,7 @@ def write(path: Path = ROOT / "docs" / "families.md") -> None:
     rows = [row(case) for case in CASES]
     header = [
         "model", "modes", "tested on", "where", "listening: difference", "ICC at full rank: difference",
-        "bytes per token and anchor, 16 bit", "aggressive: share", "conservative: share",
+        "bytes per token and anchor, 16 bit", "skipped: share", "conservative: share",
     ]  # fmt: skip
     about = f"Small models with random weights, {STEPS} steps; {HOST}; {machine()}."
     seen = proofs(rows, path)

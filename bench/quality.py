@@ -10,13 +10,14 @@ import sys
 from functools import cached_property
 
 from common import machine, publish, start, table
+from growing_gaps import GrowingGaps
 
 start()
 import comfy.sample
 import numpy as np
 import torch
 from comfyui_duca.cache_core import Kind, Settings
-from comfyui_duca.cache_core.planning.policies import DucaCycle, FixedInterval, FrontLoaded, GrowingGaps
+from comfyui_duca.cache_core.planning.policies import DucaCycle, FixedInterval, FrontLoaded
 from comfyui_duca.cache_core.predictors import AUTO, Chebyshev, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
@@ -102,28 +103,28 @@ class Bench:
         return [name, *values]
 
 
-def settings_at(speed: float, full: int) -> dict[str, Settings | None]:
+def settings_at(speed: float, full: int) -> dict[str, Settings | Strategy | None]:
     """Returns the rows of one speed, all with about `full` full evaluations; conservative ones come on top of these."""
     interval = EVEN_INTERVAL[full]
-    rows: dict[str, Settings | None] = {
+    rows: dict[str, Settings | Strategy | None] = {
         "no cache, fewer steps": None,
         "**auto**": Settings(speedup=STEPS / full),
-        "auto, nothing corrected": Settings(chosen=Strategy(FrontLoaded(STEPS / full), AUTO)),
-        "Taylor 1, same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Taylor(1))),
-        "Chebyshev (Spectrum), same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Chebyshev(history=100))),
-        "Chebyshev, gaps n(k/K)^1.35": Settings(chosen=Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100))),
-        "auto's predictor on even growing gaps": Settings(chosen=Strategy(GrowingGaps(STEPS / full), AUTO)),
-        "reuse of the hidden, same plan as auto": Settings(chosen=Strategy(FrontLoaded(STEPS / full), Reuse())),
+        "auto, nothing corrected": Strategy(FrontLoaded(STEPS / full), AUTO),
+        "Taylor 1, same plan as auto": Strategy(FrontLoaded(STEPS / full), Taylor(1)),
+        "Chebyshev (Spectrum), same plan as auto": Strategy(FrontLoaded(STEPS / full), Chebyshev(history=100)),
+        "Chebyshev, gaps n(k/K)^1.35": Strategy(GrowingGaps(STEPS / full, 1.35, None), Chebyshev(history=100)),
+        "auto's predictor on even growing gaps": Strategy(GrowingGaps(STEPS / full), AUTO),
+        "reuse of the hidden, same plan as auto": Strategy(FrontLoaded(STEPS / full), Reuse()),
     }
     if interval > 1:
         even, cycle = FixedInterval(interval, 3, 1), DucaCycle(interval, "c", 3, 1)
         rows |= {
-            f"Taylor 1, even gaps N={interval}": Settings(chosen=Strategy(even, Taylor(1))),
-            f"Taylor 2, even gaps N={interval}": Settings(chosen=Strategy(even, Taylor(2))),
-            f"Chebyshev, even gaps N={interval}": Settings(chosen=Strategy(even, Chebyshev(history=100))),
-            f"FORA (per sublayer) N={interval}": Settings(chosen=Strategy(cycle, Reuse(), token_share=0.0)),
-            f"ToCa-like (all conservative, share 0.1) N={interval}": Settings(chosen=Strategy(cycle, Reuse(), token_share=0.1)),
-            f"DuCa (share 0.1) N={interval}": Settings(chosen=Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1)),
+            f"Taylor 1, even gaps N={interval}": Strategy(even, Taylor(1)),
+            f"Taylor 2, even gaps N={interval}": Strategy(even, Taylor(2)),
+            f"Chebyshev, even gaps N={interval}": Strategy(even, Chebyshev(history=100)),
+            f"FORA (per sublayer) N={interval}": Strategy(cycle, Reuse(), token_share=0.0),
+            f"ToCa-like (all conservative, share 0.1) N={interval}": Strategy(cycle, Reuse(), token_share=0.1),
+            f"DuCa (share 0.1) N={interval}": Strategy(DucaCycle(interval, "ca", 3, 1), Reuse(), token_share=0.1),
         }
     return rows
 
@@ -142,7 +143,7 @@ def other_step_counts(bench: Bench) -> list[list[str]]:
 
 def main() -> None:
     bench = Bench(PROMPTS[:4] if "--quick" in sys.argv else PROMPTS)
-    header = ["setting", "full / conservative / aggressive", "compute ×", "PSNR dB", "median", "SSIM"]
+    header = ["setting", "full / conservative / skipped", "compute ×", "PSNR dB", "median", "SSIM"]
     sections = []
     for speed, full in SPEEDS.items():
         rows = [bench.row(name, settings, full) for name, settings in settings_at(speed, full).items()]
@@ -150,7 +151,7 @@ def main() -> None:
     paper = {
         "FORA N=5": DucaCycle(5, "c", 3), "ToCa-like N=5": DucaCycle(5, "c", 3), "**DuCa N=5**": DucaCycle(5, "ca", 3),
     }  # fmt: skip
-    rows = [bench.row(name, Settings(chosen=Strategy(p, Reuse(), token_share=0.0 if "FORA" in name else 0.1))) for name, p in paper.items()]
+    rows = [bench.row(name, Strategy(p, Reuse(), token_share=0.0 if "FORA" in name else 0.1)) for name, p in paper.items()]
     sections.append(f"\n**the paper's setting: N = 5, share 0.1, 3 full steps first**\n\n{table(header, rows)}")
     sections.append(f"\n**other step counts, auto against fewer steps**\n\n{table(header, other_step_counts(bench))}")
     about = f"{len(bench.prompts)} prompts, {STEPS} euler steps, guidance {GUIDANCE}; {machine()}.\n"

@@ -24,7 +24,7 @@ from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Plan, Timeline, find_family
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Plan, RunStart, Timeline, find_family
 from comfyui_duca.cache_core.discovery.flops import Macs, counted
 from comfyui_duca.cache_core.discovery.places import Known, Places
 from comfyui_duca.cache_core.engine.linear_sites import Factors, linear_sites
@@ -74,7 +74,7 @@ def words(tokens: int, channels: int) -> torch.Tensor:
 
 
 T = torch.tensor([0.7])
-NAMES = {Kind.CONSERVATIVE: "conservative", Kind.INCREMENTAL: "low-rank", Kind.SKIPPED: "aggressive"}
+NAMES = {Kind.CONSERVATIVE: "conservative", Kind.INCREMENTAL: "incremental", Kind.SKIPPED: "skipped"}
 MODELS = (
     Real(
         "FLUX.1",
@@ -157,7 +157,7 @@ class Evaluations:
         steps, factors = len(plan), self.factors() if "i" in plan else None
         strategy = Strategy(Given(Plan.parse(plan)), AUTO, SHARE, factors=factors)
         timeline = Timeline([1 - i / steps for i in range(steps + 1)])
-        run = CacheRun(strategy, timeline, range(steps), self.family, torch.device("cpu"), places=self.places)
+        run = CacheRun(strategy, RunStart(self.network, self.family, timeline, range(steps), places=self.places))
 
         def evaluate(step: int) -> None:
             with run.evaluation(1 - step / steps):
@@ -223,7 +223,7 @@ def main() -> None:
     text = table(header, [row for real in MODELS for row in rows(real)])
     about = (
         f"Shares of one full block without a cache, float32; conservative with a token share of {SHARE:g}, low-rank at rank {RANK}, "
-        f"aggressive with auto's forecast; {(SIDE // 2) ** 2} image tokens; the least of {ROUNDS} rounds; {machine()}."
+        f"skipped with auto's forecast; {(SIDE // 2) ** 2} image tokens; the least of {ROUNDS} rounds; {machine()}."
     )
     if QUICK:
         print(text)

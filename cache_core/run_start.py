@@ -34,7 +34,7 @@ class RunStart(NamedTuple):
     family: ModelFamily
     timeline: Timeline
     window: range
-    device: torch.device
+    device: torch.device = torch.device("cpu")
     is_euler: bool = False
     adds_noise: bool | None = False
     unrecorded: Unrecorded = nullcontext

@@ -34,12 +34,18 @@ def load_comfyui() -> None:
 
 
 def load_pack() -> ModuleType:
-    """This pack as the package `comfyui_duca`, with or without ComfyUI loaded."""
-    if PACK in sys.modules:
-        return sys.modules[PACK]
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
-    spec.loader.exec_module(module)
+    """This pack as the package `comfyui_duca`, with or without ComfyUI loaded.
+
+    Where it was loaded before ComfyUI was, its `__init__.py` runs again, so that it has its nodes too.
+    """
+    module = sys.modules.get(PACK)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[PACK] = module
+    elif hasattr(module, "comfy_entrypoint") or importlib.util.find_spec("comfy_api") is None:
+        return module
+    assert module.__spec__ is not None and module.__spec__.loader is not None
+    module.__spec__.loader.exec_module(module)
     return module

@@ -7,6 +7,6 @@ sampler does), `network_options` (what tells passes apart).
 from .cached_model import HostOptions, attach, book_of, free_memory
 from .hooks import detach, listen
 from .keys import KEY
-from .run_start import check_transformer, model_times, run_start
+from .starting import check_transformer, model_times, run_start
 
 __all__ = ["KEY", "HostOptions", "attach", "book_of", "check_transformer", "detach", "free_memory", "listen", "model_times", "run_start"]

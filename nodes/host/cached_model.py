@@ -22,7 +22,7 @@ from .hooks import detach, listen
 from .keys import KEY
 from .model_calls import carry_out
 from .run_book import RunBook
-from .run_start import check_transformer, run_start
+from .starting import check_transformer, run_start
 
 
 class HostOptions(NamedTuple):

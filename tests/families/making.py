@@ -19,8 +19,8 @@ class Case(NamedTuple):
     """make: the model. latent: shape of one, or of each of its parts where the host samples several together.
 
     cond: conditioning from a seed, of `tokens` text tokens.
-    last: its last block. hidden: where in what that returns the hidden state is, None for a bare tensor.
-    calls: model calls of an evaluation, two where the model never takes both conds in one.
+    last: its last block. calls: model calls of an evaluation, two where the model never takes both conds in one.
+    cfg: 1.0 where the host cannot have both conds in one call.
     """
 
     name: str
@@ -28,8 +28,8 @@ class Case(NamedTuple):
     latent: tuple[Any, ...]
     cond: Callable[[int], list]
     last: Callable[[Any], torch.nn.Module]
-    hidden: int | None = None
     calls: int = 1
+    cfg: float = 2.0
 
 
 def tiny(config: type, **unet: Any) -> ModelPatcher:
@@ -100,3 +100,13 @@ def text(tokens: int, channels: int, **more: Any) -> Callable[[int], list]:
         return [[torch.randn(1, tokens, channels, generator=generator), dict(more)]]
 
     return cond
+
+
+def other_signature(module: torch.nn.Module) -> None:
+    """Makes it a module whose forward takes one argument more, as a later host's may."""
+    original = type(module).forward
+
+    def forward(self, *args, another=None, **kwargs):
+        return original(self, *args, **kwargs)
+
+    module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from stand_in_newer_a import attend, split, waves
+from stand_in_kandinsky_cogvideox_anima import attend, split, waves
 from torch import Tensor, nn
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from stand_in_newer_b import ErnieImageModel, Ops, StandIn, angles, waves
+from stand_in_ernie_helios import ErnieImageModel, Ops, StandIn, angles, waves
 from torch import Tensor, nn
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.conds
 import torch
 import torch.nn.functional as F  # noqa: N812
-from stand_in_newer_a import StandIn, attend, split, waves
+from stand_in_kandinsky_cogvideox_anima import StandIn, attend, split, waves
 from torch import Tensor, nn
 
 

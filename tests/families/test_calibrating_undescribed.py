@@ -8,13 +8,13 @@ import folder_paths
 import pytest
 import torch
 from comfyui_duca.cache_core import Plan, Settings
-from comfyui_duca.cache_core.policies import Given
+from comfyui_duca.cache_core.planning.policies import Given
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.cache_core.tuning.calibrate import Wishes
 from comfyui_duca.nodes import host, sidecars
 from comfyui_duca.nodes.sidecars.calibrating import Sampling, calibrate
-from test_every_family import STEPS, kinds, report_of, sample
+from runs import STEPS, kinds, report_of, sample
 from zoo import CASES
 
 CASE = next(case for case in CASES if case.name == "ace_step")
@@ -40,7 +40,7 @@ def test_weights_are_learned_and_used(model, calibration):
     plain, plan = sample(CASE, model), "FFFaFaFa"
     errors = []
     for predictor in (AUTO, Calibrated(calibration.forecast.model, 1.0)):
-        patched = host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), predictor)))
+        patched = host.attach(model, Strategy(Given(Plan.parse(plan)), predictor))
         errors.append(error(sample(CASE, patched), plain))
         assert kinds(patched) == plan and not report_of(patched).notices
         assert report_of(patched).peak_bytes == report_of(patched).predicted_bytes

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from checks import assert_cost_is_what_torch_counts
 from comfyui_duca.cache_core import Settings
-from comfyui_duca.cache_core.engine import TokenChoice
+from comfyui_duca.cache_core.engine import TokenSelection
 from comfyui_duca.cache_core.families.replaying import sandwiched
 from comfyui_duca.nodes import host
 from making import Case, text
 from reference_blocks import REFERENCES, arguments
-from test_every_family import STEPS, kinds, network, report_of, sample
-from test_image import controlled
-from watched import assert_cost_is_what_torch_counts, cached, sampling
+from runs import STEPS, cached, kinds, network, report_of, sample
 from zoo import CASES
-from zoo_image import hidream, normal, omnigen, with_more
+from zoo_image import controlled, hidream, normal, omnigen, with_more
 
 PLAN = "FcacccFc"  # conservative ones after full ones, after one another and after a skip; a skip after one
 SHARES = (0.0, 0.37, 1.0)
@@ -80,7 +79,7 @@ class Dense:
         self.plan, self.step = plan, -1
         self.kept: dict[tuple, torch.Tensor] = {}
         self.last: Any = None
-        self.choice = TokenChoice(share, 0)
+        self.choice = TokenSelection(share, 0)
 
     def forward(self, at: tuple[str, int], blocks: int, is_first: bool, is_last: bool, told: Callable, compute: Callable) -> Callable:
         def answer(*args: Any, **kwargs: Any) -> Any:
@@ -154,8 +153,7 @@ def test_chosen_tokens_make_a_difference(case, model):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_cost_of_a_conservative_evaluation_is_what_torch_counts(case, model, share):
-    run = partial(sampling(case), steps=3)
-    assert_cost_is_what_torch_counts(run, cached(model, "Fcc", share=share), "c")
+    assert_cost_is_what_torch_counts(case, cached(model, "Fcc", share=share), "c", steps=3)
 
 
 def test_the_paper_mode_samples(case, model, plain):

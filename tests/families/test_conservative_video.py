@@ -10,17 +10,17 @@ import pytest
 import torch
 import zoo_video
 from comfyui_duca.cache_core import Plan, Settings
-from comfyui_duca.cache_core.engine import TokenChoice
-from comfyui_duca.cache_core.policies import Given
+from comfyui_duca.cache_core.engine import TokenSelection
+from comfyui_duca.cache_core.planning.policies import Given
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import Case
-from test_every_family import STEPS, kinds, network, report_of, sample
-from test_video import VARIANTS, _vace
+from runs import STEPS, kinds, network, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_video import seeded, wan_case
+from zoo_video_variants import VARIANTS, vace
 
 PLAN = "FcacccFc"  # from full ones and from one another, skips from either
 SHARES = (0.0, 0.37, 1.0)
@@ -58,7 +58,7 @@ CASES = {
     "wan, I2V": (ZOO["wan_i2v"], WAN),
     "wan, I2V without picture": (VARIANTS["Wan I2V without a picture"], WAN),
     "wan, VACE": (ZOO["wan_vace"], WAN),
-    "wan, VACE twice": (_vace(2), WAN),
+    "wan, VACE twice": (vace(2), WAN),
     "wan, Animate": (ZOO["wan_animate"], WAN),
     "wan, S2V": (VARIANTS["Wan S2V with sound and a reference"], WAN),
     "wan, S2V with motion": (MOTION, WAN),
@@ -96,7 +96,7 @@ class Dense:
         blocks = list(found.values() if isinstance(found, torch.nn.ModuleDict) else found)
         self.kept: dict[Any, list[torch.Tensor]] = {}
         self.step, self.batch, self.blocks = -1, structure.batch, len(blocks)
-        self.choice = TokenChoice(share, 0)
+        self.choice = TokenSelection(share, 0)
         self.handles = [blocks[0].register_forward_pre_hook(self.begin)]
         for i, block in enumerate(blocks):
             modules = dict(block.named_modules())
@@ -162,7 +162,7 @@ def expected(name, model) -> dict[float, torch.Tensor]:
 
 
 def conservatively(model, plan: str, share: float):
-    return host.attach(model, Settings(chosen=Strategy(Given(Plan.parse(plan)), Reuse(), token_share=share)))
+    return host.attach(model, Strategy(Given(Plan.parse(plan)), Reuse(), token_share=share))
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -15,7 +15,7 @@ from comfyui_duca.nodes.dit.load_dit import LoadDiT
 from comfyui_duca.nodes.dit.model import NO_CLASS, DiTConfig, memory_factor
 from comfyui_duca.nodes.dit.network import DiT
 from comfyui_duca.nodes.duca_cache import DucaCache
-from test_every_family import kinds, report_of, sample
+from runs import kinds, report_of, sample
 from zoo_dit import CASES, SHAPE, assert_near, dit, network_of, normal, plain_of, saved, weights_of
 
 import nodes as host_nodes

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Settings, Timeline, find_family
-from comfyui_duca.cache_core.engine import TokenChoice
+from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, RunStart, Settings, Timeline, find_family
+from comfyui_duca.cache_core.engine import TokenSelection
 from comfyui_duca.cache_core.families.dit import DIT
-from comfyui_duca.cache_core.policies import DucaCycle
+from comfyui_duca.cache_core.planning.policies import DucaCycle
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
-from test_every_family import kinds, report_of, sample
+from runs import kinds, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from watched import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept, sampling
 from zoo_dit import CASES, EXTRA_MODELS, SHAPE, assert_near, dit, network_of, normal, plain_of
 from zoo_dit import DiT as PlainDiT
 
@@ -29,7 +29,7 @@ TIMES = torch.tensor([999.0, 700.0, 400.0, 150.0])
 
 def make_run(share: float) -> CacheRun:
     strategy = Strategy(DucaCycle(5, "c", warmup=1), Reuse(), share, 7)
-    return CacheRun(strategy, Timeline([1 - i / 4 for i in range(5)]), range(4), DIT, torch.device("cpu"))
+    return CacheRun(strategy, RunStart(torch.nn.Module(), DIT, Timeline([1 - i / 4 for i in range(5)]), range(4)))
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
         return run.model_call(call, lambda: network(x, TIMES[step].repeat(2), LABELS))
 
 
-def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor], choice: TokenChoice | None) -> torch.Tensor:
+def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor], choice: TokenSelection | None) -> torch.Tensor:
     """A whole evaluation of the plain network. With a choice, attention is that in `kept`, and so is the MLP but for the chosen tokens."""
 
     def settling(key: tuple[int, str], module: torch.nn.Module):
@@ -69,7 +69,7 @@ def test_conservative_evaluations_match_the_dense_reference(share):
     plain = plain_of(network, 10, 12)
     assert_near(evaluate(run, network, 0), dense(plain, 0, kept, None))
     for step in (1, 2):
-        choice = TokenChoice(share, 7)
+        choice = TokenSelection(share, 7)
         choice.begin(step)
         result, expected = evaluate(run, network, step), dense(plain, step, kept, choice)
         assert_near(result, expected)
@@ -89,12 +89,12 @@ def test_the_cost_of_a_conservative_evaluation_is_what_torch_counts(share):
 
 @pytest.mark.parametrize("case", EXTRA_MODELS, ids=lambda case: type(network_of(case.make())).__name__)
 def test_models_of_extra_models_are_served_by_the_same_families(case):
-    model, run = case.make(), sampling(case)
+    model = case.make()
     net, plain = network_of(model), sample(case, model)
     assert find_family(net).name == case.name and find_family(net).is_conservative
-    assert_skips_repeat(run, model, net.blocks[-1], None, "FaFaFaFa", plain)
-    assert_the_input_is_kept(run, model, net.blocks[0].mlp.fc2.out_features)
-    assert f"blocks.{len(net.blocks) - 1}.attn.qkv" in assert_calibrated_is_exact(run, model, plain)
+    assert_skips_repeat(case, model, plain)
+    assert_the_input_is_kept(case, model, net.blocks[0].mlp.fc2.out_features)
+    assert f"blocks.{len(net.blocks) - 1}.attn.qkv" in assert_calibrated_is_exact(case, model, plain)
     assert torch.equal(sample(case, model), plain)
 
 

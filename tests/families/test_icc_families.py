@@ -9,22 +9,23 @@ import comfy.sample
 import comfy.samplers
 import comfy.supported_models as models
 import pytest
-import stand_in_newer_a
-import test_every_family as every
+import stand_in_kandinsky_cogvideox_anima as kandinsky
 import torch
 import torch.nn.functional as F  # noqa: N812
+from checks import assert_calibrated_is_exact, assert_costs_are_what_torch_counts
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.engine.linear_sites import Factors
-from comfyui_duca.nodes.host import run_start
+from comfyui_duca.nodes.host import starting
+from helpers.factors import exact_factors
 from making import Case, text, tiny
-from test_every_family import cached, kinds, known_of, network, report_of, sample, sites_of
+from runs import cached, kinds, known_of, network, report_of, sample, sites_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES as EVERY
 from zoo_image import hidream, with_more
-from zoo_newer_a import CASES as STAND_INS
+from zoo_stand_ins import CASES as STAND_INS
 
 CASES = ({case.name: case for case in EVERY} | {case.name: case for case in STAND_INS}).values()  # some are changed below
 NAMES = ("cosmos", "hidream", "kandinsky5")
@@ -71,7 +72,7 @@ def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(c
     of its form in the process is computed in full.
     """
     latent = torch.zeros(2, *case.latent)
-    monkeypatch.setattr(run_start, "_places", Places())  # nothing is known from before
+    monkeypatch.setattr(starting, "_places", Places())  # nothing is known from before
 
     def run(is_apart, plan: str = "FiFiiFii") -> torch.Tensor:
         patched, step = cached(model, "FiFiiFii", factors=factors), [0]
@@ -130,7 +131,7 @@ def test_the_host_computes_what_is_no_layer_of_tokens_and_nothing_else(name, hos
 
     for path, layer in layers.items():
         monkeypatch.setitem(layer.__dict__, "forward", noting(path, layer.forward))
-    patched = cached(model, "Fi", factors=every.full_rank(model, known))
+    patched = cached(model, "Fi", factors=exact_factors(sites_of(model, known)))
     sample(case, patched, 2, callback=finish_step)
     assert kinds(patched) == "Fi" and by_step[0] == set(layers)
     assert by_step[1] == {path for path in layers if any(f".{part}." in path for part in hosts)}
@@ -154,8 +155,8 @@ def without_experts() -> ModelPatcher:
 def test_other_models_of_hidream_at_full_rank(make, more):
     case = Case("hidream", make, (16, 12, 16), with_more(text(5, 24), **_TOLD, **more), lambda m: m.single_stream_blocks[-1])
     model = make()
-    every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, sample(case, model))
-    every.test_multiply_adds_are_those_that_torch_counts(case, model)
+    assert assert_calibrated_is_exact(case, model, sample(case, model))
+    assert_costs_are_what_torch_counts(case, model)
 
 
 def in_pieces(layer, x: torch.Tensor, count: int) -> torch.Tensor:
@@ -170,12 +171,15 @@ def dividing(monkeypatch) -> None:
         if context is not None:
             return original(self, x, context, freqs)
         parts = in_pieces(self.to_query, x, 2), in_pieces(self.to_key, x, 2), self.to_value(x)
-        q, k, v = (stand_in_newer_a.split(part, self.num_heads) for part in parts)
-        return self.out_layer(stand_in_newer_a.attend(self.query_norm(q) + freqs, self.key_norm(k) + freqs, v))
+        q, k, v = (kandinsky.split(part, self.num_heads) for part in parts)
+        return self.out_layer(kandinsky.attend(self.query_norm(q) + freqs, self.key_norm(k) + freqs, v))
 
-    original, feed = stand_in_newer_a.KandinskyAttention.forward, stand_in_newer_a.KandinskyFeedForward.forward
-    monkeypatch.setattr(stand_in_newer_a.KandinskyAttention, "forward", attention)
-    monkeypatch.setattr(stand_in_newer_a.KandinskyFeedForward, "forward", lambda self, x: in_pieces(partial(feed, self), x, 4))
+    original, feed = (
+        kandinsky.KandinskyAttention.forward,
+        kandinsky.KandinskyFeedForward.forward,
+    )
+    monkeypatch.setattr(kandinsky.KandinskyAttention, "forward", attention)
+    monkeypatch.setattr(kandinsky.KandinskyFeedForward, "forward", lambda self, x: in_pieces(partial(feed, self), x, 4))
 
 
 def test_layers_that_get_their_tokens_in_pieces(dividing, monkeypatch):
@@ -187,7 +191,7 @@ def test_layers_that_get_their_tokens_in_pieces(dividing, monkeypatch):
     )
     plain = sample(case, model)
     assert lengths[:4] == [12, 12, 12, 9]
-    every.test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain)
+    assert assert_calibrated_is_exact(case, model, plain)
     factors = small_rank(case, model)
     test_costs_are_those_that_torch_counts(case, model, factors)
     test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, factors, monkeypatch)
@@ -200,7 +204,7 @@ def test_tokens_divided_in_another_way_are_computed_in_full(dividing, monkeypatc
 
     def divide(number, *_args):
         if number == 6:
-            feed = stand_in_newer_a.KandinskyFeedForward
+            feed = kandinsky.KandinskyFeedForward
             monkeypatch.setattr(feed, "forward", lambda self, x: self.out_layer(in_pieces(lambda y: F.gelu(self.in_layer(y)), x, 3)))
 
     torch.testing.assert_close(sample(case, patched, callback=divide), plain, atol=1e-5, rtol=1e-4)

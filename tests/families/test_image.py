@@ -5,23 +5,22 @@ from __future__ import annotations
 import comfy.sample
 import pytest
 import torch
+from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfyui_duca.cache_core import find_family
 from making import Case, text
-from test_every_family import kinds, network, report_of, sample
-from watched import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept, cached, kept_of, sampling
-from zoo_image import CASES, hidream, hydit, normal, omnigen, sd3, with_more, z_image
+from runs import PLAN, cached, cached_run, kept_of, kinds, network, report_of, sample
+from zoo_image import CASES, controlled, hidream, hydit, normal, omnigen, sd3, with_more, z_image
 
-PLAN = "FaFaFaFa"
 BY_NAME = {case.name: case for case in CASES}
 
 
 def assert_right(case: Case, model, channels: int) -> None:
     """channels: of the hidden state."""
-    run, plain = sampling(case), sample(case, model)
+    plain = sample(case, model)
     assert find_family(network(model)).name == case.name
-    assert_skips_repeat(run, model, case.last(network(model)), case.hidden, PLAN, plain)
-    assert_the_input_is_kept(run, model, channels)
-    assert assert_calibrated_is_exact(run, model, plain)
+    assert_skips_repeat(case, model, plain)
+    assert_the_input_is_kept(case, model, channels)
+    assert assert_calibrated_is_exact(case, model, plain)
 
 
 @pytest.mark.parametrize("name", ["lumina", "sd3", "hidream", "aura", "omnigen", "hydit"])
@@ -29,24 +28,17 @@ def test_odd_sizes_are_filled_up_to_patches(name):
     """PixArt is left out: there the host itself fails."""
     case = BY_NAME[name]._replace(latent=(BY_NAME[name].latent[0], 11, 13))
     model = case.make()
-    (kept,) = kept_of(ran(case, model))
+    (kept,) = kept_of(cached_run(case, model))
     assert kept[0] == 6 * 7
     assert_right(case, model, kept[1])
-
-
-def ran(case: Case, model):
-    """The model with a cache, after a run."""
-    patched = cached(model, PLAN)
-    sample(case, patched)
-    return patched
 
 
 def test_tokens_that_z_image_adds_are_not_taken_for_image():
     case = Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1])
     model = case.make()
-    patched = ran(case, model)
-    assert kept_of(patched) == [(48, 256)]  # beside 32 of text and 16 that fill up the picture
-    assert report_of(patched).peak_bytes == 2 * 48 * 256 * 4  # two conds, nothing but the picture
+    report = cached_run(case, model)
+    assert kept_of(report) == [(48, 256)]  # beside 32 of text and 16 that fill up the picture
+    assert report.peak_bytes == 2 * 48 * 256 * 4  # two conds, nothing but the picture
 
 
 def test_texts_of_unequal_length_come_in_calls_of_their_own():
@@ -67,7 +59,7 @@ def test_a_node_that_keeps_the_refined_text_changes_nothing(monkeypatch):
     inner, kept = network(model), {}
     monkeypatch.setattr(inner, "context_refiner", KeepsText(inner.context_refiner, kept))
     assert torch.equal(sample(case, model), plain)
-    assert_skips_repeat(sampling(case), model, case.last(inner), case.hidden, PLAN, plain)
+    assert_skips_repeat(case, model, plain)
 
 
 class KeepsText(torch.nn.ModuleList):
@@ -91,7 +83,7 @@ def test_omnigen_takes_reference_pictures_for_no_part_of_the_image():
     cond = text(7, 24, attention_mask=torch.ones(1, 7, dtype=torch.long), reference_latents=[normal(3, 1, 16, 8, 6)])
     case = Case("omnigen", omnigen, (16, 12, 16), cond, lambda m: m.layers[-1])
     model = case.make()
-    (kept,) = kept_of(ran(case, model))
+    (kept,) = kept_of(cached_run(case, model))
     assert kept[0] == 48  # beside 7 of text and 12 of the reference
     assert_right(case, model, kept[1])
     assert not torch.equal(sample(case, cached(model, PLAN)), sample(BY_NAME["omnigen"], cached(model, PLAN)))
@@ -103,21 +95,9 @@ def test_hidream_edits_a_picture_beside_the_image():
     )  # fmt: skip
     case = Case("hidream", hidream, (16, 12, 16), cond, lambda m: m.single_stream_blocks[-1])
     model = case.make()
-    (kept,) = kept_of(ran(case, model))
+    (kept,) = kept_of(cached_run(case, model))
     assert kept[0] == 88  # row by row, the picture's right of the image's: nobody sees the last row's 8 of the picture
     assert_right(case, model, kept[1])
-
-
-def controlled(model, residuals: list[torch.Tensor]):
-    """As the host hands a ControlNet's residuals over: anew in every call, as HunyuanDiT takes them off the list."""
-    clone = model.clone()
-
-    def call(apply_model, given):
-        control = {"output": [residual.expand(given["input"].shape[0], -1, -1).clone() for residual in residuals]}
-        return apply_model(given["input"], given["timestep"], **{**given["c"], "control": control})
-
-    clone.set_model_unet_function_wrapper(call)
-    return clone
 
 
 @pytest.mark.parametrize("name, make, width, count", [("sd3", sd3, 128, 3), ("hydit", hydit, 48, 2)])
@@ -126,7 +106,7 @@ def test_residuals_of_a_controlnet_take_effect_once(name, make, width, count):
     case, model = BY_NAME[name], make()
     tokens = case.latent[1] * case.latent[2] // 4
     guided = controlled(model, [normal(i, 1, tokens, width) for i in range(count)])
-    assert_skips_repeat(sampling(case), guided, case.last(network(guided)), case.hidden, PLAN, sample(case, guided))
+    assert_skips_repeat(case, guided, sample(case, guided))
     assert not torch.equal(sample(case, cached(guided, PLAN)), sample(case, cached(model, PLAN)))
 
 

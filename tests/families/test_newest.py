@@ -1,4 +1,4 @@
-"""Classes that only newer hosts have, as they are there: what is special in each. Stand-ins are tested in test_newer_a.py and _b.py."""
+"""Classes that only newer hosts have, as they are there: what is special in each. Stand-ins are tested in files named by them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import comfy.supported_models
 import pytest
 import torch
+from checks import assert_right, assert_skips_repeat
 from comfy.patcher_extension import WrappersMP
 from comfyui_duca.cache_core import find_family
-from holding import PLAN, assert_right, assert_skips_repeat, cached, cached_run, kept_tokens, linear_sites
 from making import Case, text
-from test_every_family import STEPS, kinds, network, report_of, sample
+from runs import PLAN, STEPS, cached, cached_run, kept_tokens, kinds, layers_of, network, report_of, sample
 from zoo_image import normal
 from zoo_newest import CASES, hidream_o1, ids, ltxav, minimax_h3, stable_audio3
 
@@ -96,7 +96,7 @@ def test_hidream_o1_with_a_reference_is_computed_in_full():
 def test_projections_of_stable_audio_3(is_differential):
     """Two attentions, one subtracted from the other, make five and three matrices of what were three and two."""
     case = case_of("StableAudio3", "stable_audio")
-    sites = {site.layer: site for site in linear_sites(case, stable_audio3(differential=is_differential))}
+    sites = {site.layer: site for site in layers_of(case, stable_audio3(differential=is_differential))}
     names = {layer: [part.name for part in sites[layer].parts] for layer in ("self_attn.to_qkv", "cross_attn.to_q", "cross_attn.to_kv")}
     assert list(names.values()) == (
         [["q", "k", "v", "q2", "k2"], ["q", "q2"], ["k", "k2", "v"]] if is_differential else [["q", "k", "v"], ["all"], ["k", "v"]]

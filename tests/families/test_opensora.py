@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, Settings, Timeline, find_family
+from checks import assert_calibrated_is_exact, assert_right, repeated
+from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, RunStart, Settings, Timeline, find_family
 from comfyui_duca.cache_core.discovery.places import Places
-from comfyui_duca.cache_core.engine import TokenChoice
+from comfyui_duca.cache_core.engine import TokenSelection
 from comfyui_duca.cache_core.families.opensora import OPENSORA
-from comfyui_duca.cache_core.policies import DucaCycle, Given
+from comfyui_duca.cache_core.planning.policies import DucaCycle, Given
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
-from holding import Innovating, assert_calibrated_at_full_rank, assert_right, cached, linear_sites, repeated
+from helpers.predictors import Innovating
+from runs import cached, kinds, layers_of, network, report_of, sample
 from stand_in_stdit import STDiT3Block
-from test_every_family import kinds, network, report_of, sample
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,7 +57,7 @@ def inputs(step: int, given: bool) -> dict[str, Any]:
 def make_run(plan: str, share: float, places: Places | None = None) -> CacheRun:
     timeline = Timeline([1 - i / STEPS for i in range(len(plan) + 1)])
     strategy = Strategy(Given(Plan.parse(plan)), Reuse(), share, SEED)
-    return CacheRun(strategy, timeline, range(len(plan)), OPENSORA, torch.device("cpu"), places=places)
+    return CacheRun(strategy, RunStart(torch.nn.Module(), OPENSORA, timeline, range(len(plan)), places=places))
 
 
 @torch.inference_mode()
@@ -104,7 +105,7 @@ class Exchanging:
 
 def masks(share: float, evaluation: int, blocks: int) -> Callable[[int], Tensor]:
     """Which tokens a block recomputes, as a boolean mask, from the same seeded choice."""
-    choice = TokenChoice(share, SEED)
+    choice = TokenSelection(share, SEED)
     choice.begin(evaluation)
 
     def fresh(block: int) -> Tensor:
@@ -188,7 +189,7 @@ def test_conds_in_calls_of_their_own_rest_alike(net):
 
 def test_paper_mode_rests_after_the_warm_up(model):
     """Bytes as predicted, and every full evaluation but each cycle's second as costly as the first."""
-    patched = host.attach(model, Settings(chosen=Strategy(DucaCycle(3, warmup=2), Reuse(), 0.1)))
+    patched = host.attach(model, Strategy(DucaCycle(3, warmup=2), Reuse(), 0.1))
     sample(CASES[0], patched, 12)
     report = report_of(patched)
     assert kinds(patched) == "FFcaFcaFcaFc" and not report.notices
@@ -204,11 +205,11 @@ def test_given_frames_are_sampled_as_without_the_cache(model):
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), plain) and not report_of(patched).notices
     patched = cached(model, "FaFaaFaa")
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), repeated(FIRST_FRAME_GIVEN, model, "FaFaaFaa"))
-    assert_calibrated_at_full_rank(FIRST_FRAME_GIVEN, model, plain)
+    assert_calibrated_is_exact(FIRST_FRAME_GIVEN, model, plain)
 
 
 def test_every_layer_is_calibrated_but_that_of_the_flat_text(model):
-    names = {site.name for site in linear_sites(CASES[0], model)}
+    names = {site.name for site in layers_of(CASES[0], model)}
     layers = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
     assert names == {f"{path}.{i}.{layer}" for path in ("spatial_blocks", "temporal_blocks") for i in range(3) for layer in layers}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import test_flux_like as flux_like
 import torch
+from checks import assert_right
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.families.opensora2 import OPENSORA2
-from holding import assert_right, cached, linear_sites
+from dense_flux import Dense, assert_conservative_is_dense
+from making import Case
+from runs import cached, kinds, layers_of, network, report_of, sample
 from stand_in_mmdit import DoubleStreamBlockProcessor
-from test_every_family import kinds, network, report_of
-from test_flux_like import Variant
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_opensora import CASES, opensora2
@@ -27,30 +27,27 @@ def model(fused):
 
 
 @pytest.fixture(scope="module")
-def variant(fused) -> Variant:
-    case = CASES[1]
-    return Variant(lambda: opensora2(fused), case.latent, 36, case.cond)
+def case(fused) -> Case:
+    return CASES[1]._replace(make=lambda: opensora2(fused))
 
 
-class Dense(flux_like.Dense):
-    """Also where no token is chosen: all of a sublayer is kept."""
+class KeepingAll(Dense):
+    """Where no token is chosen: all of a sublayer is kept."""
 
-    def refreshed(self, value, key, *about):
-        return super().refreshed(value, key, *about) if flux_like.SHARE else self.whole(value, key)
+    def refreshed(self, value, key, *_about):
+        return self.whole(value, key)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
-def test_conservative_evaluations_are_those_of_the_models_blocks(variant, model, share, monkeypatch):
+def test_conservative_evaluations_are_those_of_the_models_blocks(case, model, share):
     """Against hooks on blocks that all run: attention kept, some tokens' MLP new. Skips from conservative ones too."""
-    monkeypatch.setattr(flux_like, "SHARE", share)
-    monkeypatch.setattr(flux_like, "Dense", Dense)
-    flux_like.test_conservative_evaluations_are_those_of_the_hosts_blocks(variant, model, flux_like.sample(variant, model))
+    assert_conservative_is_dense(case, model, sample(case, model), share, Dense if share else KeepingAll)
 
 
-def test_what_a_conservative_evaluation_costs_is_what_torch_counts(variant, model):
+def test_what_a_conservative_evaluation_costs_is_what_torch_counts(case, model):
     patched, flops = cached(model, "FFccFFcc"), [0]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        flux_like.sample(variant, patched, callback=lambda *_: flops.append(counter.get_total_flops()))
+        sample(case, patched, callback=lambda *_: flops.append(counter.get_total_flops()))
     assert kinds(patched) == "FFccFFcc"
     for step, evaluation in enumerate(report_of(patched).evaluations[1:], start=1):  # the first is computed more than once
         assert evaluation.macs == pytest.approx((flops[step + 1] - flops[step]) / 2, rel=1e-6)
@@ -58,7 +55,7 @@ def test_what_a_conservative_evaluation_costs_is_what_torch_counts(variant, mode
 
 def test_every_matrix_of_a_block_is_a_part(model, fused):
     """The MLP's input is cut off from what it shares a layer with, and each layer is covered once."""
-    sites = {site.name: site for site in linear_sites(CASES[1], model)}
+    sites = {site.name: site for site in layers_of(CASES[1], model)}
     parts = {name: [part.name for part in site.parts] for name, site in sites.items() if name.startswith("single_blocks.0.")}
     own = {"linear1": ["q", "k", "v", "mlp"]} if fused else {"q_proj": ["all"], "k_proj": ["all"], "v_mlp": ["v", "mlp"]}
     assert parts == {f"single_blocks.0.{layer}": names for layer, names in {**own, "linear2": ["all"]}.items()}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import comfy.supported_models
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Settings, Timeline
-from comfyui_duca.cache_core.engine import TokenChoice
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, RunStart, Settings, Timeline
+from comfyui_duca.cache_core.engine import TokenSelection
 from comfyui_duca.cache_core.families.pixart import PIXART
-from comfyui_duca.cache_core.policies import DucaCycle
+from comfyui_duca.cache_core.planning.policies import DucaCycle
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import tiny
 from reference_pixart import ReferencePixArt
-from test_every_family import kinds, report_of, sample
+from runs import kinds, report_of, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo_image import CASES, normal, pixart
@@ -35,7 +35,10 @@ def reference(network):
 
 def make_run(share: float) -> CacheRun:
     strategy = Strategy(DucaCycle(STEPS + 1, "c", warmup=1), Reuse(), share, 7)
-    return CacheRun(strategy, Timeline([1 - i / STEPS for i in range(STEPS + 1)]), range(STEPS), PIXART, torch.device("cpu"))
+    return CacheRun(
+        strategy,
+        RunStart(torch.nn.Module(), PIXART, Timeline([1 - i / STEPS for i in range(STEPS + 1)]), range(STEPS)),
+    )
 
 
 def inputs(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,7 +56,7 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
 
 def masks(share: float, blocks: int, length: int, evaluation: int):
     """The reference's view of which tokens are recomputed: boolean masks from the same seeded choice."""
-    choice = TokenChoice(share, 7)
+    choice = TokenSelection(share, 7)
     choice.begin(evaluation)
 
     def fresh(block: int) -> torch.Tensor:
@@ -118,7 +121,7 @@ def test_the_text_is_left_to_the_host_in_calibrated_evaluations(network):
     """It comes to the blocks as one row of 2 · 60 tokens, in which conds cannot be told apart."""
     run = make_run(0.25)
     evaluate(run, network, 0)
-    inside = {key[2] for key in run.report.shape.known.linears}
+    inside = {key[2] for key in run.report.shape.known.layer_calls}
     assert inside == {"attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"}
 
 

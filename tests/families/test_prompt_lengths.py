@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import repeated
 from making import Case
-from test_every_family import STEPS, cached, kinds, repeated, report_of, sample
+from runs import STEPS, cached, kinds, report_of, sample
 from zoo import CASES
 
 NAMES = ("chroma", "hunyuan3d", "lumina", "aura", "ernie", "wan")

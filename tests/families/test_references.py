@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import repeated
+from helpers.predictors import Innovating
 from making import Case
-from test_every_family import Innovating, cached, kinds, known_of, repeated, report_of, sample
+from runs import PLAN, cached, kinds, known_of, report_of, sample
 from zoo import CASES
 from zoo_image import normal
-
-PLAN = "FaFaFaFa"
 
 
 def edited(name: str, *reference: int) -> Case:

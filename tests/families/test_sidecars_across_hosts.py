@@ -22,9 +22,9 @@ from comfyui_duca.cache_core.calibration.sidecar import read, write
 from comfyui_duca.nodes import sidecars
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import calibrations
-from host import perturbed
+from helpers.sampling import perturbed
+from helpers.sidecars import ABOUT, sidecar
 from making import Case
-from test_sidecar import ABOUT, sidecar
 from torch import Tensor, nn
 from zoo import CASES
 from zoo_flux_like import chroma_radiance

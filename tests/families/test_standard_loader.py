@@ -7,16 +7,15 @@ from typing import NamedTuple
 import comfy.sd
 import comfy.supported_models as models
 import pytest
-import test_every_family as every
 import torch
+from checks import assert_the_family_is_known_once
 from comfy.model_patcher import ModelPatcher
-from comfyui_duca.cache_core import Settings
-from comfyui_duca.cache_core.policies import AlwaysCompute
+from comfyui_duca.cache_core.planning.policies import AlwaysCompute
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import Case, text, tiny
+from runs import cached, kinds, network, report_of, sample
 from safetensors.torch import save_file
-from test_every_family import cached, kinds, network, report_of, sample
 from zoo_flux_like import hunyuan3d, hunyuan_video
 from zoo_image import normal, with_more
 from zoo_video import WAN_LATENT, wan_model
@@ -52,7 +51,7 @@ def pixart_sigma() -> ModelPatcher:
 
 CASES = (
     Case("wan", wan, WAN_LATENT, text(7, 4096), lambda m: m.blocks[-1]),
-    Case("sd3", sd3, (16, 24, 32), with_more(text(7, 24), pooled_output=(1, 32)), lambda m: m.joint_blocks[-1], 1),
+    Case("sd3", sd3, (16, 24, 32), with_more(text(7, 24), pooled_output=(1, 32)), lambda m: m.joint_blocks[-1]),
     Case("hunyuan_video", hunyuan_video, (16, 3, 8, 6), text(7, 24, pooled_output=torch.ones(1, 768)), lambda m: m.single_blocks[-1]),
     Case("ltxv", ltxv, (128, 2, 4, 3), text(7, 4096, attention_mask=(torch.arange(7) < 5).int()[None]), lambda m: m.transformer_blocks[-1]),
     Case("hunyuan3d", hunyuan3d, (64, 24), text(9, 24), lambda m: m.single_blocks[-1]),
@@ -91,10 +90,10 @@ def test_every_weight_is_that_of_the_file(pair):
 
 def test_a_cache_on_it(case, pair):
     """The family is known, listening changes no bit, and what is skipped is what is skipped of the model as it was made."""
-    every.test_the_family_is_known_once(case, pair.loaded)
+    assert_the_family_is_known_once(case, pair.loaded)
     plain = sample(case, pair.loaded, len(PLAN))
     assert torch.isfinite(plain).all() and plain.std() > 0.05
-    listening = host.attach(pair.loaded, Settings(chosen=Strategy(AlwaysCompute())))
+    listening = host.attach(pair.loaded, Strategy(AlwaysCompute()))
     assert torch.equal(sample(case, listening, len(PLAN)), plain) and kinds(listening) == "F" * len(PLAN)
     skipping = cached(pair.loaded, PLAN)
     result = sample(case, skipping, len(PLAN))

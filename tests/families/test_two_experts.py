@@ -14,20 +14,20 @@ import torch
 import zoo_video
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from comfyui_duca.cache_core import CacheRun, Settings, StoreFormat
-from comfyui_duca.cache_core.policies import AlwaysCompute
+from comfyui_duca.cache_core.planning.policies import AlwaysCompute
 from comfyui_duca.cache_core.store import FeatureStore
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.cache_report import CacheReport
 from comfyui_duca.nodes.host import cached_model
-from test_every_family import kinds, network, report_of
+from runs import kinds, network, report_of
 from zoo_video import WAN_LATENT
 
 import nodes as host_nodes
 
 WAN = zoo_video.CASES[0]
 STEPS, SWITCH = 20, 12
-FULL = Settings(chosen=Strategy(AlwaysCompute()))
+FULL = Strategy(AlwaysCompute())
 NO_LATENT = {"samples": torch.zeros(1, *WAN_LATENT)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from unittest.mock import patch
 
 import comfy.ldm.wan.model_animate
 import comfy.sample
@@ -12,70 +11,13 @@ import comfy.supported_models
 import pytest
 import torch
 import zoo_video
+from checks import assert_calibrated_is_exact, assert_right, assert_skips_repeat, repeated
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.predictors import Reuse
-from holding import (
-    Innovating,
-    assert_calibrated_at_full_rank,
-    assert_right,
-    assert_skips_repeat,
-    cached,
-    full_rank,
-    repeated,
-)
-from making import Case, text
-from test_every_family import kinds, network, report_of, sample
-from zoo_video import clip_picture, seeded, wan_case, wan_model
-
-FRAMES = torch.ones(1, 1, 3, 8, 6)
-FRAMES[:, :, 0] = 0  # a first frame that is given
-
-
-def _ref_conv():
-    return wan_model(comfy.supported_models.WAN21_T2V, "t2v", in_dim_ref_conv=16)
-
-
-def _wan22_5b():
-    return wan_model(comfy.supported_models.WAN22_T2V, "t2v", in_dim=48, out_dim=48)
-
-
-def _camera():
-    """Of enough blocks for them to be most of it: there are convolutions over pixels before them."""
-    return wan_model(comfy.supported_models.WAN22_Camera, "camera_2.2", in_dim=36, num_layers=8)
-
-
-def _animate():
-    """As in zoo_video, but so wide that what looks at faces, which comes in one size, does not outweigh the blocks."""
-    with patch.object(comfy.ldm.wan.model_animate, "Generator", lambda **_sizes: torch.nn.Identity()):
-        return wan_model(comfy.supported_models.WAN22_Animate, "animate", in_dim=36, num_layers=5, dim=192, num_heads=8, ffn_dim=384)
-
-
-def _expert_i2v():
-    return wan_model(comfy.supported_models.WAN21_T2V, "t2v", in_dim=36)
-
-
-CLIP, REFERENCE = clip_picture(), seeded(1, 16, 1, 8, 6)
-FRAME_WISE = Case("wan", _wan22_5b, (48, 3, 8, 6), text(7, 24, denoise_mask=FRAMES), lambda m: m.blocks[-1])
-LTXV = next(case for case in zoo_video.CASES if case.name == "ltxv")
-LTXV_TOKEN_WISE = LTXV._replace(
-    cond=text(7, 24, attention_mask=torch.ones(1, 7).int(), denoise_mask=torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1).expand(1, 1, 2, 4, 3))
-)
-PREDICT2 = next(case for case in zoo_video.CASES if case.name == "cosmos_predict2")
-PREDICT2_FRAME_WISE = PREDICT2._replace(cond=text(7, 24, denoise_mask=torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1).expand(1, 1, 2, 6, 4)))
-VARIANTS = {
-    "Wan 2.2 5B, modulation by frame": FRAME_WISE,
-    "Wan 2.2 I2V, a picture as channels and one that is ignored": wan_case("wan", _expert_i2v, clip_vision_output=CLIP),
-    "Wan I2V without a picture": wan_case("wan_i2v", zoo_video.wan_i2v),
-    "Wan Fun, a reference before the video": wan_case("wan", _ref_conv, reference_latents=[REFERENCE]),
-    "Wan Camera": wan_case("wan", _camera, camera_conditions=seeded(1, 24, 3, 64, 48)),
-    "Wan S2V with sound and a reference": wan_case(
-        "wan_s2v", zoo_video.wan_s2v, audio_embed=seeded(1, 25, 8, 12).abs(), reference_latents=[REFERENCE]
-    ),
-    "Wan HuMo with a reference": wan_case("wan_humo", zoo_video.wan_humo, audio_embed=seeded(1, 3, 8, 5, 8), reference_latents=[REFERENCE]),
-    "Wan HuMo without sound": wan_case("wan_humo", zoo_video.wan_humo),
-    "LTXV, modulation by token": LTXV_TOKEN_WISE,
-    "Cosmos-Predict2, modulation by frame": PREDICT2_FRAME_WISE,
-}
+from helpers.predictors import Innovating
+from runs import cached, kinds, network, report_of, sample
+from zoo_video import seeded, wan_case, wan_model
+from zoo_video_variants import CLIP, VARIANTS, animate, vace
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -103,14 +45,9 @@ def calls_of(module: torch.nn.Module) -> list:
     return calls
 
 
-def _vace(videos: int) -> Case:
-    frames, masks = [seeded(1, 32, 3, 8, 6, seed=i) for i in range(videos)], [torch.ones(1, 64, 3, 8, 6)] * videos
-    return wan_case("wan_vace", zoo_video.wan_vace, vace_frames=frames, vace_mask=masks)
-
-
 def test_skipped_evaluations_leave_control_out():
     """In a second run: in the first, the place is looked for."""
-    case, model = _vace(1), zoo_video.wan_vace()
+    case, model = vace(1), zoo_video.wan_vace()
     sample(case, cached(model, "FaaFaaaa"))
     calls = [calls_of(block.ffn[0]) for block in network(model).vace_blocks]
     sample(case, cached(model, "FaaFaaaa"))
@@ -119,18 +56,17 @@ def test_skipped_evaluations_leave_control_out():
 
 def test_two_control_videos():
     """Skipped like one. VACE blocks are run for each, and so are no stack that can be left out; their layers are the host's."""
-    case, model = _vace(2), zoo_video.wan_vace()
+    case, model = vace(2), zoo_video.wan_vace()
     plain = sample(case, model)
-    assert not torch.allclose(plain, sample(_vace(1), model), atol=1e-3)
+    assert not torch.allclose(plain, sample(vace(1), model), atol=1e-3)
     assert_skips_repeat(case, model, plain, "FaaFaaFa")
-    assert_calibrated_at_full_rank(case, model, plain)
-    assert not any(name.startswith("vace_blocks") for name in full_rank(case, model))
+    assert not any(name.startswith("vace_blocks") for name in assert_calibrated_is_exact(case, model, plain))
 
 
 def test_control_behind_the_last_block_is_not_lost():
     """Control that comes in behind the last block runs in a skip too: VACE blocks are not left out then."""
     model = wan_model(comfy.supported_models.WAN21_Vace, "vace", num_layers=2, vace_layers=2, vace_in_dim=96)
-    case = _vace(1)
+    case = vace(1)
     assert_right(case, model)
     calls = calls_of(network(model).vace_blocks[-1].ffn[0])
     sample(case, cached(model, "FaaFaaaa"))
@@ -139,7 +75,7 @@ def test_control_behind_the_last_block_is_not_lost():
 
 def test_faces_of_animate(monkeypatch):
     """What encodes them is left out of the small model; here it says something of the brightness."""
-    model = _animate()
+    model = animate()
     net = network(model)
     vectors = seeded(1, 512)
     monkeypatch.setattr(net.motion_encoder, "get_motion", lambda pixels: pixels.mean((1, 2, 3))[:, None] * vectors, raising=False)
@@ -152,7 +88,7 @@ def test_faces_of_animate(monkeypatch):
     faces = calls_of(net.face_adapter.fuser_blocks[0].linear1_q)
     plain = sample(case, model)
     assert len(faces) == 8
-    assert_calibrated_at_full_rank(case, model, plain)
+    assert_calibrated_is_exact(case, model, plain)
     expected = repeated(case, model, "FaaaFaaa")
     assert torch.equal(sample(case, cached(model, "FaaaFaaa")), expected)
 

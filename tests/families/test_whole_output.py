@@ -9,18 +9,18 @@ import comfy.sample
 import numpy as np
 import pytest
 import torch
-from comfyui_duca.cache_core import CacheRun, ModelCall, Places, Plan, Settings, Timeline, find_family
-from comfyui_duca.cache_core.policies import AlwaysCompute, Given
+from comfyui_duca.cache_core import CacheRun, ModelCall, Places, Plan, RunStart, Settings, Timeline, find_family
+from comfyui_duca.cache_core.planning.policies import AlwaysCompute, Given
 from comfyui_duca.cache_core.predictors import Chebyshev, Predictor, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.pictures.report_text import report_text
 from making import Case, text, tiny
+from runs import STEPS, cached, kinds, report_of, sample
+from runs import network as network_of
 from stand_in_early import EarlyErnie, EarlyReader, Nothing, VideoAndSound, packed
-from stand_in_newer_b import config_of
-from test_every_family import STEPS, cached, kinds, report_of, sample
-from test_every_family import network as network_of
-from zoo_newer_b import hunyuan3d_2_1
+from stand_in_ernie_helios import config_of
+from zoo_stand_ins import hunyuan3d_2_1
 
 CASE = Case("early", lambda: tiny(config_of(EarlyErnie, 16)), (16, 12, 16), text(7, 24), lambda m: m)
 PLAN = "FaFaFaFa"
@@ -117,7 +117,7 @@ def test_the_user_is_told_once_in_every_run_that_skips(model, caplog):
         sample(CASE, patched)
         assert report_of(patched).notices == [TOLD] and f"note         {TOLD}" in report_text(report_of(patched))
         assert caplog.text.count(f"DuCa Cache: {TOLD}.") == run
-    uncached = host.attach(model, Settings(chosen=Strategy(AlwaysCompute())))
+    uncached = host.attach(model, Strategy(AlwaysCompute()))
     sample(CASE, uncached)
     assert not report_of(uncached).notices
     auto = host.attach(model, Settings(mode="auto", speedup=2.0))
@@ -127,7 +127,7 @@ def test_the_user_is_told_once_in_every_run_that_skips(model, caplog):
 
 def test_a_second_evaluation_of_a_step_that_is_always_skipped_is_told_of_too(model):
     strategy = Strategy(AlwaysCompute(), Reuse(), first_only=True)
-    patched = host.attach(model, Settings(chosen=strategy))
+    patched = host.attach(model, strategy)
     latent = torch.zeros(1, *CASE.latent)
     noise = comfy.sample.prepare_noise(latent, 5)
     comfy.sample.sample(model=patched, noise=noise, steps=8, cfg=2.0, sampler_name="heun", scheduler="simple", positive=CASE.cond(1),
@@ -193,7 +193,8 @@ SIGMAS = (1.0, 0.8, 0.5)
 def forecast(network, compute, places: Places, predictor: Predictor = Taylor(1), order=(("a", "b"),) * 3):
     """Two full evaluations and a skipped one, of what `compute` answers at a time. The conds of each in this order."""
     run = CacheRun(
-        Strategy(Given(Plan.parse("FFa")), predictor), Timeline([*SIGMAS, 0.0]), range(3), find_family(network), CPU, places=places
+        Strategy(Given(Plan.parse("FFa")), predictor),
+        RunStart(network, find_family(network), Timeline([*SIGMAS, 0.0]), range(3), places=places),
     )
     outputs = []
     with torch.no_grad():

@@ -9,11 +9,9 @@ from making import Case, text, tiny
 from zoo_dit import CASES as CASES_DIT
 from zoo_flux_like import CASES as CASES_FLUX_LIKE
 from zoo_image import CASES as CASES_IMAGE
-from zoo_newer_a import CASES as CASES_NEWER_A
-from zoo_newer_a import PAIR
-from zoo_newer_b import CASES as CASES_NEWER_B
 from zoo_newest import CASES as CASES_NEWEST
 from zoo_opensora import CASES as CASES_OPENSORA
+from zoo_stand_ins import CASES as CASES_STAND_INS
 from zoo_undescribed import CASES as CASES_UNDESCRIBED
 from zoo_video import CASES as CASES_VIDEO
 
@@ -31,11 +29,11 @@ def _qwen_image() -> Case:
             num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
         )  # fmt: skip
 
-    return Case("qwen_image", make, (16, 1, 12, 16), text(7, 24), lambda m: m.transformer_blocks[-1], 1)
+    return Case("qwen_image", make, (16, 1, 12, 16), text(7, 24), lambda m: m.transformer_blocks[-1])
 
 
 _REAL = {case.name for case in CASES_NEWEST}
-_STAND_INS = [case for case in (*CASES_NEWER_A, PAIR, *CASES_NEWER_B) if case.name not in _REAL]  # of classes that this host has not
+_STAND_INS = [case for case in CASES_STAND_INS if case.name not in _REAL]  # of classes that this host has not
 CASES = (
     _flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWEST, *_STAND_INS,
     *CASES_UNDESCRIBED,

@@ -95,11 +95,23 @@ def _of_hydit(seed: int) -> list:
     return [[normal(seed, 1, 7, 24), extra]]
 
 
+def controlled(model, residuals: list[torch.Tensor]):
+    """As the host hands a ControlNet's residuals over: anew in every call, as HunyuanDiT takes them off the list."""
+    clone = model.clone()
+
+    def call(apply_model, given):
+        control = {"output": [residual.expand(given["input"].shape[0], -1, -1).clone() for residual in residuals]}
+        return apply_model(given["input"], given["timestep"], **{**given["c"], "control": control})
+
+    clone.set_model_unet_function_wrapper(call)
+    return clone
+
+
 CASES = (
     Case("pixart", pixart, (4, 24, 48), text(7, 24), lambda m: m.blocks[-1]),  # smaller pictures divide by zero in the host
     Case("lumina", lumina2, (16, 12, 16), text(7, 24), lambda m: m.layers[-1]),
     Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1]),  # 48 and 7 tokens, each filled up to a multiple of 32
-    Case("sd3", sd3, (16, 24, 32), with_more(text(7, 24), pooled_output=(1, 32)), lambda m: m.joint_blocks[-1], 1),
+    Case("sd3", sd3, (16, 24, 32), with_more(text(7, 24), pooled_output=(1, 32)), lambda m: m.joint_blocks[-1]),
     Case(
         "hidream",
         hidream,

@@ -88,10 +88,10 @@ def scail() -> ModelPatcher:
 _BOOGU_COND = text(7, 24, attention_mask=torch.ones(1, 7, dtype=torch.long), reference_latents=[normal(3, 1, 16, 8, 6)])
 _SCAIL_COND = text(7, 24, reference_latents=[seeded(1, 16, 1, 8, 6)], pose_video_latent=seeded(1, 16, 3, 4, 3))
 _ALL = {
-    "MageFlow": Case("mage_flow", mage_flow, (128, 6, 8), text(7, 24), lambda m: m.transformer_blocks[-1], 1),
+    "MageFlow": Case("mage_flow", mage_flow, (128, 6, 8), text(7, 24), lambda m: m.transformer_blocks[-1]),
     "ZImagePixelSpace": Case("zimage_pixel", z_image_pixels, (3, 48, 64), text(7, 24), lambda m: m.layers[-1]),
-    "Lens": Case("lens", lens, (128, 6, 8), text(7, 24), lambda m: m.transformer_blocks[-1], 1),
-    "JoyImage": Case("joyimage", joy_image, (16, 1, 12, 16), text(7, 24), lambda m: m.double_blocks[-1], 0),
+    "Lens": Case("lens", lens, (128, 6, 8), text(7, 24), lambda m: m.transformer_blocks[-1]),
+    "JoyImage": Case("joyimage", joy_image, (16, 1, 12, 16), text(7, 24), lambda m: m.double_blocks[-1]),
     "Krea2": Case("krea2", krea2, (16, 1, 12, 16), text(7, 48), lambda m: m.blocks[-1]),
     "Boogu": Case("boogu", boogu, (16, 12, 16), _BOOGU_COND, lambda m: m.single_stream_layers[-1]),
     "Ideogram4": Case("ideogram4", ideogram4, (128, 6, 8), text(7, 24), lambda m: m.layers[-1]),

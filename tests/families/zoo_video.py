@@ -113,7 +113,7 @@ def _mochi() -> Case:
             )  # fmt: skip
 
     mask = (torch.arange(7) < 5).int()[None]
-    return Case("mochi", make, (12, 2, 4, 6), text(7, 24, attention_mask=mask), lambda m: m.blocks[-1], 0)
+    return Case("mochi", make, (12, 2, 4, 6), text(7, 24, attention_mask=mask), lambda m: m.blocks[-1])
 
 
 def _ace_step() -> Case:

@@ -1,0 +1,277 @@
+"""Small transformers that nobody described, and what drives them through a run as a host would.
+
+The reference never asks the cache where anything is: it runs all blocks, and in skipped evaluations a hook on the block that the test
+names gives back what that block gave in the last full one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, Plan, RunStart, Timeline, find_family
+from comfyui_duca.cache_core.planning.policies import Given
+from comfyui_duca.cache_core.predictors import Reuse
+from comfyui_duca.cache_core.strategy import Strategy
+from torch import Tensor, nn
+from torch.nn import functional
+
+WIDTH, CHANNELS, TOKENS = 16, 4, 12
+PLAN = "FaaFaF"
+
+
+class Block(nn.Module):
+    """Attention and an MLP, both modulated."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scale = nn.Linear(width, width)
+
+    def change(self, h: Tensor, c: Tensor) -> Tensor:
+        """What it adds to h (B, L, C). c (B, C)."""
+        scale = self.scale(c)[:, None]
+        q, k, v = self.qkv(functional.layer_norm(h, h.shape[-1:]) * (1 + scale)).chunk(3, -1)
+        h = self.out(functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+        return h + self.down(functional.gelu(self.up(functional.layer_norm(h, h.shape[-1:])))) * (1 + scale)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return h + self.change(h, c)
+
+
+class Toy(nn.Module):
+    """x (B, L, 4), t (B,), context (B, M, C) -> (B, L, 4). Tests override a part of it."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embed, self.time = nn.Linear(CHANNELS, WIDTH), nn.Linear(2, WIDTH)
+        self.blocks: Any = nn.ModuleList(Block() for _ in range(depth))
+        self.shift, self.unembed = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CHANNELS)
+        self.build()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def build(self) -> None:
+        """What a test adds."""
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Any:
+        c = self.condition(t, context)
+        return self.head(self.middle(self.embed(x), c, context, t), c, t)
+
+    def condition(self, t: Tensor, context: Tensor) -> Tensor:
+        return functional.silu(self.time(torch.stack((t, (7 * t).sin()), 1)) + context.mean(1))
+
+    def middle(self, h: Tensor, c: Tensor, context: Tensor, t: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h, c)
+        return h
+
+    def head(self, h: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        return self.unembed(functional.layer_norm(h, h.shape[-1:]) + self.shift(c)[:, None])
+
+
+class At(Toy):
+    """Knows the step: 1 - t is its share of the run."""
+
+    steps = len(PLAN)
+
+    def step(self, t) -> int:
+        return round((1 - float(t[0])) * self.steps)
+
+
+def seeded(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(100**i * (part + 1) for i, part in enumerate(seed)))
+
+
+def latent(step: int, tokens: int = TOKENS) -> Tensor:
+    """Like those of a sampler: what is there at the end, and noise that goes."""
+    return torch.randn(1, tokens, CHANNELS, generator=seeded(1)) + (1 - step / 8) * torch.randn(1, tokens, CHANNELS, generator=seeded(2))
+
+
+def text_of(cond: int, tokens: int = 5) -> Tensor:
+    return torch.randn(1, tokens, WIDTH, generator=seeded(3, cond))
+
+
+def plainly(network: nn.Module, step: int, conds: Sequence[int], plan: str) -> Any:
+    """How most toys are called: all conds see the same latent."""
+    x = latent(step).repeat(len(conds), 1, 1)
+    return network(x, torch.full((len(conds),), 1 - step / len(plan)), torch.cat([text_of(cond) for cond in conds]))
+
+
+@dataclass
+class Case:
+    """A toy and what is to be found. answers: the block that is to answer, "" for the whole output, None where nothing may be cached.
+
+    reason: a part of the sentence that says why not. call: how it is called. calls: conds of the model calls of every step, the same in
+    all steps that are not listed. passed: lists that a skip must leave out.
+    is_joint: whether the reference too must be called with all conds at once. signature: of a call, as its host tells it.
+    """
+
+    make: Callable[[], nn.Module]
+    answers: str | None
+    passed: tuple[str, ...] = ("blocks",)
+    reason: str = ""
+    call: Callable[[nn.Module, int, Sequence[int], str], Any] = plainly
+    is_joint: bool = False
+    signature: Callable[[Sequence[int]], Hashable] = lambda _conds: (1, TOKENS)
+    tolerance: float = 1e-5
+
+
+TOGETHER, APART = ((0, 1),), ((0,), (1,))
+ORDERS: dict[str, Callable[[int], Sequence[Sequence[int]]]] = {
+    "together": lambda _step: TOGETHER,
+    "apart": lambda _step: APART,
+    "both": lambda step: (TOGETHER, APART, APART, APART, ((1, 0),), TOGETHER)[step % 6],
+}
+
+
+@dataclass
+class Driven:
+    """answers: of every step, by cond. ran: of every step, which conds' blocks ran. tries: calls of the network in every step.
+
+    noise: the state of torch's own random numbers after every step.
+    """
+
+    run: CacheRun
+    answers: list[dict[int, Any]] = field(default_factory=list)
+    ran: list[set[int]] = field(default_factory=list)
+    tries: list[int] = field(default_factory=list)
+    noise: list[Tensor] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def parts_of(answer: Any, conds: Sequence[int]) -> dict[int, Any]:
+    if isinstance(answer, Tensor):
+        return dict(zip(conds, answer.chunk(len(conds))))
+    return dict(zip(conds, zip(*(tensor.chunk(len(conds)) for tensor in answer))))
+
+
+@torch.inference_mode()
+def driven(case: Case, network: nn.Module, order: str = "together", plan: str = PLAN, is_cached: bool = True) -> Driven:
+    """A run, its random numbers seeded at every step."""
+    steps = len(plan)
+    strategy = Strategy(Given(Plan.parse(plan)), Reuse())
+    run = CacheRun(
+        strategy,
+        RunStart(network, find_family(network), Timeline([1 - i / steps for i in range(steps + 1)]), range(steps)),
+    )
+    result, ran, count = Driven(run), set[int](), [0]
+    watched = [block for path in case.passed for block in attrgetter(path)(network).modules() if isinstance(block, nn.Linear)]
+    hooks = [linear.register_forward_hook(lambda *_: ran.update(now)) for linear in watched]
+    for step in range(steps):
+        torch.manual_seed(step)
+        answers: dict[int, Any] = {}
+        result.ran.append(set())
+        count[0] = 0
+        with run.evaluation(1 - step / steps):
+            run.cond_batch()
+            for conds in ORDERS[order](step):
+                now = conds
+                ran.clear()
+
+                def compute(conds=conds, step=step) -> Any:
+                    count[0] += 1
+                    return case.call(network, step, conds, plan)
+
+                if is_cached:
+                    answers |= parts_of(run.model_call(ModelCall(network, conds, case.signature(conds)), compute), conds)
+                else:
+                    answers |= parts_of(compute(), conds)
+                result.ran[-1] |= ran
+        result.answers.append(answers)
+        result.tries.append(count[0])
+        result.noise.append(torch.get_rng_state())
+    for hook in hooks:
+        hook.remove()
+    run.close(is_complete=True)
+    result.notices = run.report.notices
+    return result
+
+
+@torch.inference_mode()
+def referred(case: Case, network: nn.Module, order: str, ran: list[set[int]], plan: str = PLAN) -> list[dict[int, Any]]:
+    """What is right: full where `ran` says so, else with the kept result of the answering block, or the kept whole answer."""
+    network = copy.deepcopy(network)
+    kept: dict[Sequence[int], Any] = {}
+    whole: dict[int, Any] = {}
+    expected = []
+    for step, full in enumerate(ran):
+        torch.manual_seed(step)
+        answers: dict[int, Any] = {}
+        for conds in ORDERS[order](step) if case.is_joint or case.answers is None else APART:
+            is_full = full.issuperset(conds)
+
+            def keep(_module: nn.Module, _args: Any, result: Any, conds=conds) -> None:
+                if conds not in kept or shape_of(result) == shape_of(kept[conds]):  # else that evaluation went past the cache
+                    kept[conds] = copied(result)
+
+            def give(_module: nn.Module, _args: Any, _result: Any, conds=conds) -> Any:
+                return copied(kept[conds])
+
+            hook: Any = nullcontext()
+            if case.answers:
+                hook = attrgetter(case.answers)(network).register_forward_hook(keep if is_full else give)
+            with hook:
+                answers |= parts_of(case.call(network, step, conds, plan), conds)
+        if case.answers == "":
+            whole |= {cond: answer for cond, answer in answers.items() if cond in full}
+            answers = dict(whole)
+        expected.append(answers)
+    return expected
+
+
+def shape_of(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else len(value)
+
+
+def copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return type(value)(copied(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def distance(ours: list[dict[int, Any]], theirs: list[dict[int, Any]]) -> list[float]:
+    """Of every step, the largest difference against the spread."""
+
+    def flat(answer: Any) -> Tensor:
+        return answer.float().flatten() if isinstance(answer, Tensor) else torch.cat([part.float().flatten() for part in answer])
+
+    pairs = [[(flat(ours[step][cond]), flat(theirs[step][cond])) for cond in sorted(ours[step])] for step in range(len(ours))]
+    return [max(float((a - b).abs().max() / b.std().clamp_min(1e-12)) for a, b in pair) for pair in pairs]
+
+
+def checked(case: Case, order: str = "together", plan: str = PLAN) -> Driven:
+    """Drives it, and compares with the reference. The place is the one that the case says."""
+    network = case.make()
+    pristine = copy.deepcopy(network)
+    found = driven(case, network, order, plan)
+    place = found.run.report.place
+    far = distance(found.answers, referred(case, pristine, order, found.ran, plan))
+    assert max(far) <= case.tolerance, f"{far} {place} {found.notices}"
+    if case.answers is None:
+        assert all(full == {0, 1} for full in found.ran), "nothing may be skipped"
+        assert any(case.reason in notice for notice in found.notices), found.notices
+    elif case.answers == "":
+        assert place.startswith("whole output") and case.reason in place
+    else:
+        assert place.startswith("found and proved")
+    assert is_tidy(network)
+    return found
+
+
+def is_tidy(network: nn.Module) -> bool:
+    return not any("forward" in module.__dict__ for module in network.modules())
+
+
+def skips(found: Driven, plan: str = PLAN) -> list[int]:
+    """The steps of the plan's skips in which no block ran."""
+    return [step for step, letter in enumerate(plan) if letter == Kind.SKIPPED.value and not found.ran[step]]

@@ -1,0 +1,116 @@
+"""A model whose answers can be worked out by hand, and what drives it through a run as a host would.
+
+A block doubles what it gets, there are two of them, and the head adds a tenth of the input: 10 → 20 → 40 → 41. A skipped evaluation puts
+the hidden state that is kept, 40, in the place of the blocks and runs the head on the input of now: for 20 it answers 42 and not 82.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from comfyui_duca.cache_core import CacheRun, ModelCall, Places, Plan, RunStart, Timeline, find_family
+from comfyui_duca.cache_core.planning.policies import Given
+from comfyui_duca.cache_core.predictors import Predictor, Reuse
+from comfyui_duca.cache_core.strategy import Strategy
+from torch import Tensor, nn
+
+TOKENS = 5  # four or more, as layers that get fewer vectors are taken for modulations
+
+
+class Doubling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.linear.weight, 2.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h)
+
+
+class InPlace(Doubling):
+    """Writes into the hidden state that it is given."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.copy_(self.linear(h))
+
+
+class Model(nn.Module):
+    def __init__(self, block: type[nn.Module] = Doubling) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + 0
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h, x)
+
+    def head(self, h: Tensor, x: Tensor) -> Tensor:
+        return h + x / 10
+
+
+class TwoStreams(Doubling):
+    """Doubles a picture and a text, which are streams of their own."""
+
+    def forward(self, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(img), self.linear(txt)
+
+
+class PictureAndText(Model):
+    """The text is the picture's first token, less 9: 10 → 1 → 2 → 4. reads_text: whether the head adds the text's hidden state."""
+
+    def __init__(self, reads_text: bool) -> None:
+        super().__init__(TwoStreams)
+        self.reads_text = reads_text
+
+    def forward(self, x: Tensor) -> Tensor:
+        img, txt = x + 0, x[:, :1] - 9
+        for block in self.blocks:
+            img, txt = block(img, txt)
+        return self.head(img + txt if self.reads_text else img, x)
+
+
+@dataclass
+class Driver:
+    """Evaluations of one run. Answers and inputs are one number for a cond, all of whose tokens are alike."""
+
+    model: nn.Module
+    plan: str
+    predictor: Predictor = field(default_factory=Reuse)
+    factors: Mapping[str, Tensor] | None = None
+    places: Places = field(default_factory=Places)
+
+    def __post_init__(self) -> None:
+        steps = len(self.plan)
+        self.times = [1 - i / steps for i in range(steps + 1)]
+        strategy = Strategy(Given(Plan.parse(self.plan)), self.predictor, factors=self.factors)
+        family = find_family(self.model)
+        self.run = CacheRun(strategy, RunStart(self.model, family, Timeline(self.times), range(steps), places=self.places))
+
+    @torch.inference_mode()
+    def evaluate(self, step: int, *calls: Mapping[int, float]) -> dict[int, float]:
+        """calls: of the model, each with a number for every one of its conds."""
+        answers: dict[int, float] = {}
+        with self.run.evaluation(self.times[step]):
+            self.run.cond_batch()
+            for numbers in calls:
+                answers |= self._call(numbers)
+        return answers
+
+    def _call(self, numbers: Mapping[int, float]) -> dict[int, float]:
+        x = torch.tensor([float(number) for number in numbers.values()]).view(-1, 1, 1).repeat(1, TOKENS, 1)
+        answer = self.run.model_call(ModelCall(self.model, tuple(numbers), "one size"), lambda: self.model(x.clone()))
+        assert bool((answer == answer[:, :1]).all())
+        return dict(zip(numbers, answer[:, 0, 0].tolist()))
+
+    def answers(self, inputs: Sequence[float]) -> list[float]:
+        """Of a whole run with one cond."""
+        found = [self.evaluate(step, {0: x})[0] for step, x in enumerate(inputs)]
+        self.run.close(is_complete=True)
+        return found
+
+    @property
+    def kinds(self) -> str:
+        return "".join(evaluation.letter for evaluation in self.run.report.evaluations)

@@ -1,0 +1,169 @@
+"""cache_core imports no host, keeps no global state, and its parts import one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "cache_core").rglob("*.py"))
+
+_BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"comfy", "comfy_api", "comfy_extras", "folder_paths", "server", "nodes", "execution"}:
+            raise AssertionError(f"cache_core imported {name}")
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, sys.argv[1])
+import importlib, pathlib
+for file in pathlib.Path(sys.argv[1], "cache_core").rglob("*.py"):
+    parts = file.relative_to(sys.argv[1]).with_suffix("").parts
+    importlib.import_module(".".join(parts).removesuffix(".__init__"))
+print("imported")
+"""
+
+
+def test_the_core_imports_without_a_host():
+    done = subprocess.run([sys.executable, "-c", _BLOCKED, str(ROOT)], capture_output=True, text=True)
+    assert done.stdout.strip() == "imported", done.stderr
+
+
+def _imports(path: Path) -> set[str]:
+    """Parts of the core that a file imports, by their first name below cache_core."""
+    package = path.relative_to(ROOT / "cache_core").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            target = (*base, *(node.module or "").split("."))
+            names = [target] if node.module else [(*base, alias.name) for alias in node.names]
+            found |= {name[0] for name in names if name and name[0]}
+    return found
+
+
+_SHARED = {"kinds"}  # small frozen dataclasses that everyone may use
+_ALLOWED = {
+    "kinds": set(),
+    "checks": set(),
+    "timeline": set(),
+    "store": set(),
+    "meter": {"discovery", "timeline"},
+    "schedule_text": set(),
+    "policies": {"policies", "schedule_text"},
+    "predictors": {"predictors"},
+    "families": {"families", "refusals"},
+    "refusals": set(),
+    "overrides": set(),
+    "discovery": {"discovery", "overrides", "refusals", "store"},
+    "engine": {"discovery", "engine", "families", "overrides", "predictors", "refusals", "store"},
+    "calibration": {"calibration", "engine", "families", "overrides", "policies", "predictors"},
+    "opening": {"discovery", "families", "store", "timeline"},
+    "schedule": {"calibration", "checks", "opening", "policies", "schedule_text"},
+    "strategy": {"calibration", "checks", "engine", "families", "opening", "policies", "predictors", "schedule", "store"},
+    "corrector": {"kinds", "meter", "timeline"},
+    "model_call": set(),
+    "networks": {"families", "model_call", "strategy"},
+    "costs": {"discovery", "engine", "schedule", "store", "strategy"},
+    "accounts": {"costs", "discovery", "engine", "meter", "model_call", "overrides", "store", "strategy"},
+    "placing": {"discovery", "engine", "families", "model_call", "overrides", "refusals", "store"},
+    "run": {
+        "accounts", "corrector", "discovery", "engine", "families", "meter", "model_call", "networks", "placing", "refusals", "store",
+        "strategy", "timeline",
+    },
+    "tuning": {
+        "calibration", "discovery", "engine", "model_call", "opening", "placing", "policies", "predictors", "run", "strategy", "tuning",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py" or f.parent.name != "cache_core"], ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    part = path.relative_to(ROOT / "cache_core").parts[0].removesuffix(".py")
+    assert _imports(path) <= _ALLOWED[part] | _SHARED
+
+
+_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+_CALLS = {
+    "dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "ChainMap", "UserDict", "UserList",
+    "SimpleNamespace", "WeakKeyDictionary", "WeakValueDictionary", "WeakSet", "local", "ContextVar", "count", "cycle",
+}  # fmt: skip
+_CACHES = {"cache", "lru_cache", "singledispatch"}  # of functions: what they keep outlives a run
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Those that run when the module is imported, in classes and under conditions too."""
+    for node in body:
+        yield node
+        for part in ("body", "orelse", "finalbody"):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from _statements(getattr(node, part, []))
+        for handler in getattr(node, "handlers", []):
+            yield from _statements(handler.body)
+
+
+def _name(node: ast.expr) -> str:
+    """The last name of `a.b.c` and of `a.b.c(...)`."""
+    node = node.func if isinstance(node, ast.Call) else node
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_mutable(value: ast.expr) -> bool:
+    """Whether it is, or holds, something that can be written into. What a call is given is not looked at: a tuple may be made of a list."""
+    if isinstance(value, ast.Call):
+        return _name(value) in _CALLS
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):
+        return _is_mutable(value.left)  # a frozenset | a set is a frozenset
+    if isinstance(value, (ast.Tuple, ast.IfExp, ast.BoolOp, ast.BinOp, ast.NamedExpr, ast.Starred)):
+        return any(_is_mutable(part) for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr))
+    return isinstance(value, _LITERALS)
+
+
+def mutable_state(source: str) -> list[str]:
+    """The lines of a module that make state which outlives a call; `__all__` is what Python makes a list of."""
+    tree = ast.parse(source)
+    found: list[ast.AST] = [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    found += [f for f in ast.walk(tree) for kept in getattr(f, "decorator_list", []) if _name(kept) in _CACHES]
+    for node in _statements(tree.body):
+        if isinstance(node, ast.AugAssign) or (isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if not any(_name(target) == "__all__" for target in targets) and _is_mutable(node.value):
+                found.append(node)
+    return [ast.unparse(node).splitlines()[0] for node in found]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_no_module_holds_mutable_state(path):
+    """Module level and classes: constants, tuples and read-only tables; no list, dict or set but __all__, no `global`, no caches."""
+    assert not mutable_state(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kept = []", "kept = {}", "kept: dict = {}", "kept = dict()", "kept = list()", "kept = set()", "kept = dict(a=1)",
+        "kept = defaultdict(list)", "kept = collections.deque()", "kept: Counter[str] = Counter()", "kept = weakref.WeakKeyDictionary()",
+        "kept = [0] * 3", "kept = {1} | {2}", "kept = (1, [])", "kept = [i for i in range(3)]", "first = second = {}", "kept += [1]",
+        "kept = {} if x else None", "if x:\n    kept = {}", "try:\n    pass\nexcept OSError:\n    kept = []", "class A:\n    kept = []",
+        "def f():\n    global kept", "@cache\ndef f():\n    pass", "@functools.lru_cache(maxsize=3)\ndef f():\n    pass",
+    ],
+)  # fmt: skip
+def test_mutable_state_is_seen(line):
+    assert mutable_state(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "__all__ = ['a']",
+        "__all__ += ['a']", "names = ('a', 'b')", "names = frozenset({'a'}) | {'b'}", "Alias = Callable[[int], list]", "names = tuple([1])",
+        "table = MappingProxyType({'a': 1})", "def f():\n    kept = []", "class A:\n    kept: list = field(default_factory=list)",
+    ],
+)  # fmt: skip
+def test_constants_are_no_state(line):
+    assert not mutable_state(line)

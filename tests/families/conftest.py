@@ -1,0 +1,5 @@
+"""ComfyUI in the tests' process: its classes make the small models."""
+
+from __future__ import annotations
+
+import helpers.on_host  # noqa: F401 - before everything of the host

@@ -1,0 +1,19 @@
+"""Factors of linear layers that lose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from comfyui_duca.cache_core.engine.linear_sites import LinearSite
+from torch import Tensor
+
+
+def exact_factors(sites: Iterable[LinearSite]) -> dict[str, Tensor]:
+    """Of every part of every layer its matrix itself, and the identity."""
+    factors = {}
+    for site in sites:
+        for part in site.parts:
+            own = site.module.weight.detach()[part.rows or slice(None)]
+            factors |= {f"{site.key(part)}.A": own.clone(), f"{site.key(part)}.B": torch.eye(own.shape[1])}
+    return factors

@@ -1,0 +1,8 @@
+"""Importing this loads the real ComfyUI and the pack (as `comfyui_duca`), once for all tests of the process."""
+
+from __future__ import annotations
+
+from devtools.driver.inprocess import load_comfyui, load_pack
+
+load_comfyui()
+load_pack()
