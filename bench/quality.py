@@ -10,7 +10,6 @@ import sys
 from functools import cached_property
 
 from common import machine, publish, start, table
-from growing_gaps import GrowingGaps
 
 start()
 import comfy.sample
@@ -22,6 +21,7 @@ from comfyui_duca.cache_core.predictors import AUTO, Chebyshev, Reuse, Taylor
 from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
+from growing_gaps import GrowingGaps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 STEPS, GUIDANCE = 28, 2.5

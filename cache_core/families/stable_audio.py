@@ -39,7 +39,7 @@ def _projections(layer: str, block: Any) -> tuple[LinearPart, ...]:
     return equal_parts(layer, (_AGAIN if _is_differential(block) else _ONCE)[layer])[layer](block)
 
 
-_FUSED = {layer: partial(_projections, layer) for layer in _ONCE} | equal_parts("ff.ff.0.proj", "vg")
+_FUSED = MappingProxyType({layer: partial(_projections, layer) for layer in _ONCE} | equal_parts("ff.ff.0.proj", "vg"))
 
 
 def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | None:

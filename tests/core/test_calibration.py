@@ -97,7 +97,7 @@ def through_a_file(calibration: Calibration, path: Path) -> Calibration:
 
 
 def assert_same_forecast(a: Forecast, b: Forecast):
-    assert (a.step_times, a.choices, a.model.times) == (b.step_times, b.choices, b.model.times)
+    assert (a.step_times, a.tried, a.model.times) == (b.step_times, b.tried, b.model.times)
     for name in ("gram", "uu", "uz", "basis", "sensitivity"):
         left, right = getattr(a.model, name), getattr(b.model, name)
         assert left.dtype is right.dtype and torch.equal(left, right), name

@@ -8,7 +8,7 @@ import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite
-from comfyui_duca.cache_core.families.fused import WHOLE
+from comfyui_duca.cache_core.families.fused import UNSPLIT
 from helpers.linears import ClippedInput, linear, reference_product
 from torch import nn
 
@@ -140,7 +140,7 @@ def test_a_layer_of_zeros_has_a_weight_of_zeros():
 
 
 def toy_site(inputs=2, outputs=3, layer="toy"):
-    return LinearSite("blocks", 0, layer, linear(inputs=inputs, outputs=outputs), (WHOLE,), "img", inputs, outputs)
+    return LinearSite("blocks", 0, layer, linear(inputs=inputs, outputs=outputs), (UNSPLIT,), "img", inputs, outputs)
 
 
 def test_magnitudes_by_hand():

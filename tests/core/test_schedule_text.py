@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from comfyui_duca.cache_core import Plan
 from comfyui_duca.cache_core.planning.text import ScheduleTextError, parse
 
 

@@ -44,13 +44,13 @@ def model_of(sensitivity=(1.0, 3.0, 2.0, 5.0, 0.5, 1.5, 4.0)) -> ForecastModel:
     return ForecastModel(TIMES, *tensors, None if sensitivity is None else torch.tensor(sensitivity, dtype=torch.float64))
 
 
-def forecast_of(model=None, *choices: TriedPlan) -> Forecast:
-    choices = choices or (
+def forecast_of(model=None, *tried: TriedPlan) -> Forecast:
+    tried = tried or (
         TriedPlan(Plan.parse("FFaFaFaFa"), 0.5, 34.5, 33.25),
         TriedPlan(Plan.parse("FaaFaaaFa"), None, 30.125, 30.125),
         TriedPlan(Plan.parse("Faaaaaaaa"), 0.0, 20.0, 19.0, "even gaps"),
     )
-    return Forecast(model_of() if model is None else model, STEP_TIMES, choices)
+    return Forecast(model_of() if model is None else model, STEP_TIMES, tried)
 
 
 def some_factors() -> Factors:

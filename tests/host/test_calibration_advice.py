@@ -80,7 +80,7 @@ def test_mode_auto_follows_a_calibration():
 def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     """From where its search began; the corrector it counts on is for Euler samplers alone."""
     forecast, general = forecast_of(), FrontLoaded(K / 4, tail=2)
-    forecast = replace(forecast, choices=tuple(replace(choice, searched_from=start) for choice in forecast.tried))
+    forecast = replace(forecast, tried=tuple(replace(choice, searched_from=start) for choice in forecast.tried))
     settings = Settings(speedup=K / 4, tail=2, calibration=calibration_of(forecast, None))
     strategy = settings.strategy(opening(STEP_TIMES))
     plan = strategy.policy.plan(K, range(K))
@@ -112,7 +112,7 @@ def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
 def test_a_calibration_that_was_no_better_says_so():
     """Where nothing of it surely was, when it was tried out."""
     forecast = forecast_of()
-    forecast = replace(forecast, choices=tuple(replace(choice, share=None) for choice in forecast.tried))
+    forecast = replace(forecast, tried=tuple(replace(choice, share=None) for choice in forecast.tried))
     strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
     assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: does best as without") and not strategy.notices
 

@@ -15,7 +15,7 @@ from comfyui_duca.cache_core.engine.linear_sites import (
 )
 from comfyui_duca.cache_core.families import undescribed
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.families.fused import WHOLE, LinearPart
+from comfyui_duca.cache_core.families.fused import UNSPLIT, LinearPart
 from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat
@@ -95,10 +95,10 @@ def test_all_linears_but_modulation_are_found(network, sites):
     fused = by_name["single_blocks.5.linear1"]
     assert [fused.key(part) for part in fused.parts] == [f"single_blocks.5.linear1.{name}" for name in ("q", "k", "v", "mlp")]
     assert [fused.outputs(part) for part in fused.parts] == [256, 256, 256, 1024]
-    assert by_name["single_blocks.0.linear2"].parts == (WHOLE,)
+    assert by_name["single_blocks.0.linear2"].parts == (UNSPLIT,)
     assert [by_name[f"double_blocks.0.{s}_mlp.0"].tokens for s in ("img", "txt")] == [(192,), (12,)] and fused.tokens == (204,)
     assert fused.ranks(300) == [256, 256, 256, 256]
-    assert by_name["double_blocks.0.img_mlp.0"].parts == (WHOLE,)
+    assert by_name["double_blocks.0.img_mlp.0"].parts == (UNSPLIT,)
 
 
 def test_wrapped_layers_are_one(network):
@@ -122,7 +122,7 @@ def test_wrapped_layers_are_one(network):
 
 def test_of_a_model_that_no_file_describes_every_layer_is_one_matrix(network, sites):
     found = linear_sites(undescribed(network), known_of(network, SIZE).layer_calls, network)
-    assert [(site.name, site.tokens, site.parts) for site in found] == [(site.name, site.tokens, (WHOLE,)) for site in sites]
+    assert [(site.name, site.tokens, site.parts) for site in found] == [(site.name, site.tokens, (UNSPLIT,)) for site in sites]
 
 
 def test_factors_of_another_model_are_refused(network, sites, small_factors):

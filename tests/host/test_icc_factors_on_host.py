@@ -11,7 +11,7 @@ import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise_sites, measuring
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_shapes
-from comfyui_duca.cache_core.families.fused import WHOLE
+from comfyui_duca.cache_core.families.fused import UNSPLIT
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from helpers.linears import ClippedInput, linear, reference_product
 
@@ -120,7 +120,7 @@ def test_measuring_hears_every_layer_before_it_is_clamped(network, sites):
             first, second = (pair[side].double() for pair in seen[site.name])
             torch.testing.assert_close(plain.means(site)[side], (first.abs() + second.abs()).mean((0, 1)) / 2, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(steps.means(site)[side], (second - first).abs().mean((0, 1)), rtol=1e-5, atol=1e-7)
-    clamping = LinearSite("blocks", 0, "toy", linear(ClippedInput), (WHOLE,), "img", 40, 24)
+    clamping = LinearSite("blocks", 0, "toy", linear(ClippedInput), (UNSPLIT,), "img", 40, 24)
     heard = Magnitudes()
     with measuring(("a",), [clamping], heard):
         clamping.module(torch.full((1, 3, 40), 100.0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from toys import PLAN, At, Block, Case, Toy, checked, distance, driven, referred, skips
-from toys_refused import NOTHING, STATEFUL, WHOLE
+from toys_refused import NOTHING, STATEFUL, UNSPLIT
 from toys_served import SERVED
 
 
@@ -167,10 +167,10 @@ def test_other_numbers_of_tokens_inside(late):
 # -- what finding it costs ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SERVED, *WHOLE, *NOTHING, *STATEFUL])
+@pytest.mark.parametrize("name", [*SERVED, *UNSPLIT, *NOTHING, *STATEFUL])
 def test_random_numbers_are_those_without_a_cache(name):
     """After the first evaluation, in which all the trying is."""
-    case = {**SERVED, **WHOLE, **NOTHING, **STATEFUL}[name]
+    case = {**SERVED, **UNSPLIT, **NOTHING, **STATEFUL}[name]
     network = case.make()
     plain = driven(case, copy.deepcopy(network), plan="FF", is_cached=False)
     found = driven(case, network, plan="FF")

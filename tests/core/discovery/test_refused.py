@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 from toys import ORDERS, checked, skips
-from toys_refused import NOTHING, STATEFUL, WHOLE
+from toys_refused import NOTHING, STATEFUL, UNSPLIT
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", UNSPLIT)
 def test_the_whole_output_is_kept(name, order):
-    found = checked(WHOLE[name], order)
+    found = checked(UNSPLIT[name], order)
     assert 2 in skips(found) or order == "both"
     assert any("only the whole output" in notice for notice in found.notices)
 

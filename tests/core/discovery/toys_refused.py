@@ -87,7 +87,7 @@ class UnpackingShapes(Unpacking):
         return h
 
 
-WHOLE = {
+UNSPLIT = {
     "a head that reads an early hidden state": Case(EarlyRead, "", reason="does not answer the same"),
     "a head that reads a little of it": Case(EarlyReadALittle, "", reason="does not answer the same"),
     "a head that reads all": Case(AllRead, "", reason="does not answer the same"),
