@@ -49,7 +49,7 @@ def check_type(name: str, value: Any, kind: type, source: str) -> None:
         ValueError: If it is neither.
     """
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} takes what {source} gives, not {_shown(value)}")
+        raise ValueError(f"{name} must be connected to the output of {source}, not {_shown(value)}")
 
 
 def _range(least: float, most: float) -> str:

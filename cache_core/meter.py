@@ -125,7 +125,9 @@ def unsaid(report: RunReport, timeline: Timeline, is_explained: bool) -> list[st
     seen = {levels[evaluation.step] for evaluation in report.evaluations if evaluation.calls}
     unseen = sum(level not in seen for level in levels)  # by level, as some samplers have the same one twice
     if unseen:
-        texts.append(f"the model was not called at {unseen} of {timeline.steps} steps: another node answered, or the sampler left them out")
+        texts.append(
+            f"the model did not run at {unseen} of {timeline.steps} steps: another node supplied the output, or the sampler skipped them"
+        )
     wanted = any(evaluation.planned is not Kind.FULL for evaluation in report.evaluations)
     skipped = any(evaluation.skipped or evaluation.kind not in (Kind.FULL, None) for evaluation in report.evaluations)
     if wanted and not skipped and not is_explained:

@@ -34,7 +34,7 @@ class Networks:
         if not self.is_known(call.model):
             return f"a second model takes part ({name}), of another kind than the first ({self._family.name})"
         if self._unfit and self._is_calibrated and not call.is_copy:
-            return f"a second model takes part ({name}), and the calibration is of the first"
+            return f"a second model takes part ({name}), but the calibration was made for the first"
         return ""
 
 

@@ -105,7 +105,9 @@ class CacheRun:
         if self._is_owed or any(self.plan[missed] is Kind.FULL for missed in range(before + 1, step)):
             self._kind = Kind.FULL
         if sigma > self._sigma * (1 + 1e-6):
-            self.notify("the noise level rose between evaluations: those are computed in full and the cache starts anew")
+            self.notify(
+                "the noise level rose between two evaluations: the second is computed in full, and the cache starts again from there"
+            )
             self._slots.clear()
             self._kind = Kind.FULL
         self._sigma, self._time = sigma, self._timeline.time_of(sigma)
@@ -182,14 +184,16 @@ class CacheRun:
         """Checks what the evaluation before kept. This is done only now, as reading the values at once would make a GPU wait."""
         kept, answered = self._slots.checked()
         if not kept:
-            self.notify("a full evaluation gave values that are not finite: they are not kept, and the next one is computed in full")
+            self.notify("a full evaluation returned NaN or infinite values: they are not kept, and the next evaluation is computed in full")
             if self._corrector is not None:
                 self._corrector.clear()
         if not answered:
-            self.notify("forecasts left the range of float16: there, the values of the last full evaluation were used")
+            self.notify("some forecast values were too large for float16: the values of the last full evaluation were used in their place")
         if not self._slots.is_steady():
             self._disable()
-            self.notify("full evaluations have nothing in common that could be reused: the rest of this run is computed in full")
+            self.notify(
+                "two full evaluations of this run have nothing in common, so nothing can be reused: the rest of this run is computed in full"
+            )
         if self._lacks_input:
             self._lacks_input = False
             self._slots.without_inputs(self._strategy.predictor.history)
@@ -234,7 +238,7 @@ class CacheRun:
 
     def _bypass(self, reason: str) -> None:
         self._is_explained = True
-        self.notify(f"{reason}: computed in full, past the cache")
+        self.notify(f"{reason}: computed in full, without the cache")
 
     def _describe(self, known: Known) -> None:
         """Enters the place of the hidden state in the report, and notifies the user where it is only the whole output."""
@@ -242,8 +246,8 @@ class CacheRun:
         self.report.place = known.place.text
         if known.place.is_whole_output and (self.plan.has(Kind.SKIPPED) or self._strategy.first_only):
             self.notify(
-                "of this model only the whole output can be cached: skipped evaluations do not see the present latent "
-                f"({known.place.reason})"
+                f"only the final output of this model can be cached ({known.place.reason}): "
+                "skipped evaluations do not look at the current latent"
             )
 
     def _explain(self, call: ModelCall) -> None:
@@ -291,16 +295,16 @@ class CacheRun:
         """Returns whether to use an answer. Makes the proofs that are due, and drops what a full evaluation kept where they fail."""
         call, compute, is_full, keeps = job.call, job.compute, job.kind is Kind.FULL, True
         if not engine.is_touched:
-            self.notify("another node answered for the model in some evaluations; the cache does not see those")
+            self.notify("another node supplied the model's output in some evaluations; the cache could not use those")
         elif not engine.is_finished:
             self.notify("another node replaced the model's first or last block: computed in full, nothing cached")
             keeps = False
         elif is_full and engine.keeps_hidden and not self._placing.prove(call, compute, result, engine, self._evaluation.index):
-            self.notify("what was found out about this model does not hold any more: it is looked at anew")
+            self.notify("the model behaves differently from when the cache examined it: it is examined again")
             keeps = False
         elif is_full and engine.keeps_sublayers and not self._placing.prove_replays(call, compute, result, engine, self.store):
             self._is_explained = True
-            self.notify("this model's blocks are not as described: conservative evaluations are computed in full")
+            self.notify("this model's blocks do not compute what the cache expects: conservative evaluations are computed in full")
         if is_full and not keeps:
             for slot in engine.slots:  # what is kept does not belong together
                 slot.reset(slot.signature)
@@ -319,7 +323,7 @@ class CacheRun:
         if isinstance(reason, UnsteadyError):
             self._placing.refuse(call, str(reason))
         self._is_explained = True
-        self.notify(f"the cache does not know this use of the model ({reason}): computed in full")
+        self.notify(f"the model was called in a way that the cache cannot handle ({reason}): computed in full")
 
     def _fill_without_input(self, slots: Sequence[Slot], reason: str) -> None:
         """Forecasts without the model's input from here on.
@@ -327,7 +331,7 @@ class CacheRun:
         What was kept lacks the embedded input. These slots are emptied now, all others before the next evaluation.
         """
         with self._lock:
-            self.notify(f"skipped evaluations are filled as without a calibration: {reason}")
+            self.notify(f"the calibration is not used for skipped evaluations: {reason}")
             if self._strategy.predictor.uses_input:
                 self._strategy = replace(self._strategy, predictor=self._strategy.predictor.without_input)
             self._lacks_input = True
@@ -347,7 +351,7 @@ class CacheRun:
             with self._lock:
                 self._evaluation.add_call(Kind.FULL, macs, macs)
         else:
-            self.notify("another node answered for the model in some evaluations; the cache does not see those")
+            self.notify("another node supplied the model's output in some evaluations; the cache could not use those")
         return result
 
     def _engine_for(self, kind: Kind, engine: EngineCall, strategy: Strategy) -> AbstractContextManager[None]:

@@ -23,10 +23,12 @@ MODES = ("auto", "paper", "forecast", "off", "icc")
 _FEW_STEPS = 8  # with fewer steps in a run, fewer steps without a cache looked better (docs/benchmarks.md)
 _FEW_COMPUTED = 4  # the same where fewer than this many steps are full, conservative or incremental
 _NOISY = (
-    "this sampler adds noise at every step, which forecasts would leave in the picture: everything is computed in full; "
-    "choose a sampler that adds none (euler, dpmpp_2m, res_multistep …)"
+    "this sampler adds noise between steps, and skipped steps would leave it in the picture: every step is computed in full. "
+    "To skip steps, choose a sampler that adds no noise (euler, dpmpp_2m, res_multistep …)"
 )
-_UNTRIED = "what this sampler does could not be tried out beforehand: everything is computed in full"
+_UNTRIED = (
+    "it is not known whether this sampler adds noise between steps, because it could not be tried out: every step is computed in full"
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Settings:
         check_number("start", self.skip_from, 0, 1)
         check_number("end", self.skip_to, 0, 1)
         if self.skip_from > self.skip_to:
-            raise ValueError(f"the start of what may be skipped ({self.skip_from:g}) lies after its end ({self.skip_to:g})")
+            raise ValueError(f"start ({self.skip_from:g}) must not be greater than end ({self.skip_to:g})")
         for name, steps in (("cycle length", self.cycle_length), ("warm-up", self.warmup or 0), ("tail", self.tail)):
             check_count(name, steps)
         check_count("seed", self.seed)
@@ -193,7 +195,12 @@ class Settings:
             return uncalibrated
         forecast = self.calibration.forecast
         if forecast is None:
-            return replace(uncalibrated, notices=("the calibration is not used: it holds no forecast, only low-rank factors for mode icc",))
+            return replace(
+                uncalibrated,
+                notices=(
+                    "the calibration is not used: it has only low-rank factors, which are for mode icc. Run SVD Calibrator with a forecast for mode auto",
+                ),
+            )
         full = max(2, round(start.timeline.steps / self.speedup))
         tried, refused = _tried_plan(forecast, start, full)
         if tried is None:
@@ -204,10 +211,10 @@ class Settings:
             window = range(start.window.start, min(start.window.stop, len(times) - self.tail))
             policy = Given(searched_plan(forecast, times, window, full, tried.searched_from, is_corrected=True))
         elif tried.searched_from:  # without the corrector no such plan was tried
-            notices = ("the plan of the calibration is not used: it is for the samplers euler and ddim",)
+            notices = ("the calibration's plan is used with the samplers euler and ddim only; this run has the plan of auto",)
         predictor = predictor_of(forecast.model, tried.share)
         is_other = policy is not uncalibrated.policy or tried.share is not None
-        did = "calibrated" if is_other else "calibrated: does best as without"  # in the trials of the calibration
+        did = "calibrated" if is_other else "calibrated: no gain at this speed"  # in the trials of the calibration
         return replace(uncalibrated, policy=policy, predictor=predictor, name=f"{name}, {did}", notices=notices)
 
     def _icc(self, start: RunStart, common: dict[str, Any]) -> Strategy:
@@ -250,7 +257,9 @@ def _warnings(plan: Plan) -> tuple[str, ...]:
     full, computed = plan.count(Kind.FULL), len(plan) - plan.count(Kind.SKIPPED)
     if full == len(plan) or (len(plan) >= _FEW_STEPS and computed >= _FEW_COMPUTED):
         return ()
-    return (f"{full} of {len(plan)} steps are computed in full: fewer steps without a cache are likely to look better; compare",)
+    return (
+        f"only {full} of {len(plan)} steps are computed in full: a run with fewer steps and no cache is likely to look better; compare both",
+    )
 
 
 def _tried_plan(forecast: Forecast, start: RunStart, full: int) -> tuple[TriedPlan | None, tuple[str, ...]]:
@@ -262,7 +271,9 @@ def _tried_plan(forecast: Forecast, start: RunStart, full: int) -> tuple[TriedPl
         full: Number of full evaluations of the run.
     """
     if forecast.model.has_no_input is bool(start.family.embed):
-        return None, ("the calibration is not used: it was made with the model's input described otherwise; calibrate anew",)
+        return None, (
+            "the calibration is not used: it was made by another version of this pack, which read this model's input differently; run SVD Calibrator again",
+        )
     try:
         check_covered(forecast, start.timeline.times[:-1])
     except NotCoveredError as reason:

@@ -155,9 +155,9 @@ def _to_forecast(about: About, tensors: Mapping[str, Tensor]) -> Forecast:
     tried = []
     for numbers, (share, psnr, uncalibrated, origin) in zip(tensors["plans"].tolist(), tensors["results"].tolist()):
         if not all(number in range(len(_KINDS)) for number in numbers):
-            raise ValueError("a plan of this calibration has kinds that this version does not know")
+            raise ValueError("this calibration was made by a newer version: update ComfyUI-DuCa, or calibrate again")
         if origin not in range(len(_SEARCHED_FROM)):
-            raise ValueError("a plan of this calibration was found in a way that this version does not know")
+            raise ValueError("this calibration was made by a newer version: update ComfyUI-DuCa, or calibrate again")
         plan = Plan(tuple(_KINDS[int(number)] for number in numbers))
         tried.append(TriedPlan(plan, None if share < 0 else share, psnr, uncalibrated, _SEARCHED_FROM[int(origin)]))
     return Forecast(model, tuple(tensors["step_times"].tolist()), tuple(tried))

@@ -75,7 +75,7 @@ def _verified(weight: Tensor, probes: Tensor, answers: Tensor) -> Tensor:
     power = float(expected.square().sum())
     gain = float((expected * answers).sum()) / power if power else 1.0  # power is 0 in a layer of zeros
     if float((answers - gain * expected).norm()) > 0.25 * float(answers.norm()):
-        raise ValueError("a layer does not answer as a linear one does: its weight cannot be found")
+        raise ValueError("a linear layer of this model gives results that are not linear, so it cannot be factorised")
     return weight if abs(gain - 1) < 0.01 else weight.mul_(gain)
 
 

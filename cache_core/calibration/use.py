@@ -87,7 +87,7 @@ def nested_plan(forecast: Forecast, times: Sequence[float], window: range, budge
     """
     steps, asked = len(times), (tuple(times), window, is_corrected)
     if steps > _LONGEST:
-        raise NotCoveredError(f"this run has {steps} steps, and plans are searched for up to {_LONGEST}")
+        raise NotCoveredError(f"this run has {steps} steps; plans can be searched for up to {_LONGEST}")
     check_covered(forecast, times)
     if asked not in forecast.orders:
         search = search_for(forecast.model, times, window, is_corrected)

@@ -72,4 +72,4 @@ def check_order(before: Mapping[Path, Tensor], now: Mapping[Path, Tensor]) -> No
         UnsteadyError: Where it is not.
     """
     if not all(bool(persists(before[path], now[path])) for path in before.keys() & now.keys()):
-        raise UnsteadyError("tokens lie in another order than before")
+        raise UnsteadyError("the model puts its tokens in another order than before")

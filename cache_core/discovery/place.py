@@ -215,7 +215,7 @@ def _passing(template: Any, reached: Callable[[], None]) -> Callable[[Forward], 
     def passed(*args: Any, **kwargs: Any) -> Any:
         reached()
         if isinstance(template, LeftOut):
-            raise UnsupportedCallError("a block is called that was left out before")
+            raise UnsupportedCallError("a block runs that did not run before")
         try:
             return filled(template, args, kwargs)
         except LookupError as error:

@@ -149,13 +149,13 @@ class Prover:
     def find(self, watched: Watched) -> Found:
         """Returns the best place that is proved, else the network's whole output, or none where that would be wrong."""
         if watched.changed or watched.appeared:  # what only appeared may be a table made once: the next evaluation shows it
-            reason = f"it remembers what it saw ({watched.changed or watched.appeared})"
+            reason = f"it keeps state between calls ({watched.changed or watched.appeared})"
             return Found(None, reason=reason, is_lasting=bool(watched.changed))
         if not is_finite(self._answer):
-            return Found(None, reason="its answer is not finite", is_lasting=False)
+            return Found(None, reason="its output has NaN or infinite values", is_lasting=False)
         stacks = [stack for entry in watched.lists if (stack := stack_of(entry)) is not None]
         if not stacks:
-            return Found(None, reason="no list of blocks runs once and in turn")
+            return Found(None, reason="it has no list of blocks that each run once, in order")
         lengths = sorted(watched.lengths, reverse=True)
         for chosen in _choices(stacks):
             found = self._found(chosen, watched.macs, lengths)
@@ -163,10 +163,10 @@ class Prover:
                 return found
         again = self._attempt(self._compute)
         if again is None or not is_equal(self._answer, again, torch.float32):
-            return Found(None, reason="it does not answer the same twice")
+            return Found(None, reason="it returns different outputs for the same input")
         if not self._is_tried:
-            return self._whole(watched, "its lists of blocks are less than a fifth of its work")
-        return self._whole(watched, "a skip that puts its hidden state back does not answer the same")
+            return self._whole(watched, "its lists of blocks do less than a fifth of its work")
+        return self._whole(watched, "with its hidden state put back, it does not return the same output")
 
     # -- one choice of stacks ---------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class Prover:
         self._allowed = max(_EXACT, 4 * _distance(self._answer, first))  # what is left out must not hide in a short dtype's rounding
         place = self._with_rows(self._with_fewer(place, hidden), hidden)
         if not self._is_seen(place, hidden):
-            return Found(None, reason="its answer is the same whatever its blocks give", is_lasting=False)
+            return Found(None, reason="its output does not depend on its blocks", is_lasting=False)
         place = self._with_tokens(place, hidden, lengths)
         return Found(place, _parts(place, hidden), skip_macs=cost.so_far)
 

@@ -55,7 +55,7 @@ class ModelInput:
         if not self._family.embed:
             return hidden[..., :0]
         if self._given is None:
-            raise UnknownInputError("the model's input is not where it was described")
+            raise UnknownInputError("the model's input layer did not run as expected")
         return _alike(self._given, hidden, place.kept[0])
 
     def without(self, hidden: Tensor, place: Place) -> Tensor:
@@ -77,7 +77,7 @@ class ModelInput:
         if not self._family.embed:
             return None
         if self.embedded is None:
-            raise UnknownInputError("the model's first block is not where it was described")
+            raise UnknownInputError("the model's first block did not run as expected")
         embedded = _alike(self.embedded, hidden, place.kept[0])
         if embedded.shape != hidden.shape:
             raise UnknownInputError("the model's blocks change the number of channels")

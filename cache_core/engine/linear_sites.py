@@ -105,7 +105,7 @@ class FactorisedLayers:
         """
         own = [site for site in sites if all(f"{site.key(part)}.{side}" in factors for part in site.parts for side in "AB")]
         if not own:
-            raise UnsupportedCallError("none of the layers that there are factors for is given tokens")
+            raise UnsupportedCallError("none of the layers with low-rank factors receives tokens")
         check_shapes(own, factors)
         return cls(tuple(own), factors)
 

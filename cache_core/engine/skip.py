@@ -31,7 +31,7 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Ite
     and of every later skip, into pieces.
 
     Raises:
-        UnsteadyError: In the host's call, where the tokens lie in another order than before.
+        UnsteadyError: In the host's call, where the the model puts its tokens in another order than before.
         UnsupportedCallError: In the host's call, where it does not fit the place.
     """
 

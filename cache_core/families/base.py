@@ -140,7 +140,7 @@ class Stack:
         for parameter, stream in self.streams.items():
             if wanted in stream.split("+") and isinstance(named.get(parameter), Tensor):
                 return named[parameter]
-        raise UnknownInputError(f"{self.path} is called otherwise than described")
+        raise UnknownInputError(f"{self.path} is called with other arguments than the cache expects")
 
     def flat(self, tensor: Tensor) -> Tensor:
         """Returns the tokens of a stream as (B, L, C), as a view where that is possible."""

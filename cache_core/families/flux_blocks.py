@@ -103,7 +103,7 @@ def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cach
 
 def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     if getattr(block, "yak_mlp", False):
-        raise UnsupportedCallError("a gated MLP inside linear1 (Ovis), which newer hosts have")
+        raise UnsupportedCallError("blocks with a gated MLP inside linear1, as in Ovis, cannot be replayed")
     x = call["x"]
     mod = call["vec"] if block.modulation is None else block.modulation(call["vec"])[0]
     rows = _rows(call.get("modulation_dims"), x)
@@ -127,7 +127,7 @@ def _rows(dims: Any, x: Tensor) -> Tensor | None:
         rows[start:end] = row
         times[start:end] += 1
     if (times != 1).any():
-        raise UnsupportedCallError("per-token modulation that leaves tokens out or changes them twice")
+        raise UnsupportedCallError("modulation_dims do not give each token exactly one row")
     return rows.to(x.device, non_blocking=True)
 
 

@@ -26,7 +26,7 @@ from .video_blocks import CROSS, MLP, SELF, sites, spread
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     x, timestep, raw = call["x"], call["timestep"], block.scale_shift_table
     if getattr(block, "cross_attention_adaln", False):
-        raise UnsupportedCallError("cross-attention that is modulated")
+        raise UnsupportedCallError("blocks with modulated cross-attention cannot be replayed")
     table = raw[None, None].to(device=x.device, dtype=x.dtype)  # the host's own cast of this raw parameter
     vectors = table + rearrange(timestep, "B G (vectors C) -> B G vectors C", vectors=raw.shape[0])
     _, _, gate_attn, shift, scale, gate = vectors.unbind(2)

@@ -38,7 +38,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
 def _why_not(call: Mapping[str, Any]) -> str:
     """Refuses calls whose reference pictures are modulated separately: the replay does not make their rows of modulation."""
-    return "" if call.get("timestep_zero_index") is None else "reference pictures modulated apart from the image"
+    return "" if call.get("timestep_zero_index") is None else "reference pictures have a modulation of their own (timestep_zero_index)"
 
 
 LUMINA = ModelFamily(

@@ -99,7 +99,7 @@ def _modulation(block: Any, call: Mapping[str, Any]) -> list[Tensor]:
     if x_mask is None:
         return list(given[0])
     if x_mask.shape[-1] * call["S"] != call["x"].shape[1]:
-        raise UnsupportedCallError("a mask of other frames than the tokens'")
+        raise UnsupportedCallError("the frame mask and the tokens have different numbers of frames")
     is_sampled = x_mask.repeat_interleave(call["S"], dim=1)[..., None]
     return [torch.where(is_sampled, now, at_zero) for now, at_zero in zip(*given)]
 

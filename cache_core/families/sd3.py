@@ -34,7 +34,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Any, T
 def _half(block: Any, stream: str, x: Tensor, c: Tensor, cached: Cached) -> Tensor:
     """Returns the stream x (B, L, C) of the text or the image half of a block, given the embedded time c (B, C)."""
     if block.scale_mod_only:
-        raise UnsupportedCallError("blocks without shifts")
+        raise UnsupportedCallError("blocks without shifts cannot be replayed")
     modulation = block.adaLN_modulation(c)[:, None].chunk(9 if block.x_block_self_attn else 6, dim=-1)
     if block.x_block_self_attn:
         x = x + modulation[8] * cached.all_tokens("img.attn2")

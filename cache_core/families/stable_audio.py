@@ -48,14 +48,14 @@ def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | Non
     if given is None:
         return None
     if not getattr(block, "global_cond_shared_embed", False):
-        raise UnsupportedCallError("gates that every block makes itself")
+        raise UnsupportedCallError("blocks that compute their own gates cannot be replayed")
     return tuple((block.to_scale_shift_gate.to(given) + given).unsqueeze(1).chunk(6, dim=-1))
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes self-attention from the cache and recomputes cross-attention and MLP for the chosen tokens."""
     if call.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
-        raise UnsupportedCallError("masked frames, convolutions or means over frames")
+        raise UnsupportedCallError("blocks that mask frames, convolve over them or average them cannot be replayed")
     text, options, modulation = call["context"], call.get("transformer_options", {}), _modulation(block, call)
     attention = cached.all_tokens(f"{_FRAMES}.self_attn")
     x = attended = call["x"] + (attention if modulation is None else attention * (1 - modulation[2]).sigmoid())

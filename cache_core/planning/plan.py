@@ -38,7 +38,7 @@ class Plan:
         """
         pattern = parse(text)
         if pattern.head or pattern.tail:
-            raise ScheduleTextError("a plan names every step: it has no *", text, text.index("*"))
+            raise ScheduleTextError("a plan must name every step, so * cannot be used", text, text.index("*"))
         return cls(pattern.loop)
 
     @classmethod

@@ -103,7 +103,7 @@ class Schedule:
             policy = POLICIES[self.policy].asked(self._request(start, costs, self.calibration or calibration))
         except NotCoveredError as reason:
             policy = FrontLoaded(self.speedup, self.warmup, self.tail)
-            notices = (f"no schedule can be searched, a front-loaded one is used: {reason}",)
+            notices = (f"no plan can be searched for this run, so a front-loaded one is used: {reason}",)
         if self.unit == "steps":
             policy = Within(policy, round(self.skip_from), round(self.skip_to) or None)
         return policy, notices

@@ -103,7 +103,7 @@ class _Reader:
         tail: list[Kind] = []
         while (place := self._skip_spaces()) < len(self._text):
             if self._text[place] == ")":
-                raise self._error("there is no ( that this ) would close", place)
+                raise self._error("this ) has no matching (", place)
             kinds = self._item()
             if self._takes("*"):
                 if loop is not None:
@@ -112,7 +112,7 @@ class _Reader:
             else:
                 (head if loop is None else tail).extend(kinds)
             if len(head) + len(loop or ()) + len(tail) > _MOST:
-                raise self._error(f"up to here this stands for more than {_MOST} steps", place)
+                raise self._error(f"up to here this makes more than {_MOST} steps", place)
         everything = [*head, *(loop or ()), *tail]
         if not everything:
             raise self._error("a schedule needs at least one letter: F, i, c or a", len(self._text))
@@ -129,7 +129,7 @@ class _Reader:
             raise self._error("a number must be followed by a letter or a group", place)
         kinds = self._group() if self._takes("(") else [self._letter()]
         if count * len(kinds) > _MOST:
-            raise self._error(f"this stands for more than {_MOST} steps", place)
+            raise self._error(f"this makes more than {_MOST} steps", place)
         return kinds * count
 
     def _number(self) -> int:
@@ -148,7 +148,7 @@ class _Reader:
         opened, kinds = self._at - 1, []
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise self._error(f"groups may stand in each other {_DEEPEST} deep", opened)
+            raise self._error(f"groups can be nested at most {_DEEPEST} deep", opened)
         while not self._takes(")"):
             if self._skip_spaces() >= len(self._text):
                 raise self._error("this ( is never closed", opened)
@@ -156,7 +156,7 @@ class _Reader:
             if self._takes("*"):
                 raise self._error("* stands after a whole group, not inside one", self._at - 1)
             if len(kinds) > _MOST:
-                raise self._error(f"this stands for more than {_MOST} steps", opened)
+                raise self._error(f"this makes more than {_MOST} steps", opened)
         if not kinds:
             raise self._error("this group is empty", opened)
         self._depth -= 1

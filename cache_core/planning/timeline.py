@@ -28,7 +28,7 @@ class Timeline:
         if len(self.sigmas) < 2:
             raise ValueError("a sampling run needs at least one step (two noise levels)")
         if any(b > a for a, b in zip(self.sigmas, self.sigmas[1:])):
-            raise ValueError("the noise levels of this run rise, so steps cannot be told from them")
+            raise ValueError("the noise levels of this run rise; the cache needs levels that fall from step to step")
         top = self.sigmas[0] or 1.0
         self.times = tuple(float(t) for t in times) if times is not None else tuple(s / top for s in self.sigmas)
         if len(self.times) != len(self.sigmas):

@@ -150,7 +150,9 @@ class Calibrator:
         """Adds the trajectories of one recorded run to the statistics."""
         trajectories = tape.trajectories()
         if not trajectories:
-            raise ValueError("the model's evaluations could not be recorded: another node answers for it, or its conds come and go")
+            raise ValueError(
+                "the model's evaluations could not be recorded: another node replaces the model in some steps, or conditionings are active in some steps only. Remove such nodes for calibrating"
+            )
         if any(later > time for time, later in pairwise(tape.times)):
             raise ValueError("this sampler goes back to higher noise levels, which cannot be calibrated: choose another")
         # of several evaluations at one noise level only the last, which a cached run keeps, too
@@ -158,7 +160,7 @@ class Calibrator:
         nodes = sorted({apart[round(i)] for i in np.linspace(0, len(apart) - 1, min(_NODES, len(apart)))})
         times = tuple(tape.times[node] for node in nodes)
         if self._times and times != self._times:
-            raise ValueError("the prompts were sampled at different noise levels: calibrate them with one schedule")
+            raise ValueError("the prompts were sampled at different noise levels: use the same scheduler and steps for all of them")
         self._times = times
         generator = torch.Generator().manual_seed(_SEED)
         for u, z in trajectories:
@@ -186,7 +188,7 @@ class Calibrator:
         trials = Trials(halves, model, start, self._sample, self._references, told)
         tried = tuple(trials.best(budget) for budget in budgets)
         if not tried:
-            raise ValueError(f"with {len(step_times)} steps there is nothing to skip: calibrate with more")
+            raise ValueError(f"{len(step_times)} steps are too few to skip any: calibrate with more steps")
         return Forecast(model, step_times, tried)
 
     def _measured(self, half: int, start: RunStart) -> ForecastModel:

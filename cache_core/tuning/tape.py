@@ -161,7 +161,7 @@ class TapedRun(CacheRun):
 
     def _fill_without_input(self, _slots: Sequence[Slot], reason: str) -> None:
         """Raises ValueError: a calibration cannot go on without the model's input."""
-        raise ValueError(f"a forecast of this model cannot be calibrated as it is sampled here: {reason}")
+        raise ValueError(f"the forecast cannot be calibrated with this model and sampling setup: {reason}")
 
     def _recorded(self, evaluation: int, conds: int) -> _Entry | None:
         """Returns the entry to play back for the next call of an evaluation, or None.

@@ -200,7 +200,7 @@ def test_modulated_cross_attention_of_newer_hosts_is_computed_in_full():
     plain = sample(case, model)
     patched = conservatively(model, "FcccFccc", 0.37)
     assert torch.equal(sample(case, patched), plain)
-    assert kinds(patched) == "F" * STEPS and "cross-attention that is modulated" in report_of(patched).notices[0]
+    assert kinds(patched) == "F" * STEPS and "blocks with modulated cross-attention cannot be replayed" in report_of(patched).notices[0]
 
 
 @pytest.mark.parametrize("family", ["wan", "mochi", "cosmos_predict2"])

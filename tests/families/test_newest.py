@@ -86,7 +86,7 @@ def test_hidream_o1_with_a_reference_is_computed_in_full():
     model = hidream_o1()
     plain, patched = sample(case, model), cached(model, PLAN)
     assert torch.equal(sample(case, patched), plain) and kinds(patched) == "F" * len(PLAN)
-    assert "it remembers what it saw (_kv_cache_entries" in report_of(patched).place and report_of(patched).notices
+    assert "it keeps state between calls (_kv_cache_entries" in report_of(patched).place and report_of(patched).notices
 
 
 # -- Stable Audio 3 -------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_calibrated_forecasts_do_not_know_added_tokens():
     assert torch.equal(sample(case, patched), sample(case, cached(model, "FaFaFaFa")))
     assert kinds(patched) == "FaFaFaFa" and report_of(patched).peak_bytes == report_of(patched).predicted_bytes
     (notice,) = report_of(patched).notices
-    assert notice.startswith("skipped evaluations are filled as without a calibration: tokens are added")
+    assert notice.startswith("the calibration is not used for skipped evaluations: tokens are added")
 
 
 def calls_of(module: torch.nn.Module) -> list:

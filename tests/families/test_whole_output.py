@@ -24,8 +24,8 @@ from zoo_stand_ins import hunyuan3d_2_1
 
 CASE = Case("early", lambda: tiny(config_of(EarlyErnie, 16)), (16, 12, 16), text(7, 24), lambda m: m)
 PLAN = "FaFaFaFa"
-WHY = "a skip that puts its hidden state back does not answer the same"
-TOLD = f"of this model only the whole output can be cached: skipped evaluations do not see the present latent ({WHY})"
+WHY = "with its hidden state put back, it does not return the same output"
+TOLD = f"only the final output of this model can be cached ({WHY}): skipped evaluations do not look at the current latent"
 CPU = torch.device("cpu")
 
 
@@ -258,6 +258,6 @@ def test_a_network_without_blocks_is_computed_in_full():
     outputs, report = forecast(network, lambda t: network(x, torch.full((2,), t)), places)
     assert [e.kind.value for e in report.evaluations] == ["F"] * 3 and report.peak_bytes == 0
     assert torch.equal(outputs[2], network(x, torch.full((2,), 0.5)))
-    reason = "no list of blocks runs once and in turn"
+    reason = "it has no list of blocks that each run once, in order"
     assert report.place == f"not cached: {reason}"
-    assert report.notices == [f"nothing of this model can be cached, as {reason}: computed in full, past the cache"]
+    assert report.notices == [f"nothing of this model can be cached, as {reason}: computed in full, without the cache"]

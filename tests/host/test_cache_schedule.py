@@ -126,7 +126,7 @@ def test_a_run_that_is_too_long_to_search_for(calibration):
     """A thousand steps would take minutes: the schedule says so and is front-loaded."""
     forecast = random_forecast(0)
     times = [1 - i / 301 for i in range(301)]
-    with pytest.raises(NotCoveredError, match="301 steps, and plans are searched for up to 300"):
+    with pytest.raises(NotCoveredError, match="301 steps; plans can be searched for up to 300"):
         nested_plan(forecast, times, range(301), 9, True)
     policy, notices = Schedule("searched", 3.0, calibration=calibration).policy_for(opening(1000), assumed_costs(0.1), None)
     assert str(policy.plan(1000, range(1000))) == plan(3.0, 1000) and "searched for up to 300" in notices[0]

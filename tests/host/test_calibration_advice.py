@@ -114,7 +114,7 @@ def test_a_calibration_that_was_no_better_says_so():
     forecast = forecast_of()
     forecast = replace(forecast, tried=tuple(replace(choice, share=None) for choice in forecast.tried))
     strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
-    assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: does best as without") and not strategy.notices
+    assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: no gain at this speed") and not strategy.notices
 
 
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():

@@ -289,7 +289,7 @@ def test_prompts_with_different_schedules_are_refused(small, more):
 
 
 def test_a_run_with_nothing_to_skip_is_refused(small):
-    with pytest.raises(ValueError, match="1 steps there is nothing to skip"):
+    with pytest.raises(ValueError, match="1 steps are too few to skip any"):
         calibrator(small, steps=1).run()
 
 

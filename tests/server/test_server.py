@@ -98,8 +98,8 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
         ({"start_percent": -0.5}, "0 to 1"),
         ({"start_percent": "0,5"}, "start_percent must be a number from 0 to 1, not '0,5'"),
         ({"speedup": float("nan")}, "speedup must be a number of at least 1, not nan"),
-        ({"calibration": "mine"}, "calibration takes what SVD Calibrator or Load Calibration gives"),
-        ({"schedule": 3}, "schedule takes what Cache Schedule gives"),
+        ({"calibration": "mine"}, "calibration must be connected to the output of SVD Calibrator or Load Calibration"),
+        ({"schedule": 3}, "schedule must be connected to the output of Cache Schedule"),
         ({"mode": "turbo"}, "'turbo'"),  # by the host where it knows a combo's options, else by the pack
     ],
 )

@@ -25,6 +25,6 @@ class Searched(Given):
         """
         if request.searched is None:
             raise ValueError(
-                "a searched schedule needs a calibrated forecast of this model: run SVD Calibrator first, or choose another kind"
+                "a searched schedule needs a calibrated forecast of this model: run SVD Calibrator first, or choose another schedule"
             )
         return cls(request.searched(max(2, round(request.steps / request.speedup))))

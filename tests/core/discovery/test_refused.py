@@ -13,7 +13,7 @@ from toys_refused import NOTHING, STATEFUL, UNSPLIT
 def test_the_whole_output_is_kept(name, order):
     found = checked(UNSPLIT[name], order)
     assert 2 in skips(found) or order == "both"
-    assert any("only the whole output" in notice for notice in found.notices)
+    assert any("only the final output" in notice for notice in found.notices)
 
 
 @pytest.mark.parametrize("order", ["together", "apart"])

@@ -344,9 +344,9 @@ class Zero(Toy):
 
 
 NOTHING = {
-    "blocks called twice": Case(Twice, None, reason="no list of blocks runs once and in turn"),
-    "no lists": Case(Layerless, None, ("first", "second"), reason="no list of blocks runs once and in turn"),
-    "a small list": Case(SmallList, None, ("first", "second"), reason="no list of blocks runs once and in turn"),
-    "most blocks left out": Case(MostlyLeavingOut, None, reason="no list of blocks runs once and in turn"),
+    "blocks called twice": Case(Twice, None, reason="it has no list of blocks that each run once, in order"),
+    "no lists": Case(Layerless, None, ("first", "second"), reason="it has no list of blocks that each run once, in order"),
+    "a small list": Case(SmallList, None, ("first", "second"), reason="it has no list of blocks that each run once, in order"),
+    "most blocks left out": Case(MostlyLeavingOut, None, reason="it has no list of blocks that each run once, in order"),
     "zero": Case(Zero, None, reason="nothing could be skipped"),
 }
