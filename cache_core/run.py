@@ -192,7 +192,8 @@ class CacheRun:
         if not self._slots.is_steady():
             self._disable()
             self.notify(
-                "two full evaluations of this run have nothing in common, so nothing can be reused: the rest of this run is computed in full"
+                "two full evaluations of this run have nothing in common, so nothing can be reused: "
+                "the rest of this run is computed in full"
             )
         if self._lacks_input:
             self._lacks_input = False

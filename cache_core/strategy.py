@@ -26,6 +26,13 @@ _NOISY = (
     "this sampler adds noise between steps, and skipped steps would leave it in the picture: every step is computed in full. "
     "To skip steps, choose a sampler that adds no noise (euler, dpmpp_2m, res_multistep …)"
 )
+_FACTORS_ONLY = (
+    "the calibration is not used: it has only low-rank factors, which are for mode icc. Run SVD Calibrator with a forecast for mode auto"
+)
+_OTHER_INPUT = (
+    "the calibration is not used: it was made by another version of this pack, which read this model's input differently; "
+    "run SVD Calibrator again"
+)
 _UNTRIED = (
     "it is not known whether this sampler adds noise between steps, because it could not be tried out: every step is computed in full"
 )
@@ -195,12 +202,7 @@ class Settings:
             return uncalibrated
         forecast = self.calibration.forecast
         if forecast is None:
-            return replace(
-                uncalibrated,
-                notices=(
-                    "the calibration is not used: it has only low-rank factors, which are for mode icc. Run SVD Calibrator with a forecast for mode auto",
-                ),
-            )
+            return replace(uncalibrated, notices=(_FACTORS_ONLY,))
         full = max(2, round(start.timeline.steps / self.speedup))
         tried, refused = _tried_plan(forecast, start, full)
         if tried is None:
@@ -258,7 +260,8 @@ def _warnings(plan: Plan) -> tuple[str, ...]:
     if full == len(plan) or (len(plan) >= _FEW_STEPS and computed >= _FEW_COMPUTED):
         return ()
     return (
-        f"only {full} of {len(plan)} steps are computed in full: a run with fewer steps and no cache is likely to look better; compare both",
+        f"only {full} of {len(plan)} steps are computed in full: a run with fewer steps and no cache is likely to look better; "
+        "compare both",
     )
 
 
@@ -271,9 +274,7 @@ def _tried_plan(forecast: Forecast, start: RunStart, full: int) -> tuple[TriedPl
         full: Number of full evaluations of the run.
     """
     if forecast.model.has_no_input is bool(start.family.embed):
-        return None, (
-            "the calibration is not used: it was made by another version of this pack, which read this model's input differently; run SVD Calibrator again",
-        )
+        return None, (_OTHER_INPUT,)
     try:
         check_covered(forecast, start.timeline.times[:-1])
     except NotCoveredError as reason:

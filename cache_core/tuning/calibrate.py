@@ -151,7 +151,8 @@ class Calibrator:
         trajectories = tape.trajectories()
         if not trajectories:
             raise ValueError(
-                "the model's evaluations could not be recorded: another node replaces the model in some steps, or conditionings are active in some steps only. Remove such nodes for calibrating"
+                "the model's evaluations could not be recorded: another node replaces the model in some steps, or conditionings are active "
+                "in some steps only. Remove such nodes for calibrating"
             )
         if any(later > time for time, later in pairwise(tape.times)):
             raise ValueError("this sampler goes back to higher noise levels, which cannot be calibrated: choose another")

@@ -126,7 +126,7 @@ def test_dense_weight_sees_through_clipped_inputs_and_refuses_what_is_not_linear
     assert (weight - module.weight).norm() / module.weight.norm() < 0.01
     bent = linear()
     bent.register_forward_hook(lambda _module, _args, result: result.abs())
-    with pytest.raises(ValueError, match="not answer as a linear"):
+    with pytest.raises(ValueError, match="are not linear"):
         dense_weight(bent, torch.float32, CPU)
 
 

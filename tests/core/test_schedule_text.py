@@ -44,7 +44,7 @@ def test_hand_worked_texts(text, steps, expected):
         ("   ", 3, "at least one"),
         ("F 3", 3, "followed by"),
         ("F (aa", 2, "never closed"),
-        ("F a)", 3, "would close"),
+        ("F a)", 3, "no matching"),
         ("F ()", 2, "empty"),
         ("(Fa)* (ca)*", 10, "only one"),
         ("F (a*F)", 4, "after a whole group"),

@@ -88,7 +88,7 @@ COUNTS = ("3", 2.5, math.nan, True, [3])
         *(({name: value}, words) for name, words in (("cycle_length", "cycle length"), ("warmup", "warm-?up"), ("tail", "tail"),
           ("token_seed", "seed")) for value in COUNTS),
         *(({name: value}, name) for name in ("mode", "predictor", "store_device", "store_dtype") for value in ("none", 5, ["auto"], None)),
-        *(({"calibration": value}, "calibration must be connected to the output of SVD Calibrator or Load Calibration") for value in ("mine", 5, {})),
+        *(({"calibration": value}, "calibration must be connected to the output of SVD Calibrator") for value in ("mine", 5, {})),
         *(({"schedule": value}, "schedule must be connected to the output of Cache Schedule") for value in ("3F", 5, {})),
     ],
     ids=lambda value: str(value)[:40],

@@ -209,7 +209,7 @@ def referred(case: Case, network: nn.Module, order: str, ran: list[set[int]], pl
             is_full = full.issuperset(conds)
 
             def keep(_module: nn.Module, _args: Any, result: Any, conds=conds) -> None:
-                if conds not in kept or shape_of(result) == shape_of(kept[conds]):  # else that evaluation went past the cache
+                if conds not in kept or shape_of(result) == shape_of(kept[conds]):  # else that evaluation went without the cache
                     kept[conds] = copied(result)
 
             def give(_module: nn.Module, _args: Any, _result: Any, conds=conds) -> Any:

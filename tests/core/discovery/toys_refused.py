@@ -88,12 +88,12 @@ class UnpackingShapes(Unpacking):
 
 
 UNSPLIT = {
-    "a head that reads an early hidden state": Case(EarlyRead, "", reason="does not answer the same"),
-    "a head that reads a little of it": Case(EarlyReadALittle, "", reason="does not answer the same"),
-    "a head that reads all": Case(AllRead, "", reason="does not answer the same"),
-    "in place, results not looked at": Case(InPlaceUnreturned, "", reason="does not answer the same"),
-    "keys and values are used": Case(Unpacking, "", reason="does not answer the same"),
-    "keys and values are unpacked": Case(UnpackingShapes, "", reason="does not answer the same"),
+    "a head that reads an early hidden state": Case(EarlyRead, "", reason="does not return the same output"),
+    "a head that reads a little of it": Case(EarlyReadALittle, "", reason="does not return the same output"),
+    "a head that reads all": Case(AllRead, "", reason="does not return the same output"),
+    "in place, results not looked at": Case(InPlaceUnreturned, "", reason="does not return the same output"),
+    "keys and values are used": Case(Unpacking, "", reason="does not return the same output"),
+    "keys and values are unpacked": Case(UnpackingShapes, "", reason="does not return the same output"),
 }
 
 
@@ -277,7 +277,7 @@ class NoisyHead(Toy):
         return answer + 0.1 * torch.randn_like(answer)
 
 
-REMEMBERS = "it remembers what it saw"
+REMEMBERS = "it keeps state between calls"
 STATEFUL = {
     "counter in a block": Case(of_blocks(Counting), None, reason=REMEMBERS, is_joint=True),
     "counter in a buffer": Case(of_blocks(CountingInBuffer), None, reason=REMEMBERS, is_joint=True),
@@ -289,8 +289,8 @@ STATEFUL = {
     "permutation around the blocks": Case(Permuting, None, reason=REMEMBERS, is_joint=True),
     "permutation inside the blocks": Case(PermutingInside, None, reason=REMEMBERS, is_joint=True),
     "feedback": Case(Feedback, None, reason="", is_joint=True),
-    "dropout in the head": Case(DroppingHead, None, reason="does not answer the same twice", is_joint=True),
-    "noise in the head": Case(NoisyHead, None, reason="does not answer the same twice", is_joint=True),
+    "dropout in the head": Case(DroppingHead, None, reason="returns different outputs for the same input", is_joint=True),
+    "noise in the head": Case(NoisyHead, None, reason="returns different outputs for the same input", is_joint=True),
 }
 
 
