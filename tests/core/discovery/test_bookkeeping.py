@@ -39,4 +39,4 @@ def test_what_the_host_keeps_on_modules_counts_for_nothing(bookkeeping, ran):
         full.append(network.blocks[0]._v_fetched > before)
         before = network.blocks[0]._v_fetched
     assert sum(full) == ran and full[0]
-    assert run.close(is_complete=True).place.startswith("found and proved" if bookkeeping else "not cached: it remembers")
+    assert run.close(is_complete=True).place.startswith("found and proved" if bookkeeping else "not cached: it keeps state")

@@ -82,7 +82,7 @@ def test_a_block_that_was_left_out_at_first():
     """Nobody knows what it would hand on: computed in full, never skipped by what was found without it."""
     found = checked(Case(Joining, "blocks.3"))
     assert skips(found) == [4]
-    assert any("left out before" in notice for notice in found.notices)
+    assert any("did not run before" in notice for notice in found.notices)
 
 
 class Experts(At):
