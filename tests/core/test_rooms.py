@@ -49,8 +49,8 @@ def test_no_test_file_imports_another():
     files = sorted(TESTS.rglob("*.py"))
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], path
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not [name for name in modules if name.rpartition(".")[2].startswith("test_")], path
     names = [path.name for path in files if path.name not in ("conftest.py", "__init__.py")]
     assert len(names) == len(set(names))
