@@ -1,7 +1,8 @@
-"""This room needs torch, numpy, safetensors and pytest, and nothing of ComfyUI."""
+"""The rooms of tests: core needs torch, numpy, safetensors and pytest alone, and no test file imports another."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -29,9 +30,9 @@ _REFUSED = (
 )  # fmt: skip
 
 
-def test_every_file_of_this_room_is_imported_without_it():
-    """All are collected where ComfyUI and what only it or other rooms need cannot be imported; what a test imports itself is in the end
-    looked for by conftest.py, in a session of this room alone.
+def test_core_is_collected_without_comfyui():
+    """And without what only ComfyUI or other rooms need. What a test imports while it runs is looked for by conftest.py, at the end of a
+    session of this room alone.
     """
     environment = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -41,3 +42,15 @@ def test_every_file_of_this_room_is_imported_without_it():
     files = {f"core/{path.relative_to(TESTS / 'core').as_posix()}" for path in (TESTS / "core").rglob("test_*.py")}
     collected = {line.split(":")[0] for line in done.stdout.splitlines()}
     assert files - collected == {"core/test_properties.py"}, "which hypothesis is for"
+
+
+def test_no_test_file_imports_another():
+    """What several use is in a helper module. File names differ, as tests and their helpers are imported by name alone."""
+    files = sorted(TESTS.rglob("*.py"))
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not [name for name in modules if name.rpartition(".")[2].startswith("test_")], path
+    names = [path.name for path in files if path.name not in ("conftest.py", "__init__.py")]
+    assert len(names) == len(set(names))
