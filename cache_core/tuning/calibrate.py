@@ -91,7 +91,7 @@ class Calibrator:
         sample: Samples a prompt.
         prompts: Number of prompts.
         wishes: What is asked for.
-        told: Called with the name of the stage, the number of its samplings (or layers) that are done, and their total number.
+        on_progress: Called with the name of the stage, the number of its samplings (or layers) that are done, and their total number.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class Calibrator:
         sample: Sample,
         prompts: int,
         wishes: Wishes,
-        told: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> None:
         self._sample, self._prompts = sample, prompts
-        self._wishes, self._told = wishes, told
+        self._wishes, self._on_progress = wishes, on_progress
         self._halves = [Moments() for _ in range(min(2, prompts))]  # statistics of the even prompts and of the odd ones
         self._sites: list[LinearSite] = []
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
@@ -133,7 +133,7 @@ class Calibrator:
             return measuring(call.conds, sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
 
         for prompt in range(self._prompts):
-            self._told("recording", prompt, self._prompts)
+            self._on_progress("recording", prompt, self._prompts)
             if self._magnitudes is not None:
                 self._magnitudes.begin_run()
             latent, tape = self._taped(prompt, self._full(), listen=listen if self._wishes.method else None)
@@ -180,13 +180,13 @@ class Calibrator:
         budgets = _budgets(len(step_times), self._wishes.speedups)
         done = 0
 
-        def told() -> None:
+        def on_progress() -> None:
             nonlocal done
             done += 1
-            self._told("trying out", done, total)
+            self._on_progress("trying out", done, total)
 
         total = len(budgets) * self._prompts * Trials.COUNT
-        trials = Trials(halves, model, start, self._sample, self._references, told)
+        trials = Trials(halves, model, start, self._sample, self._references, on_progress)
         tried = tuple(trials.best(budget) for budget in budgets)
         if not tried:
             raise ValueError(f"{len(step_times)} steps are too few to skip any: calibrate with more steps")
@@ -217,7 +217,7 @@ class Calibrator:
             _, tape = self._taped(prompt, Strategy(AlwaysCompute(), AUTO))  # sampled again, so that only one tape is kept at a time
             for place, step in enumerate(measured):
                 done = (half * len(prompts) + number) * len(measured) + place
-                self._told("measuring sensitivity", min(done, total), total)
+                self._on_progress("measuring sensitivity", min(done, total), total)
                 plan = Plan(tuple(Kind.SKIPPED if other == step else Kind.FULL for other in range(steps)))
                 strategy = Strategy(Given(plan), AUTO, name="sensitivity")
                 latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
@@ -238,7 +238,7 @@ class Calibrator:
             self._magnitudes,
             torch.bfloat16 if self._dtype is torch.bfloat16 else torch.float16,
             start.device,
-            lambda done, total: self._told("factorising layers", done, total),
+            lambda done, total: self._on_progress("factorising layers", done, total),
             call_dtype=self._dtype,
         )
         return Factors(tensors, energy)
