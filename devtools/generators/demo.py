@@ -163,9 +163,10 @@ def as_markdown(rows: list[tuple[str, ...]]) -> str:
 
 def legend(uncached: Result) -> str:
     return (
-        f"{len(PROMPTS)} prompts, 48x48, euler, cfg 2.5; no cache: {statistics.median(uncached.seconds):.2f} s an image. full, cons., "
-        "skipped: evaluations of each kind.\ntime: measured on the sampler node. compute: multiply-adds. Both are times less than no cache. "
-        "PSNR, SSIM: against no cache.\nIndented rows: as many steps as the row above has full evaluations, without a cache."
+        f"{len(PROMPTS)} prompts, 48x48, euler, cfg 2.5; no cache: {statistics.median(uncached.seconds):.2f} s an image. "
+        "full, cons., skipped: evaluations of each kind.\ntime: measured on the sampler node. compute: multiply-adds. "
+        "Both are times less than no cache. PSNR, SSIM: against no cache.\n"
+        "Indented rows: as many steps as the row above has full evaluations, without a cache."
     )
 
 
