@@ -83,9 +83,11 @@ class Calibrator:
     Prompts are taken in two halves, each with its own statistics, and what is learned from one half is tried out on the other. The result
     is made from the statistics of both.
 
-    Memory besides the model's: on its device, one hidden state and one input of each cond. In system memory, twice n²·d·C floats of
-    statistics (0.6 GiB each for FLUX at 28 evaluations), with n recorded evaluations and d and C the channels of an input and of a hidden
-    token, and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024×1024: 1.3 GiB with 28 evaluations of two conds).
+    Memory besides the model's, while recording. On its device, between evaluations: one hidden state and one input of each cond. During a
+    call, two more tensors of a hidden state's size: the embedded input, and the hidden state minus it. In the first evaluation of a run,
+    one more for the proof. In system memory, twice n²·d·C floats of statistics (0.6 GiB each for FLUX at 28 evaluations), with n recorded
+    evaluations and d and C the channels of an input and of a hidden token, and the hidden states of one run of one prompt (24 MiB each for
+    FLUX at 1024×1024: 1.3 GiB with 28 evaluations of two conds).
 
     Args:
         sample: Samples a prompt.
