@@ -28,9 +28,8 @@ sys.path.insert(0, str(ROOT))
 from devtools.host_setup import Host, SetupError, ensure_host  # noqa: E402
 
 ROOMS = ("core", "host", "server", "browser", "families")  # folders of tests, by what they need; core needs no ComfyUI
-SECOND_HALF = [
-    "tests/server", "tests/browser", *(f"tests/host/test_{name}.py" for name in ("icc_runs", "not_finite", "recording", "tuning")),
-]  # fmt: skip  # with core takes about as long as all others, which are the first half
+_LONG = ("behaviours_identity", "icc_runs", "not_finite", "recording", "tuning")
+SECOND_HALF = ["tests/server", "tests/browser", *(f"tests/host/test_{name}.py" for name in _LONG)]  # with core as long as all others
 BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "discovery", "families"]
 
 
