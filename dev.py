@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 from devtools.environment.host_setup import Host, SetupError, ensure_host  # noqa: E402
 
 ROOMS = ("core", "host", "server", "browser", "families")  # folders of tests, by what they need; core needs no ComfyUI
-FIRST_HALF = ["tests/families", "tests/host/calibrating"]  # takes as long as the others
+_LONG = ("behaviours_identity", "icc_runs", "not_finite", "recording", "tuning")
+SECOND_HALF = ["tests/server", "tests/browser", *(f"tests/host/test_{name}.py" for name in _LONG)]  # with core as long as all others
 BENCHMARKS = ["overhead", "quality", "host_caches", "calibrated", "transfer", "sidecar_size", "discovery", "families"]
 
 
@@ -70,11 +71,9 @@ def test_in_two(host: Host) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with tempfile.TemporaryFile() as output:
-        command = [str(host.python), "-m", "pytest", *FIRST_HALF]
+        command = [str(host.python), "-m", "pytest", "tests", *(f"--ignore={path}" for path in ("tests/core", *SECOND_HALF))]
         beside = subprocess.Popen(command, cwd=ROOT, env=os.environ | host.environment, stdout=output, stderr=subprocess.STDOUT)
-        status = run(host, "-m", "pytest", "tests/core")
-        others = (f"--ignore={folder}" for folder in ("tests/core", *FIRST_HALF))
-        status = max(status, run(host, "-m", "pytest", "tests", *others), beside.wait())
+        status = max(run(host, "-m", "pytest", "tests/core"), run(host, "-m", "pytest", *SECOND_HALF), beside.wait())
         output.seek(0)
         print(output.read().decode(errors="replace"))
     return status

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfyui_duca.cache_core import Settings
+from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.calibration import Calibration
-from comfyui_duca.nodes import host, svd_calibrator
-from comfyui_duca.nodes.demo_flux import encode_prompt
+from comfyui_duca.nodes import host, sidecars, svd_calibrator
+from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.duca_cache import DucaCache
 from comfyui_duca.nodes.svd_calibrator import SvdCalibrator
 
@@ -40,6 +42,23 @@ def calibrator(model: ModelPatcher, *, prompts=PROMPTS, negatives=("",), latent=
             latent=[{"samples": torch.zeros(1, 3, 16, 16) if latent is None else latent}],
             **{name: [value] for name, value in values.items()},
         )
+
+
+def _roughly(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decomposed in no time."""
+    u, s, v = torch.svd_lowrank(matrix, 8, niter=0)
+    return u, s, v.T
+
+
+def made_file(folder: Path) -> bytes:
+    """The file of a calibration with both sections. folder: to work in."""
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+        patched.setitem(folder_paths.folder_names_and_paths, sidecars.FOLDER, ([str(folder)], {".safetensors"}))
+        patched.setattr(folder_paths, "temp_directory", str(folder / "temp"))
+        patched.setattr(low_rank, "_exact_svd", _roughly)
+        calibrator(load_demo_model(), what="both", name="made")
+    (file,) = folder.glob("*.safetensors")
+    return file.read_bytes()
 
 
 def cache(model: ModelPatcher, calibration: Calibration | None = None, **given) -> ModelPatcher:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from comfyui_duca.cache_core.calibration.sidecar import peek
 from comfyui_duca.nodes import sidecars
-from helpers.calibrator_calls import PROMPTS, SHIPPED
+from helpers.calibrator_calls import PROMPTS, SHIPPED, made_file
 from helpers.watching import watch
 from PIL import Image
 
@@ -31,6 +31,12 @@ def served(base, tmp_path_factory) -> Iterator[tuple[ComfyClient, Path, ComfySer
         arguments=("--extra-model-paths-config", str(own / "paths.yaml")),
     ) as running:  # fmt: skip
         yield ComfyClient(running.url), folder, running
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> bytes:
+    """A calibration's file, with both sections."""
+    return made_file(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

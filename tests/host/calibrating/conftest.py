@@ -11,14 +11,13 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.sidecar import read
 from comfyui_duca.cache_core.engine.linear_sites import linear_sites
 from comfyui_duca.cache_core.tuning import tape
 from comfyui_duca.nodes import sidecars, svd_calibrator
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.sidecars import calibrations
-from helpers.calibrator_calls import calibrator
+from helpers.calibrator_calls import made_file
 
 
 @pytest.fixture(autouse=True)
@@ -47,23 +46,10 @@ def said(monkeypatch) -> list[str]:
     return texts
 
 
-def roughly(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decomposed in no time."""
-    u, s, v = torch.svd_lowrank(matrix, 8, niter=0)
-    return u, s, v.T
-
-
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> bytes:
     """A calibration's file, with both sections."""
-    path = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
-        patched.setitem(folder_paths.folder_names_and_paths, sidecars.FOLDER, ([str(path)], {".safetensors"}))
-        patched.setattr(folder_paths, "temp_directory", str(path / "temp"))
-        patched.setattr(low_rank, "_exact_svd", roughly)
-        calibrator(load_demo_model(), what="both", name="made")
-    (file,) = path.glob("*.safetensors")
-    return file.read_bytes()
+    return made_file(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
