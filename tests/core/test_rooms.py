@@ -1,4 +1,4 @@
-"""The rooms of tests: core needs torch, numpy, safetensors and pytest alone, and no test file imports another."""
+"""The core room needs torch, numpy, safetensors and pytest alone, and no test file imports another."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ _OF_A_TEST_FILE = re.compile(r"^[ \t]*(?:from[ \t]+[\w.]*\btest_\w+[ \t]+import|
 
 
 def test_core_is_collected_without_comfyui():
-    """And without what only ComfyUI or other rooms need. What a test imports while it runs is looked for by conftest.py, at the end of a
-    session of this room alone.
+    """Collects the room without ComfyUI and without what only other rooms need.
+
+    This shows imports at collection. Those of running tests are checked by conftest.py, at the end of a session of this room alone.
     """
     environment = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -46,7 +47,7 @@ def test_core_is_collected_without_comfyui():
 
 
 def test_no_test_file_imports_another():
-    """What several use is in a helper module. File names differ, as tests and their helpers are imported by name alone."""
+    """What several test files use is in a helper module. All file names differ, as tests and helpers are imported by name alone."""
     files = sorted(TESTS.rglob("*.py"))
     for path in files:
         assert not _OF_A_TEST_FILE.search(path.read_text(encoding="utf-8")), path

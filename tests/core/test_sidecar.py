@@ -1,4 +1,4 @@
-"""The calibration sidecar: what goes in comes out, and whatever is unfit is refused by name."""
+"""What is written to a sidecar is read from it again, and every unfit file is refused by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 
 def refused(path: Path, *sections: str) -> SidecarError:
-    """The one way in which an unfit file is answered."""
+    """Returns the error of reading an unfit file, which names it and says what to do."""
     with pytest.raises(SidecarError) as caught:
         read(path, sections or None)
     assert caught.value.path == str(path) and caught.value.reason and caught.value.remedy
@@ -30,14 +30,14 @@ def refused(path: Path, *sections: str) -> SidecarError:
 
 
 def layout(path: Path) -> tuple[int, dict]:
-    """Where tensor data begins, and the header."""
+    """Returns where tensor data begins, and the header."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     return 8 + length, json.loads(data[8 : 8 + length])
 
 
 def resaved(path: Path, change) -> Path:
-    """The file with metadata and tensors passed through `change` and nothing signed anew."""
+    """Writes the file again with its metadata and tensors passed through `change`, but signs nothing anew. Returns its path."""
     metadata, tensors = layout(path)[1]["__metadata__"], load_file(path)
     change(metadata, tensors)
     save_file(tensors, path, metadata)
@@ -102,9 +102,9 @@ def test_peek_lists_without_tensors(file):
 
 
 def _places(file: Path) -> dict[str, list[tuple[int, int]]]:
-    """Returns what to flip, as (byte, bit): every bit of the length and of the padding, bytes spread over the header and each tensor.
+    """Returns the bits to flip, as (byte, bit): all of the length and of the padding, and some in the header and in each tensor.
 
-    The header's are one in each stretch of five bytes, so that every name, number and hash in it has some.
+    In the header one bit in every five bytes is flipped, so that every name, number and hash in it has some.
     """
     rng, (start, header) = random.Random(0), layout(file)
     text = file.read_bytes()[8:start]
@@ -208,7 +208,7 @@ def test_files_that_were_edited_are_refused(file, change):
 
 
 def test_a_tensor_listed_twice_is_refused(file):
-    """Two entries of one name, each with its own bytes; a plain JSON reader would take the last."""
+    """The two entries have one name and each has its own bytes. A plain JSON reader would take the last."""
     data, start = file.read_bytes(), layout(file)[0]
     total = len(data) - start
     twin = json.dumps({"dtype": "F64", "shape": [N], "data_offsets": [total, total + 8 * N]})
@@ -218,7 +218,7 @@ def test_a_tensor_listed_twice_is_refused(file):
 
 
 def _forged(path: Path, change) -> None:
-    """A file whose digest is right and whose content breaks the rules: changed before it was signed."""
+    """Writes a file whose digest is right and whose content breaks the rules: it was changed before it was signed."""
     from comfyui_duca.cache_core.calibration import sidecar_check
 
     metadata, tensors = layout(path)[1]["__metadata__"], load_file(path)
@@ -282,7 +282,7 @@ def test_the_error_can_be_sent_between_processes():
 
 
 def test_command_line_shows_a_file_on_a_narrow_console(file, monkeypatch):
-    """A console that takes ASCII alone; the module is run as `python -m` runs it."""
+    """The console takes ASCII only. The module runs as with `python -m`."""
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", console)
     monkeypatch.setattr(sys, "argv", ["calibration", "show", str(file)])

@@ -1,4 +1,4 @@
-"""Writing a sidecar: whole or not at all, whatever is killed, full, forbidden or done twice at once."""
+"""A sidecar is written whole or not at all: if a writer is killed, the disk is full, writing is forbidden, or two write at once."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ print(len(seen), left)
 @needs_fork
 @pytest.mark.parametrize("moment, survives", [("fsync", 1), ("replace", 1), ("rmdir", 2)])
 def test_a_writer_killed_at_a_known_moment(driven, moment, survives):
-    """fsync: all is written, not yet in place. replace: at the rename. rmdir: of the writer's own folder, after the rename."""
+    """fsync: all is written but not yet in place. replace: at the rename. rmdir: after it, as the writer's own folder is removed."""
     driven(
         f"""
 write(path, version(1))
@@ -195,7 +195,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, wher
 
 
 def test_a_file_that_a_reader_has_open_is_replaced_a_moment_later(file, monkeypatch):
-    """As on Windows."""
+    """As on Windows, where the rename is refused at first."""
     failures, real = [PermissionError(errno.EACCES, "Access is denied")] * 2, os.replace
 
     def replace(*args):
@@ -218,7 +218,7 @@ def test_ctrl_c_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where):
 
 @needs_fork
 def test_a_disk_that_fills_up_while_writing(driven):
-    """The system's own refusal of a write half-way, here by the limit on a file's size."""
+    """The system itself refuses a write half-way. Here it does so at a limit on the file's size."""
     driven(
         """
 import resource
@@ -247,7 +247,7 @@ def test_folders_that_cannot_be_written_to(tmp_path, file):
 
 @needs_fork
 def test_a_read_only_folder(driven):
-    """Root may write everywhere, so the writer gives up being root; and the folder is not in root's own."""
+    """Root may write everywhere, so the writer drops root's rights; and the folder is not inside one of root's own."""
     driven(
         """
 import tempfile
