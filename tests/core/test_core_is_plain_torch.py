@@ -125,7 +125,7 @@ def _name(node: ast.expr) -> str:
 
 
 def _is_mutable(value: ast.expr) -> bool:
-    """Returns whether the value can be changed or holds something that can. Arguments of calls do not count: a tuple may be made of a list."""
+    """Returns whether the value can be changed or holds something that can. Arguments of calls do not count (tuple([1]))."""
     if isinstance(value, ast.Call):
         return _name(value) in _CALLS
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):

@@ -1,4 +1,4 @@
-"""The page's two addresses on a running server: what a plan says, what a run tells while it goes on, and what is refused."""
+"""The page's two routes on a running server: what a plan looks like, what a run sends while it goes on, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLER = next(key for key, value in DEMO.items() if value["class_type"] == "KSa
 
 @pytest.fixture(scope="module")
 def ask(server):
-    """Posts a request; the status and the answer."""
+    """Returns a function that posts a request and gives the status and the answer."""
 
     def asked(body, path="/duca_cache/plan"):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -34,7 +34,7 @@ def ask(server):
 
 
 def demo(seed=3, **cache) -> dict:
-    """seed: the host does not run again what it has run."""
+    """Returns the demo prompt. The host does not run again what it has run, so every test uses another `seed`."""
     prompt = copy.deepcopy(DEMO)
     prompt[SAMPLER]["inputs"].update(steps=8, seed=seed)
     prompt[CACHE]["inputs"].update(cache)
@@ -47,7 +47,7 @@ def request(steps=28, schedule=None, node="none", calibration=None, **cache) -> 
 
 @pytest.mark.parametrize(("start", "stop", "plan"), [(0, 10, "FaaaFaaaFa"), (10, 10000, "FaaaFaaaFa"), (18, 20, "FF")])
 def test_one_of_several_samplers_runs_a_part_of_the_steps(ask, start, stop, plan):
-    """As Wan 2.2's two experts do, 20 steps between them."""
+    """As with Wan 2.2's two experts, which share 20 steps."""
     body = request(20, speedup=3.5)
     body["sampling"] |= {"start_at_step": start, "end_at_step": stop}
     answer = ask(body)[1]
@@ -149,7 +149,7 @@ def test_after_a_run_costs_are_counted_and_the_plan_is_what_was_run(ask, client)
 
 
 def watched(server, prompt) -> list[dict]:
-    """The pack's messages of one run."""
+    """Returns the pack's messages of one run."""
     return [message["data"] for message in watch(server.url, prompt)[1] if message["type"] == "duca_cache.run"]
 
 

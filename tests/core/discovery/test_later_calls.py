@@ -49,7 +49,7 @@ class Leaving(At):
 
 @pytest.mark.parametrize("out", [0, 1, 3])
 def test_a_block_that_is_left_out_later(out):
-    """Skips go on if the first block or a middle one was left out. If the last one was, whose result they use, there is a full evaluation."""
+    """Skips go on if the first block or a middle one was left out. If the last one was, whose result they use, the step is full."""
     found = checked(Case(type("Leaving", (Leaving,), {"out": out}), "blocks.3"))
     assert skips(found) == ([4] if out == 3 else [1, 2, 4])
 
@@ -201,7 +201,7 @@ class ReadingBetween(Toy):
 
 
 def test_what_was_kept_elsewhere_is_no_use():
-    """Together, conds keep the second list's result; alone, they keep the first one's. The two have one shape and are not the same."""
+    """Together, conds keep the second list's result; alone, they keep the first one's. They differ, though of one shape."""
     case, network = Case(ReadingBetween, "others.3", ("blocks", "others")), ReadingBetween()
     found = driven(case, network, "both")
     plain = driven(case, network, "both", is_cached=False)
