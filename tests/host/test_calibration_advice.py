@@ -1,4 +1,4 @@
-"""What a calibration recommends for which run, and what the modes auto and icc make of it."""
+"""What a calibration recommends for a run, and how modes auto and icc use it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import nn
 
 @pytest.mark.parametrize("steps", [K, 6, 25])
 def test_the_nearest_choice_is_taken(steps):
-    """By share of full evaluations."""
+    """The nearest by share of full evaluations."""
     forecast = forecast_of()
     shares = [choice.plan.count(Kind.FULL) / K for choice in forecast.tried]
     for full in range(1, steps + 1):
@@ -34,7 +34,7 @@ def test_the_nearest_choice_is_taken(steps):
 
 @pytest.mark.parametrize("times", [[1.4, 0.8, 0.3], [1.0, 0.5, -0.05]])
 def test_times_outside_the_calibrated_ones_are_not_covered(times):
-    """Recorded from 1 to 0.1, and covered 0.1 further at both ends."""
+    """Recorded times go from 1 to 0.1; 0.1 more is covered at both ends."""
     for asks in (check_covered, lambda forecast, times: searched_plan(forecast, times, range(3), 2, "general", True)):
         with pytest.raises(NotCoveredError, match=r"1 to 0\.1"):
             asks(forecast_of(), times)
@@ -78,7 +78,7 @@ def test_mode_auto_follows_a_calibration():
 
 @pytest.mark.parametrize("start", ORIGINS)
 def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
-    """From where its search began; the corrector it counts on is for Euler samplers alone."""
+    """The search starts where the calibration's did. It counts on the corrector, so it is for Euler samplers only."""
     forecast, general = forecast_of(), FrontLoaded(K / 4, tail=2)
     forecast = replace(forecast, tried=tuple(replace(choice, searched_from=start) for choice in forecast.tried))
     settings = Settings(speedup=K / 4, tail=2, calibration=calibration_of(forecast, None))
@@ -100,7 +100,7 @@ def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     ids=str,
 )
 def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
-    """Searched where the sampler on the canvas is Euler's, or none was found."""
+    """It is searched if the sampler on the canvas is Euler's, or if none was found."""
     forecast = forecast_of()
     forecast = replace(forecast, tried=tuple(replace(each, searched_from="general") for each in forecast.tried))
     settings = Settings(speedup=K / 4, calibration=calibration_of(forecast, None))
@@ -110,7 +110,7 @@ def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
 
 
 def test_a_calibration_that_was_no_better_says_so():
-    """Where nothing of it surely was, when it was tried out."""
+    """That is, if no choice was surely better when they were tried."""
     forecast = forecast_of()
     forecast = replace(forecast, tried=tuple(replace(choice, share=None) for choice in forecast.tried))
     strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
@@ -136,7 +136,7 @@ def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
 
 @pytest.fixture(scope="module")
 def icc(sites) -> Calibration:
-    """Factors of rank 32 in the shapes of the demo model's layers."""
+    """Returns factors of rank 32 in the shapes of the demo model's layers."""
     tensors, energy = {}, {}
     for site in sites:
         for part in site.parts:
@@ -165,8 +165,9 @@ def test_mode_icc_takes_the_length_it_is_given(network, icc):
 
 @pytest.mark.parametrize(("speedup", "steps"), [(1.2, 28), (1.5, 28), (2.0, 28), (2.4, 50), (9.0, 28)])
 def test_mode_icc_follows_the_slider(network, icc, speedup, steps):
-    """The shortest cycle that is fast enough. At rank 32 and width 256 a block's parts, of 4608 channels in and out together,
-    cost 32·4608 of the dense 12·256² multiply-adds; attention is a tenth of a full evaluation more."""
+    """The shortest cycle that is fast enough is taken. At rank 32 and width 256 a block's parts, with 4608 channels in and out together,
+    cost 32·4608 of the dense 12·256² multiply-adds. Attention is a tenth of a full evaluation more.
+    """
     calibrated = 32 * 4608 / (12 * 256**2) + 0.1
 
     def speed(length: int) -> float:
@@ -175,5 +176,5 @@ def test_mode_icc_follows_the_slider(network, icc, speedup, steps):
 
     times = np.linspace(1.0, 0.1, steps).tolist()
     length = Settings(mode="icc", speedup=speedup, calibration=icc).strategy(opening(times, network)).policy.interval
-    assert speed(length) >= speedup * 0.98 or length == steps  # nine times is more than any cycle gives
+    assert speed(length) >= speedup * 0.98 or length == steps  # nine times faster is more than any cycle gives
     assert length > 1 and speed(length - 1) < speedup * 0.99

@@ -1,4 +1,4 @@
-"""What DuCa Cache makes of the calibrations that it finds or is given."""
+"""DuCa Cache uses the calibration that it finds or is given, if it fits."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_another_checkpoints_is_not_found(kept, model, said):
     assert setting(perturbed(model)) == "auto 2x" and not said
 
 
-# -- an explicit one -----------------------------------------------------------------------------------
+# -- a calibration that is wired -------------------------------------------------------------------------
 
 
 def test_an_explicit_one_is_used(kept, made, model, monkeypatch):
