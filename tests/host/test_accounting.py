@@ -97,7 +97,7 @@ def test_flux_at_1024_costs_and_keeps_what_papers_count():
 
 
 def test_flux_at_1024_allocates_what_is_predicted():
-    """With only the hidden state kept, the store's memory is compared after more full evaluations than it keeps. Widths are the real ones."""
+    """With only the hidden state kept, the store's memory is compared after more full evaluations than it keeps, at real widths."""
     strategy, plan = strategy_of(Settings(speedup=3.5), 28)
     store = FeatureStore(strategy.storage)
     slot = Slot(store, strategy.predictor.history)

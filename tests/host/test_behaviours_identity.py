@@ -332,7 +332,7 @@ def test_lora_before_and_after_the_node_are_the_same(model):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fp8_weights_stay_as_they_are(mode):
-    """The host casts fp8 weights layer by layer. Without skips the picture is bit-identical, with skips it is near, and weights never change."""
+    """The host casts fp8 weights layer by layer. Without skips pictures are bit-identical, with skips near, and weights never change."""
     fp8 = load_demo_model(torch.float8_e4m3fn)
     weights = {key: value.clone() for key, value in fp8.model.state_dict().items()}
     plain = sample(fp8)

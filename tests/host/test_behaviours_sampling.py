@@ -272,7 +272,7 @@ def slg(model, start=0.0, end=1.0):
 
 
 def test_guidance_with_an_extra_pass_has_a_slot_of_its_own(model, monkeypatch):
-    """The pass has the same step and conditioning but another network. It is skipped in the same evaluations and never mixed with the plain pass."""
+    """The pass shares step and conditioning but not the network. It is skipped in the same evaluations, never mixed with the plain pass."""
     patched = cached(slg(model), **AUTO)
     result = sample(patched)
     report = last_report(patched)

@@ -186,7 +186,7 @@ def test_bad_schedules_are_refused_before_anything_runs(wrong, words):
     assert CacheSchedule.validate_inputs(**INPUTS) is True
     assert (
         CacheSchedule.validate_inputs(**{**INPUTS, **wrong, "speedup": None}) is True
-    )  # a value from another node is checked when it is known
+    )  # a linked value is checked when it is known
 
 
 # -- on the host ----------------------------------------------------------------------------------------------------------------

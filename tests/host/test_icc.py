@@ -306,8 +306,8 @@ def test_bytes_are_those_kept(network, sites, small_factors, dtype):
 
 
 def test_macs_are_those_torch_counts(network, sites, small_factors):
-    """Embedding, modulation and attention cost what they do in a full evaluation. Only the blocks' linear layers are cheaper: per token, rank
-    times inputs and outputs instead of inputs times outputs (arXiv 2505.05829), and rank times inputs more where y_c and z_c are kept.
+    """Embedding, modulation and attention cost what they do in a full evaluation. Only the blocks' linear layers are cheaper: per token,
+    rank times inputs and outputs instead of inputs times outputs (arXiv 2505.05829), and rank times inputs more where y_c and z_c are kept.
     """
     driver = Driver(network, sites, small_factors)
 

@@ -223,14 +223,14 @@ def test_layers_replaced_after_binding_are_found(model, factors):
 
 
 def bytes_per_row(joint: int, image: int, itemsize: int = 4, anchors: int = 1) -> int:
-    """Returns bytes for the demo model (width 256) at rank 32: outputs and projections of 3 double and 6 single blocks, and hidden states."""
+    """Returns the demo model's bytes (width 256) at rank 32: outputs and projections of 3 double and 6 single blocks, and hidden states."""
     double = (3 + 1 + 4 + 1) * 256 + 6 * RANK  # qkv, proj, mlp.0, mlp.2; z of q, k, v and the other three
     single = (3 + 4 + 1) * 256 + 5 * RANK  # q, k, v and mlp of linear1, linear2; z of its five parts
     return itemsize * (joint * (3 * double + 6 * single) + anchors * image * 256)
 
 
 def whole_and_outside(network, rows: int) -> tuple[float, float]:
-    """Returns the multiply-adds, as torch counts them, of an evaluation with 12 text and 144 image tokens, and of its part outside the blocks."""
+    """Returns multiply-adds of an evaluation with 12 text and 144 image tokens, and those outside its blocks, as torch counts them."""
     context, extra = encode_prompt("red apple")[0]
     given = torch.randn(rows, 3, 48, 48), torch.ones(rows), context.repeat(rows, 1, 1), extra["pooled_output"].repeat(rows, 1)
     plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -243,7 +243,7 @@ def whole_and_outside(network, rows: int) -> tuple[float, float]:
 
 
 def test_macs_are_those_added_up_by_hand(model, factors):
-    """There are 156 tokens and 9 blocks of 12·256² weights. Every part of rank 32 costs its inputs plus its outputs, z_c its inputs alone."""
+    """There are 156 tokens and 9 blocks of 12·256² weights. Every part of rank 32 costs its inputs plus outputs, z_c its inputs alone."""
     patched = planned(model, "FiaFiaFF", factors)
     sample(patched, steps=8)
     rows = 2
@@ -277,7 +277,7 @@ def test_a_forecast_that_uses_the_input_finds_it_beside_calibrated_hidden_states
 
 
 def test_only_what_can_still_be_used_is_kept(model, factors, runs):
-    """A full evaluation that no conservative or incremental one follows keeps the hidden state alone. The rest stays from the first one."""
+    """Full evaluations after which no conservative or incremental one comes keep only the hidden state. The rest stays the first one's."""
     kept = []
 
     def callback(*_):
