@@ -184,9 +184,7 @@ def test_bad_schedules_are_refused_before_anything_runs(wrong, words):
     answer = CacheSchedule.validate_inputs(**{**INPUTS, **wrong})
     assert isinstance(answer, str) and answer
     assert CacheSchedule.validate_inputs(**INPUTS) is True
-    assert (
-        CacheSchedule.validate_inputs(**{**INPUTS, **wrong, "speedup": None}) is True
-    )  # a linked value is checked when it is known
+    assert CacheSchedule.validate_inputs(**{**INPUTS, **wrong, "speedup": None}) is True  # a linked value is checked when it is known
 
 
 # -- on the host ----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Calibration on the real host: what is learned and chosen, and what a cancel leaves behind."""
+"""Calibration on the host: what is learned and chosen, and that a cancel leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def small():
-    """The same with two of its nine blocks, where it does not matter what is drawn."""
+    """Returns the model with two of its nine blocks, for tests in which the picture does not matter."""
     model = load_demo_model()
     network = model.model.diffusion_model
     del network.double_blocks[1:], network.single_blocks[1:]
@@ -45,7 +45,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def learned(model):
-    """Of both prompts, with what a user would be told."""
+    """Returns what was learned from both prompts, and the progress that a user would see."""
     told = []
     result = calibrator(model, told=lambda *stage: told.append(stage)).run()
     return SimpleNamespace(**result._asdict(), told=told)
@@ -59,14 +59,14 @@ def test_what_was_learned_is_of_the_run(model, learned):
     assert learned.steps == STEPS and learned.factors is None
     assert forecast.step_times == timeline.times[:-1] and learned.times == forecast.model.times == timeline.times[:-1]
     assert forecast.model.gram.shape == (6, 6) and forecast.model.uz.shape == (6, 6, 48, 32) and forecast.model.basis.shape == (256, 32)
-    assert [choice.plan.count(Kind.FULL) for choice in forecast.tried] == [4, 2]  # of six steps, at 1.5 and 2.5
+    assert [choice.plan.count(Kind.FULL) for choice in forecast.tried] == [4, 2]  # of six steps, at 1.5x and 2.5x
     stages = [stage for stage, _, _ in learned.told]
     assert list(dict.fromkeys(stages)) == ["recording", "measuring sensitivity", "trying out"]
     assert all(0 <= done <= total for _, done, total in learned.told)
 
 
 def test_statistics_are_those_of_what_was_recorded(model, learned):
-    """The products that the method names, of all tokens of both conds of both prompts, in float64."""
+    """That is, the products that docs/method.md names, of all tokens of both conds of both prompts, in float64."""
     recording = Strategy(AlwaysCompute(), predictor_of(learned.forecast.model, 1.0))
     found = []
     for prompt in range(2):
@@ -92,10 +92,11 @@ def spans(times) -> np.ndarray:
 
 @pytest.mark.parametrize("nodes", [32, 4])
 def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, nodes):
-    """Squared change of the final latent per squared error expected of the forecast. Steps 1, 4 and 5 are measured; what they give
-    per square of the time that a step lasts is interpolated, also where statistics are kept of fewer evaluations."""
+    """It is the squared change of the final latent per squared error that is expected of the forecast. Steps 1, 4 and 5 are measured. The
+    values per square of the time that a step lasts are interpolated, also if statistics are kept of fewer evaluations.
+    """
     monkeypatch.setattr(calibrate, "_NODES", nodes)
-    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # to save time
+    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # saves time
     forecast = calibrator(model, prompts=[1]).run().forecast
     times, reference = forecast.step_times, drawn(model, 1)
     harms = []
@@ -115,7 +116,7 @@ def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, 
 
 
 def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
-    """Statistics add up, of sensitivities it is the geometric mean."""
+    """Statistics are averaged, and of sensitivities the geometric mean is taken."""
     monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)
     halves = [calibrator(model, prompts=[prompt]).run().forecast.model for prompt in range(2)]
     whole = learned.forecast.model
@@ -125,7 +126,7 @@ def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
 
 @pytest.mark.parametrize("sure_by", [0.0, 2.0])
 def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure_by):
-    """Every candidate is met again here: learned from one prompt by a calibration of its own, sampled on the other."""
+    """Every candidate is computed again here: learned from one prompt in a separate calibration, and sampled on the other."""
     worth = 0.5 if sure_by else 0.0
     monkeypatch.setattr(trials, "_SURE", sure_by)
     monkeypatch.setattr(trials, "_WORTH", worth)
@@ -178,7 +179,10 @@ PLAIN, FRONT, EVEN = ("", None), ("general", None), ("even gaps", None)
         ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [1.4, 1.5, 1.5, 1.4], half("even gaps"): [1.0] * 4}, EVEN),
         ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [0.2] * 4, half("general"): [2.0, 2.1, 1.9, 2.0]}, half("general")),
         ({FRONT: [0.3] * 4, EVEN: [0.2] * 4, half("general"): [0.8, 0.7, 0.8, 0.7]}, half("general")),
-        ({FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.0] * 4, half("general"): [0.0] * 4}, PLAIN),  # 1 dB on average, standard error 2
+        (
+            {FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.0] * 4, half("general"): [0.0] * 4},
+            PLAIN,
+        ),  # 1 dB on average, with a standard error of 2
         ({FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.7, 0.8] * 2, half("general"): [0.0] * 4}, EVEN),
         ({FRONT: [-1.0] * 4, EVEN: [-0.1] * 4, half(""): [0.9, 0.8, 0.8, 0.9]}, half("")),
         ({FRONT: [0.6] * 4, EVEN: [0.2] * 4, half("general"): [4.0, 0.1, 4.0, 0.1]}, FRONT),  # more on average, but not surely
@@ -186,7 +190,7 @@ PLAIN, FRONT, EVEN = ("", None), ("general", None), ("even gaps", None)
     ],
 )
 def test_only_what_is_surely_better_is_chosen(gains, chosen):
-    """Made-up pictures, each prompt's as many dB nearer to its reference than the uncalibrated one's."""
+    """The pictures are made up: each is that many dB nearer to its prompt's reference than the uncalibrated one is."""
     generator = torch.Generator().manual_seed(0)
     references = [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(4)]
     noise = torch.randn(1, 3, 8, 8, generator=generator)
@@ -220,7 +224,7 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
 
 
 def test_searched_plans_are_not_tried_where_nothing_is_corrected():
-    """On a sampler other than Euler's."""
+    """The sampler is not Euler's."""
     halves, timeline = [random_forecast(seed, 12).model for seed in SEEDS[:2]], Timeline(np.linspace(1, 0, 13).tolist())
     begun, met = RunStart(torch.nn.Module(), FLUX, timeline, range(12)), set()
 
@@ -243,7 +247,7 @@ def test_a_calibration_brings_its_choices_to_a_run(model, learned):
 
 
 def test_two_evaluations_a_step_are_calibrated_as_one(model):
-    """Heun's second evaluation at a noise level is what history keeps; a time that stood there twice would last no time at all."""
+    """The history keeps Heun's second evaluation at a noise level. If a time were there twice, its step would last no time."""
     result = calibrator(model, Wishes(speedups=(2.0,), directions=16), sampler="heun", steps=4).run()
     model_, times = result.forecast.model, result.forecast.step_times
     assert result.times == times and len(times) == 4
@@ -251,7 +255,7 @@ def test_two_evaluations_a_step_are_calibrated_as_one(model):
 
 
 def test_nothing_is_skipped_outside_the_window(small):
-    """Where the user lets only a part of sampling skip, only that is tried out."""
+    """If the user lets only a part of the sampling skip, only that part is tried."""
     sampled = sampler_of(small)
 
     def windowed(prompt, make):
@@ -264,7 +268,7 @@ def test_nothing_is_skipped_outside_the_window(small):
 
 
 def assert_bound(model, factors):
-    """To every layer of the model, with each part's share of its square norm."""
+    """Asserts that every layer of the model has factors, with each part's share of its square norm."""
     sites = linear_sites_of(model.model.diffusion_model)
     assert FactorisedLayers.bind(sites, factors.tensors).sites == tuple(sites)
     assert all(tensor.dtype is torch.float16 for tensor in factors.tensors.values())
@@ -294,13 +298,13 @@ def test_a_run_with_nothing_to_skip_is_refused(small):
 
 
 def test_a_sampler_that_goes_back_is_refused(small):
-    """heunpp2 looks two noise levels ahead and then returns: no forecast is made of that."""
+    """heunpp2 looks two noise levels ahead and then returns, which no forecast can follow."""
     with pytest.raises(ValueError, match="goes back"):
         calibrator(small, sampler="heunpp2").run()
 
 
 def test_a_node_that_answers_for_the_model_is_noticed(small):
-    """As caches of other packs do in some evaluations: what was kept before must not pass for these."""
+    """Caches of other packs do so in some evaluations. What was kept before must not be taken for these."""
     from comfy.patcher_extension import WrappersMP
 
     levels = []
@@ -317,11 +321,11 @@ def test_a_node_that_answers_for_the_model_is_noticed(small):
     assert len(levels) == STEPS  # of the first prompt alone
 
 
-# -- what is left behind ------------------------------------------------------------------------------------------------------
+# -- what is left unchanged ------------------------------------------------------------------------------------------------------
 
 
 def stopping(count: int):
-    """Raises as the user's cancel does, when called for the `count`-th time."""
+    """Returns a function that raises, as the user's cancel does, in its `count`-th call."""
     calls = []
 
     def stop(*_args):
@@ -333,7 +337,7 @@ def stopping(count: int):
 
 
 def state_of(model) -> tuple:
-    """What a calibration must leave as it is: every forward, hook, weight and wrapper."""
+    """Returns what a calibration must leave unchanged: every forward, hook, weight and wrapper."""
     network = model.model.diffusion_model
     forwards = [module.__dict__.get("forward") for module in network.modules()]
     hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in network.modules()]
