@@ -49,8 +49,8 @@ def breaking(model, call: int, value: float):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("settings", [{"speedup": 2.8}, {"mode": "paper", "cycle_length": 5, "token_share": 0.2}], ids=["auto", "paper"])
 def test_one_bad_evaluation_does_not_spread(model, settings, value):
-    """The third evaluation is bad, and full; the next one is computed in its place. The jump makes later steps harder to forecast: 36 dB where
-    it is 42 without the fault (auto). With the bad values kept it was 9 dB.
+    """The third evaluation is bad, and full; the next one is computed in its place. The jump makes later steps harder to forecast: 36 dB
+    where it is 42 without the fault (auto). With the bad values kept it was 9 dB.
     """
     expected = sample(model, steps=STEPS)
     whole = sample(cached(model, **settings), steps=STEPS)

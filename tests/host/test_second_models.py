@@ -104,7 +104,7 @@ def test_with_a_cache_on_both_sides_the_guiders_own_serves(model, other):
 
 
 def test_a_cache_that_stands_aside_says_so_once(model, other, monkeypatch):
-    """On the guider's own model and on the other one. If asked in every evaluation, it would search for a calibration and say so each time."""
+    """On the guider's own model and on the other. If asked in every evaluation, it would search for a calibration and say so each time."""
     said: list[str] = []
     monkeypatch.setattr(cached_model, "say", lambda text, _node_id=None: said.append(text))
     rising = torch.tensor([0.1, 0.3, 0.6, 0.9])
