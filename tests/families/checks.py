@@ -93,7 +93,7 @@ def assert_calibrated_is_exact(case: Case, model: Any, plain: Tensor, atol: floa
 
 
 def assert_the_input_is_kept(case: Case, model: Any, channels: int) -> None:
-    """The input is kept for as many tokens as the hidden state, which has `channels`. What the embedding makes of it does not matter here."""
+    """The input is kept for as many tokens as the hidden state (which has `channels`). What the embedding makes of it does not matter."""
     results = []
     for scale in (0.0, 0.01):
         patched = cached(model, PLAN, Innovating(torch.full((input_channels(model), channels), scale)))

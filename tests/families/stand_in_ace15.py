@@ -25,7 +25,7 @@ class MLP(nn.Module):
 
 
 class AceStepAttention(nn.Module):
-    """Has fewer heads for keys and values than for queries, together wider than the stream. `window`: how far a frame sees; None for all."""
+    """Has fewer heads for keys and values than for queries, together wider than the stream. `window`: how far a frame sees (None: all)."""
 
     def __init__(self, width: int, ops: Any, window: int | None = None) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class AceStepDiTModel(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Makes codes of a reference, or looks codes up: a row for every five frames."""
+    """Makes a row for every five frames of a reference, and holds the table of codes."""
 
     def __init__(self, audio: int, width: int, ops: Any) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ class CrossAttention(nn.Module):
         self.q_linear, self.kv_linear, self.proj = ops.Linear(width, width), ops.Linear(width, 2 * width), ops.Linear(width, width)
 
     def forward(self, x: Tensor, cond: Tensor, mask: list[int] | None = None) -> Tensor:
-        """Attends from x to `cond`, the text of all rows one after the other (1, sum of mask, C). `mask` has the length of each row's text."""
+        """Attends from x to `cond`, the texts of all rows one after the other (1, sum of mask, C). `mask` has the length of each row's."""
         lengths = mask or [cond.shape[1]] * x.shape[0]
         q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv_linear(cond)[0].unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
@@ -104,7 +104,7 @@ class STDiT3Block(nn.Module):
             vectors.append(self.scale_shift_table + t0.unflatten(-1, (6, -1)))
 
         def chosen(change, part: slice) -> Tensor:
-            """Modulates with this part of the six vectors, which are chosen for each frame."""
+            """Applies `change` with this part of the six vectors, which each frame has of its own."""
             results = [change(*each[:, part].split(1, dim=1)) for each in vectors]
             return results[0] if x_mask is None else frames_of(x, x_mask, *results)
 

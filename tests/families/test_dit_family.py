@@ -1,4 +1,4 @@
-"""The DiT family: conservative evaluations against an independent dense reference, and the public ExtraModels pack's models."""
+"""Conservative evaluations of DiT agree with an independent dense reference, and models of the public ExtraModels pack are served."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
 
 
 def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor], choice: TokenSelection | None) -> torch.Tensor:
-    """A whole evaluation of the plain network. With a choice, attention is that in `kept`, and so is the MLP but for the chosen tokens."""
+    """Evaluates the plain network. With a choice of tokens, attention is taken from `kept`, and so is the MLP of tokens that are not chosen."""
 
     def settling(key: tuple[int, str], module: torch.nn.Module):
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor],
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_conservative_evaluations_match_the_dense_reference(share):
-    """Two in a row: the second must build on what the first wrote into the cache. No token, some and all of them."""
+    """Two follow each other, as the second must use what the first wrote into the cache. No token, some and all of them are chosen."""
     network, run, kept = network_of(dit()), make_run(share), {}
     plain = plain_of(network, 10, 12)
     assert_near(evaluate(run, network, 0), dense(plain, 0, kept, None))
