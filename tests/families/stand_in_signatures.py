@@ -236,7 +236,7 @@ class NextDiT(lumina.NextDiT):
     def _forward(
         self, x, timesteps, context, num_tokens, attention_mask=None, ref_latents=(), ref_frames=(), transformer_options={}, **_kwargs,  # noqa: B006
     ):  # fmt: skip
-        """Puts `ref_latents` before the image, each filled up separately and modulated as clean, and `ref_frames` after it, as its parts."""
+        """Puts `ref_latents` before the image, each filled up separately and modulated as clean; `ref_frames` after it, as its parts."""
         are_clean = len(ref_latents) > 0
         vectors = self.t_embedder(
             (1.0 - torch.cat((timesteps * 0, timesteps) if are_clean else (timesteps,))) * self.time_scale, dtype=x.dtype

@@ -72,8 +72,8 @@ def plain(case, model) -> torch.Tensor:
 class Dense:
     """Gives the references' sublayers the value that the plan's kind goes on with.
 
-    That is the new value in full and skipped evaluations. In conservative ones it is the kept value, except for chosen tokens of the streams
-    that are renewed. In skipped ones the last block returns its last result, whatever the others gave.
+    That is the new value in full and skipped evaluations. In conservative ones it is the kept value, except for chosen tokens of
+    the streams that are renewed. In skipped ones the last block returns its last result, whatever the others gave.
     """
 
     def __init__(self, plan: str, share: float) -> None:

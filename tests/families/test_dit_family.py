@@ -42,7 +42,7 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
 
 
 def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor], choice: TokenSelection | None) -> torch.Tensor:
-    """Evaluates the plain network. With a choice of tokens, attention is taken from `kept`, and so is the MLP of tokens that are not chosen."""
+    """Evaluates the plain network. With a selection, attention is taken from `kept`, and so is the MLP of tokens that are not selected."""
 
     def settling(key: tuple[int, str], module: torch.nn.Module):
         def forward(x: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def test_patches_of_references_are_seen():
 
 
 def test_a_run_that_fills_the_hosts_cache_of_the_text_is_cached_once_it_is_filled():
-    """When the host's cache is empty, the first evaluation has all tokens and later ones have not, so the second is computed in full too."""
+    """If the host's cache is empty, the first evaluation has all tokens and later ones have not, so the second is computed in full too."""
     case, model = BY_NAME["hidream_o1"], hidream_o1()
     expected = sample(case, cached(model, "FFFaFaFa"))
     network(model).clear_kv_cache()

@@ -135,7 +135,7 @@ def test_kin_of_hunyuan_video_is_found_by_the_hosts_loader(make):
 
 
 def ovis() -> Any:
-    """Returns a model with blocks that have a gated MLP of their own kind. A host that does not know it computes as always."""
+    """Returns a model whose blocks have another kind of gated MLP. On a host that does not know that kind, they only have its flag."""
     if "yak_mlp" in signature(SingleStreamBlock).parameters:
         return flux2(mlp_silu_act=False, yak_mlp=True)
     model = flux2()

@@ -68,8 +68,8 @@ def test_costs_are_those_that_torch_counts(case, model, factors):
 
 
 def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, factors, monkeypatch):
-    """With two pictures for each cond, layers are kept row by row, wherever the batch axis is. Both forms of call are known by then: the first of
-    a form in the process is computed in full.
+    """With two pictures for each cond, layers are kept row by row, wherever the batch axis is. Both forms of call are known by then:
+    the first of a form in the process is computed in full.
     """
     latent = torch.zeros(2, *case.latent)
     monkeypatch.setattr(starting, "_places", Places())  # nothing is known from earlier tests
@@ -165,7 +165,7 @@ def in_pieces(layer, x: torch.Tensor, count: int) -> torch.Tensor:
 
 @pytest.fixture
 def dividing(monkeypatch) -> None:
-    """Divides Kandinsky 5's tokens as the host does above 8192 of them: query and key of self-attention in two, the feed-forward in four."""
+    """Divides Kandinsky 5's tokens as the host does above 8192: query and key of self-attention in two, the feed-forward in four."""
 
     def attention(self, x, context=None, freqs=None):
         if context is not None:

@@ -96,9 +96,7 @@ def test_hidream_edits_a_picture_beside_the_image():
     case = Case("hidream", hidream, (16, 12, 16), cond, lambda m: m.single_stream_blocks[-1])
     model = case.make()
     (kept,) = kept_of(cached_run(case, model))
-    assert (
-        kept[0] == 88
-    )  # row by row, the picture's at the right of the image's: the last row's 8 of the picture cannot be told from the image's
+    assert kept[0] == 88  # rows of the image, the picture's at their right: all but the last 8
     assert_right(case, model, kept[1])
 
 

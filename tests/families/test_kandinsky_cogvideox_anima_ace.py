@@ -58,9 +58,8 @@ def test_anima_at_16_bit_has_its_hidden_state_in_32():
     assert [kept.dtype for kept in report.shape.known.place.kept] == [torch.float32]
     patched = cached(model, PLAN, Innovating(0.01 * torch.ones(17 * 4, 48)))
     sample(case, patched)
-    assert (
-        kinds(patched) == PLAN and report.peak_bytes < report_of(patched).peak_bytes < report_of(patched).predicted_bytes
-    )  # the input has 16 bits
+    # the input has 16 bits
+    assert kinds(patched) == PLAN and report.peak_bytes < report_of(patched).peak_bytes < report_of(patched).predicted_bytes
     factors = exact_factors(layers_of(case, model))
     for plan, more in (("FiiFiiFi", {"factors": factors}), ("FcFcFcFc", {})):
         patched = cached(model, plan, **more)

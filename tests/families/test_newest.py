@@ -124,7 +124,7 @@ def test_a_mean_over_frames_is_computed_in_full():
 
 
 def guided(model: Any) -> Any:
-    """Adds both of the host's guidance nodes: in one pass a block's self-attention is passed through, in the other sound and video are apart."""
+    """Adds both of the host's guidance nodes: one pass skips a block's self-attention, in the other sound and video are apart."""
     nodes = import_module("comfy_extras.nodes_lt")
     model = nodes.LTXVSpatioTemporalGuidance.execute(model, 1.0, "1", 0.0, 1.0).args[0]
     return nodes.LTXVModalityGuidance.execute(model, 3.0, 0.0, 1.0).args[0]

@@ -48,7 +48,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def inputs(step: int, given: bool) -> dict[str, Any]:
-    """Returns videos for two conds, the time, texts of 5 and 7 tokens, and which frames are sampled: never the first, later also the second."""
+    """Returns videos for two conds, time, texts of 5 and 7 tokens, and which frames are sampled: never the first, the second later on."""
     x_mask = torch.tensor([[0.0, step > 0, 1.0], [0.0, step > 1, 1.0]])
     x, time = normal(step, 2, *LATENT), torch.full((2,), 900.0 - 90 * step)
     return {"x": x, "timestep": time, "context": normal(99, 2, 7, 24), "mask": TEXT_MASK, "x_mask": x_mask if given else None}

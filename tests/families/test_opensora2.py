@@ -40,7 +40,7 @@ class KeepingAll(Dense):
 
 @pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
 def test_conservative_evaluations_are_those_of_the_models_blocks(case, model, share):
-    """The reference has hooks on blocks that all run: attention is kept and some tokens' MLP is new. Skips follow conservative ones, too."""
+    """The reference has hooks on blocks that all run: attention is kept and some tokens' MLP is new. Skips follow conservative ones."""
     assert_conservative_is_dense(case, model, sample(case, model), share, Dense if share else KeepingAll)
 
 

@@ -55,7 +55,7 @@ def test_skipped_evaluations_leave_control_out():
 
 
 def test_two_control_videos():
-    """It is skipped as one is. VACE blocks run for each video, so they are no list that a skip can leave out, and their layers are the host's."""
+    """It is skipped as with one. VACE blocks run for each video, so a skip cannot leave their list out, and their layers are the host's."""
     case, model = vace(2), zoo_video.wan_vace()
     plain = sample(case, model)
     assert not torch.allclose(plain, sample(vace(1), model), atol=1e-3)
@@ -109,7 +109,7 @@ def test_the_last_sound_of_s2v_is_heard_in_a_skip():
     ids=[*(case.name for case in zoo_video.CASES if case.name != "ace_step"), "a reference before the video"],
 )
 def test_the_input_is_kept_token_by_token(case):
-    """If the embedding is a matrix E, then the kept history without E·x, minus E times the change of x, plus E·x, is the history again.
+    """With a matrix E as embedding, the hidden state minus E·x is kept. Minus E times the change of x, plus the new E·x, it is what it was.
 
     Nothing is kept of a reference before the video. Some hosts change a model in its first run, which is then looked at again.
     """

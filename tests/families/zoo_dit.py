@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attends with all rows in one, masked so that each sees its own text. The number of text tokens comes with the queries."""
+    """Attends with all rows in one, masked so that each sees its own text. The number of a row's tokens is read from the queries."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

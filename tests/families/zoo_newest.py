@@ -84,7 +84,7 @@ def ltxav(**more: Any) -> ModelPatcher:
 
 
 def hidream_o1() -> ModelPatcher:
-    """Returns a model that has sampled once, so that the host's own cache of the text is filled. Later runs are then equal to the last bit."""
+    """Returns a model that has sampled once, which fills the host's own cache of the text. Later runs are then equal to the last bit."""
     model = tiny(
         _config("HiDreamO1"), image_model="hidream_o1",
         text_config_overrides={

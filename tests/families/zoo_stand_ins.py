@@ -80,7 +80,7 @@ def minimax_h3(**more: Any) -> ModelPatcher:
 
 
 def hidream_o1() -> ModelPatcher:
-    """Returns a model that has sampled once, so that the host's own cache of the text is filled. Later runs are then equal to the last bit."""
+    """Returns a model that has sampled once, which fills the host's own cache of the text. Later runs are then equal to the last bit."""
     model, latent = tiny(config_of_ernie(HiDreamO1, 3)), torch.zeros(1, 3, 24, 32)
     noise = comfy.sample.prepare_noise(latent, 5)
     comfy.sample.sample(model, noise, 1, 2.0, "euler", "simple", ids()(1), ids()(2), latent, seed=5, disable_pbar=True)

@@ -36,9 +36,8 @@ def counts(network) -> dict[str, int]:
         return lambda *_: found.update({name: found[name] + 1})
 
     network.register_forward_hook(count("network"))
-    network.single_blocks[5].norm.register_forward_hook(
-        count("last")
-    )  # attention's norm, which does not run if the block is skipped or replayed
+    # attention's norm, which does not run if the block is skipped or replayed
+    network.single_blocks[5].norm.register_forward_hook(count("last"))
     return found
 
 

@@ -164,9 +164,8 @@ def test_calibrating_keeps_nothing_in_a_recorded_block(model, recorder):
     sampling = Sampling(prompts, [encode_prompt("")] * 2, torch.zeros(1, 3, 16, 16), "euler", "simple", 4, 2.5, 0)
     with recorder.watching():
         calibrate(model, sampling, Wishes(method="cd_svd", rank=4), "demo")
-    kept = [
-        where for where, _shape in recorder.kept if not where.startswith("low_rank.py")
-    ]  # its sums are in system memory on every device
+    # the sums of low_rank.py are in system memory on every device
+    kept = [where for where, _shape in recorder.kept if not where.startswith("low_rank.py")]
     assert not kept and recorder.paused
 
 

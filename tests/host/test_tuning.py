@@ -179,10 +179,7 @@ PLAIN, FRONT, EVEN = ("", None), ("general", None), ("even gaps", None)
         ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [1.4, 1.5, 1.5, 1.4], half("even gaps"): [1.0] * 4}, EVEN),
         ({FRONT: [1.0, 0.8, 1.2, 1.0], EVEN: [0.2] * 4, half("general"): [2.0, 2.1, 1.9, 2.0]}, half("general")),
         ({FRONT: [0.3] * 4, EVEN: [0.2] * 4, half("general"): [0.8, 0.7, 0.8, 0.7]}, half("general")),
-        (
-            {FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.0] * 4, half("general"): [0.0] * 4},
-            PLAIN,
-        ),  # 1 dB on average, with a standard error of 2
+        ({FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.0] * 4, half("general"): [0.0] * 4}, PLAIN),  # 1 dB on average, standard error 2
         ({FRONT: [5.0, -3.0, 4.0, -2.0], EVEN: [0.7, 0.8] * 2, half("general"): [0.0] * 4}, EVEN),
         ({FRONT: [-1.0] * 4, EVEN: [-0.1] * 4, half(""): [0.9, 0.8, 0.8, 0.9]}, half("")),
         ({FRONT: [0.6] * 4, EVEN: [0.2] * 4, half("general"): [4.0, 0.1, 4.0, 0.1]}, FRONT),  # more on average, but not surely
