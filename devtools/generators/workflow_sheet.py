@@ -34,8 +34,8 @@ class Input(NamedTuple):
 
     @property
     def default(self) -> Any:
-        choices = self.options.get("options")
-        return self.options.get("default", choices[0] if choices else "")
+        allowed = self.options.get("options")
+        return self.options.get("default", allowed[0] if allowed else "")
 
 
 class Kind(NamedTuple):

@@ -67,7 +67,7 @@ def test_correction_and_errors_in_float64(anchors, time, own):
     assert fit.error < 0.9 * fit.plain_error  # there was something to correct
 
 
-def test_harm_in_float64():
+def test_sensitivity_in_float64():
     """Sensitivity grows with the square of the time that a step lasts, and is never negative."""
     model = model_of()
     assert near(model.sensitivities(TIMES), [1.0, 3.0, 2.0, 5.0, 0.5, 1.5, 4.0])

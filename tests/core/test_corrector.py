@@ -29,12 +29,12 @@ def answers(plan: str, directions, changed=()) -> list[float]:
     results = []
     for step, direction in enumerate(directions):
         latent = torch.tensor([SIGMAS[step] * direction], dtype=torch.float64)
-        told = dict(changed).get(step) or evaluation(step, plan)
-        results.append(float(corrector.answer(told, latent, torch.zeros(1, dtype=torch.float64))))
+        evaluated = dict(changed).get(step) or evaluation(step, plan)
+        results.append(float(corrector.answer(evaluated, latent, torch.zeros(1, dtype=torch.float64))))
     return results
 
 
-def test_a_gap_is_made_up_for_by_the_hand_worked_amount():
+def test_a_gap_is_corrected_by_the_hand_worked_amount():
     """The forecast direction was 1 where the line from 1 to 3 has 2, so the latent should be 0.2 lower. The model takes a third of that
     away before the next full evaluation, so the next latent must be 0.2 · 2/3 lower.
     """

@@ -82,7 +82,7 @@ def assert_skips_repeat(case: Case, model: Any, plain: Tensor, plan: str = PLAN,
     assert report.peak_bytes == report.predicted_bytes > 0
 
 
-def assert_calibrated_is_exact(case: Case, model: Any, plain: Tensor, atol: float = 2e-4) -> set[str]:
+def assert_incremental_is_exact(case: Case, model: Any, plain: Tensor, atol: float = 2e-4) -> set[str]:
     """Incremental evaluations with factors of full rank agree with uncached ones. Returns the names of the layers that were incremental."""
     sites = layers_of(case, model)
     patched = cached(model, "FiiFiiFi", factors=exact_factors(sites))
@@ -129,11 +129,11 @@ def assert_costs_are_what_torch_counts(case: Case, model: Any) -> None:
     assert all(evaluation.full_macs == pytest.approx(counted[0], rel=0.03) for evaluation in report_of(patched).evaluations)
 
 
-def assert_right(case: Case, model: Any, last: Last | None = None, calibrates: bool = True) -> Tensor:
-    """Makes all checks of a model and returns what it samples without a cache. `calibrates`: whether it has incremental evaluations."""
+def assert_right(case: Case, model: Any, last: Last | None = None, has_incremental: bool = True) -> Tensor:
+    """Makes all checks and returns what is sampled without a cache. `has_incremental`: whether the model has incremental evaluations."""
     plain = sampled(case, model)
     assert_listening_changes_nothing(case, model, plain)
     assert_skips_repeat(case, model, plain, last=last)
-    if calibrates:
-        assert assert_calibrated_is_exact(case, model, plain)
+    if has_incremental:
+        assert assert_incremental_is_exact(case, model, plain)
     return plain

@@ -16,7 +16,7 @@ class Dense:
 
     def __init__(self, net: Any, plan: str, share: float) -> None:
         self.plan, self.step, self.kept = plan, -1, {}
-        self.choice = TokenSelection(share, 0)
+        self.selection = TokenSelection(share, 0)
         self.handles = [net.double_blocks[0].register_forward_pre_hook(self.begin)]
         for i, block in enumerate(net.double_blocks):
             for name in ("img", "txt"):
@@ -32,7 +32,7 @@ class Dense:
 
     def begin(self, *_args: Any) -> None:
         self.step += 1
-        self.choice.begin(self.step)
+        self.selection.begin(self.step)
 
     @property
     def kind(self) -> str:
@@ -45,7 +45,7 @@ class Dense:
 
     def refreshed(self, value: torch.Tensor, key: tuple, stream: str, index: int, blocks: int) -> torch.Tensor:
         if self.kind == "c":
-            tokens = self.choice.tokens(stream, index, blocks, value.shape[1], value.device)
+            tokens = self.selection.tokens(stream, index, blocks, value.shape[1], value.device)
             self.kept[key][:, tokens] = value[:, tokens]
         return self.whole(value, key)
 

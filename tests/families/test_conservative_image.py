@@ -80,14 +80,14 @@ class Dense:
         self.plan, self.step = plan, -1
         self.kept: dict[tuple, torch.Tensor] = {}
         self.last: Any = None
-        self.choice = TokenSelection(share, 0)
+        self.selection = TokenSelection(share, 0)
 
-    def forward(self, at: tuple[str, int], blocks: int, is_first: bool, is_last: bool, told: Callable, compute: Callable) -> Callable:
+    def forward(self, at: tuple[str, int], blocks: int, is_first: bool, is_last: bool, by_name: Callable, compute: Callable) -> Callable:
         def answer(*args: Any, **kwargs: Any) -> Any:
             if is_first:
                 self.step += 1
-                self.choice.begin(self.step)
-            result = compute(told(args, kwargs), partial(self.settle, at, blocks))
+                self.selection.begin(self.step)
+            result = compute(by_name(args, kwargs), partial(self.settle, at, blocks))
             if is_last and self.plan[self.step] != "a":
                 self.last = result
             if not is_last:
@@ -101,7 +101,7 @@ class Dense:
             return value
         if self.plan[self.step] == "c":
             mask = torch.zeros(value.shape[1], dtype=torch.bool)
-            tokens = self.choice.tokens(stream, at[1], blocks, value.shape[1], value.device) if stream else None
+            tokens = self.selection.tokens(stream, at[1], blocks, value.shape[1], value.device) if stream else None
             if tokens is not None:
                 mask[tokens] = True
             value = torch.where(mask[None, :, None], value, self.kept[(*at, name)])
@@ -115,8 +115,8 @@ def written_out(case: Case, model, plan: str, share: float) -> Iterator[Dense]:
     dense, placed = Dense(plan, share), REFERENCES[case.name].blocks(network(model))
     for number, (path, i, blocks, block, reference) in enumerate(placed):
         ends = number == 0, number == len(placed) - 1
-        told, compute = partial(arguments, block.forward), partial(reference, block)
-        block.__dict__["forward"] = dense.forward((path, i), blocks, *ends, told, compute)
+        by_name, compute = partial(arguments, block.forward), partial(reference, block)
+        block.__dict__["forward"] = dense.forward((path, i), blocks, *ends, by_name, compute)
     try:
         yield dense
     finally:

@@ -102,7 +102,7 @@ class Dense:
         blocks = list(found.values() if isinstance(found, torch.nn.ModuleDict) else found)
         self.kept: dict[Any, list[torch.Tensor]] = {}
         self.step, self.batch, self.blocks = -1, structure.batch, len(blocks)
-        self.choice = TokenSelection(share, 0)
+        self.selection = TokenSelection(share, 0)
         self.handles = [blocks[0].register_forward_pre_hook(self.begin)]
         for i, block in enumerate(blocks):
             modules = dict(block.named_modules())
@@ -118,7 +118,7 @@ class Dense:
 
     def begin(self, *_args: Any) -> None:
         self.step += 1
-        self.choice.begin(self.step)
+        self.selection.begin(self.step)
 
     def exchange(self, key: tuple, stream: str | None, _module: Any, _args: tuple, result: Any) -> Any:
         values = result if isinstance(result, tuple) else (result,)
@@ -135,7 +135,7 @@ class Dense:
         """Returns which tokens are new, in the shape of a sublayer's result."""
         shape = [1 if axis in (self.batch, value.ndim - 1) else size for axis, size in enumerate(value.shape)]
         mask = torch.zeros(shape, dtype=torch.bool)
-        tokens = self.choice.tokens(stream, block, self.blocks, mask.numel(), value.device)
+        tokens = self.selection.tokens(stream, block, self.blocks, mask.numel(), value.device)
         if tokens is not None:
             mask.view(-1)[tokens] = True
         return mask

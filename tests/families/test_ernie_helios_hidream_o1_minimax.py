@@ -97,12 +97,12 @@ def test_an_evaluation_in_which_the_host_fills_its_cache_is_not_skipped():
 def test_video_and_sound_are_kept_together():
     """They are one sequence without rows, so there are no incremental evaluations."""
     for model in (minimax_h3(), minimax_h3(gate_compress=True)):
-        assert_right(BY_NAME["minimax_h3"], model, last=lambda m: m.blocks[-1], calibrates=False)
+        assert_right(BY_NAME["minimax_h3"], model, last=lambda m: m.blocks[-1], has_incremental=False)
 
 
 def test_a_given_picture_is_seen():
     case, model = BY_NAME["minimax_h3"]._replace(cond=text(7, 48, still=normal(3, 1, 8, 1, 4, 6))), minimax_h3()
-    assert_right(case, model, last=lambda m: m.blocks[-1], calibrates=False)
+    assert_right(case, model, last=lambda m: m.blocks[-1], has_incremental=False)
     assert not torch.equal(sample(case, model), sample(BY_NAME["minimax_h3"], model))
 
 

@@ -8,8 +8,8 @@ import comfy.utils
 import pytest
 import torch
 from checks import (
-    assert_calibrated_is_exact,
     assert_costs_are_what_torch_counts,
+    assert_incremental_is_exact,
     assert_listening_changes_nothing,
     assert_skips_repeat,
     assert_the_family_is_known_once,
@@ -103,12 +103,12 @@ def test_conds_in_calls_of_their_own_give_the_same(case, model, plain, monkeypat
     torch.testing.assert_close(apart, together, atol=1e-4 * max(1.0, float(together.std())), rtol=1e-4)
 
 
-def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
+def test_incremental_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
     known = known_of(case, model)
     if known.place.kept[0].rows is None:
         assert not known.layer_calls, "tokens have no axis of the batch"
         pytest.skip(f"{case.name} has no calibrated evaluation")
-    assert assert_calibrated_is_exact(case, model, plain)
+    assert assert_incremental_is_exact(case, model, plain)
 
 
 def test_the_input_is_kept_for_calibrated_forecasts(case, model):

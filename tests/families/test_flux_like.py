@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
+from checks import assert_incremental_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfy.ldm.flux.layers import SingleStreamBlock
 from comfyui_duca.cache_core import find_family
 from dense_flux import assert_conservative_is_dense
@@ -48,9 +48,9 @@ def test_no_more_is_kept_than_the_image(variant, model):
     assert variant.tokens <= tokens <= variant.tokens + variant.beside and channels == network(model).double_blocks[0].hidden_size
 
 
-def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(variant, model, plain):
+def test_incremental_evaluations_at_full_rank_are_the_uncached_ones(variant, model, plain):
     """All layers of the blocks are incremental except modulations, which get one vector for a row."""
-    answering = assert_calibrated_is_exact(variant.case, model, plain)
+    answering = assert_incremental_is_exact(variant.case, model, plain)
     layers = {name for name, layer in network(model).named_modules() if hasattr(layer, "in_features") and "mod" not in name}
     blocks = ("double_blocks.", "single_blocks.")
     assert {name for name in answering if name.startswith(blocks)} == {name for name in layers if name.startswith(blocks)}

@@ -12,7 +12,7 @@ import pytest
 import stand_in_kandinsky_cogvideox_anima as kandinsky
 import torch
 import torch.nn.functional as F  # noqa: N812
-from checks import assert_calibrated_is_exact, assert_costs_are_what_torch_counts
+from checks import assert_costs_are_what_torch_counts, assert_incremental_is_exact
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
 from comfyui_duca.cache_core.discovery.places import Places
@@ -137,7 +137,7 @@ def test_the_host_computes_what_is_no_layer_of_tokens_and_nothing_else(name, hos
     assert by_step[1] == {path for path in layers if any(f".{part}." in path for part in hosts)}
 
 
-_TOLD = {"pooled_output": (1, 32), "conditioning_llama3": (1, 3, 5, 20)}
+_CONDS = {"pooled_output": (1, 32), "conditioning_llama3": (1, 3, 5, 20)}
 
 
 def without_experts() -> ModelPatcher:
@@ -153,9 +153,9 @@ def without_experts() -> ModelPatcher:
     ("make", "more"), [(hidream, {"concat_latent_image": (1, 16, 12, 16)}), (without_experts, {})], ids=["edit", "without experts"]
 )
 def test_other_models_of_hidream_at_full_rank(make, more):
-    case = Case("hidream", make, (16, 12, 16), with_more(text(5, 24), **_TOLD, **more), lambda m: m.single_stream_blocks[-1])
+    case = Case("hidream", make, (16, 12, 16), with_more(text(5, 24), **_CONDS, **more), lambda m: m.single_stream_blocks[-1])
     model = make()
-    assert assert_calibrated_is_exact(case, model, sample(case, model))
+    assert assert_incremental_is_exact(case, model, sample(case, model))
     assert_costs_are_what_torch_counts(case, model)
 
 
@@ -191,7 +191,7 @@ def test_layers_that_get_their_tokens_in_pieces(dividing, monkeypatch):
     )
     plain = sample(case, model)
     assert lengths[:4] == [12, 12, 12, 9]
-    assert assert_calibrated_is_exact(case, model, plain)
+    assert assert_incremental_is_exact(case, model, plain)
     factors = small_rank(case, model)
     test_costs_are_those_that_torch_counts(case, model, factors)
     test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, factors, monkeypatch)

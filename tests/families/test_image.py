@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.sample
 import pytest
 import torch
-from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
+from checks import assert_incremental_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfyui_duca.cache_core import find_family
 from making import Case, text
 from runs import PLAN, cached, cached_run, kept_of, kinds, network, report_of, sample
@@ -20,7 +20,7 @@ def assert_right(case: Case, model, channels: int) -> None:
     assert find_family(network(model)).name == case.name
     assert_skips_repeat(case, model, plain)
     assert_the_input_is_kept(case, model, channels)
-    assert assert_calibrated_is_exact(case, model, plain)
+    assert assert_incremental_is_exact(case, model, plain)
 
 
 @pytest.mark.parametrize("name", ["lumina", "sd3", "hidream", "aura", "omnigen", "hydit"])

@@ -35,14 +35,14 @@ def test_h3_keeps_video_and_sound_together():
     case = case_of("MiniMaxH3", "minimax_h3")
     model = case.make()
     assert find_family(network(model)).name == "minimax_h3"
-    assert_right(case, model, last_of_h3, calibrates=False)
+    assert_right(case, model, last_of_h3, has_incremental=False)
     assert kept_tokens(cached_run(case, model)) == [29]
 
 
 def test_h3_with_a_table_of_noise_levels():
     """Some checkpoints have a curve in place of a network for it."""
     case = case_of("MiniMaxH3", "minimax_h3")
-    assert_right(case, minimax_h3(adaln_curve_grid=9), last_of_h3, calibrates=False)
+    assert_right(case, minimax_h3(adaln_curve_grid=9), last_of_h3, has_incremental=False)
 
 
 def test_h3_with_a_given_picture_and_a_given_sound():
@@ -50,7 +50,7 @@ def test_h3_with_a_given_picture_and_a_given_sound():
     frames = [given | {"latent": normal(3, 1, 24, 1, 4, 6)}, given | {"audio_latent": normal(4, 1, 32, 2, 2)}]
     more = case._replace(cond=text(7, 24, minimax_keyframes=frames))
     model = case.make()
-    assert_right(more, model, last_of_h3, calibrates=False)
+    assert_right(more, model, last_of_h3, has_incremental=False)
     assert not torch.equal(sample(more, model), sample(case, model))
 
 

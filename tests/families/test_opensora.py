@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_calibrated_is_exact, assert_right, repeated
+from checks import assert_incremental_is_exact, assert_right, repeated
 from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, RunStart, Settings, Timeline, find_family
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.engine import TokenSelection
@@ -104,13 +104,13 @@ class Exchanging:
 
 
 def masks(share: float, evaluation: int, blocks: int) -> Callable[[int], Tensor]:
-    """Returns, for a block, a boolean mask of the tokens that it recomputes, from the same seeded choice."""
-    choice = TokenSelection(share, SEED)
-    choice.begin(evaluation)
+    """Returns, for a block, a boolean mask of the tokens that it recomputes, from the same seeded selection."""
+    selection = TokenSelection(share, SEED)
+    selection.begin(evaluation)
 
     def fresh(block: int) -> Tensor:
         mask = torch.zeros(FRAMES * PLACES, dtype=torch.bool)
-        tokens = choice.tokens("img", block, blocks, FRAMES * PLACES, torch.device("cpu"))
+        tokens = selection.tokens("img", block, blocks, FRAMES * PLACES, torch.device("cpu"))
         if tokens is not None:
             mask[tokens] = True
         return mask
@@ -205,10 +205,10 @@ def test_given_frames_are_sampled_as_without_the_cache(model):
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), plain) and not report_of(patched).notices
     patched = cached(model, "FaFaaFaa")
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), repeated(FIRST_FRAME_GIVEN, model, "FaFaaFaa"))
-    assert_calibrated_is_exact(FIRST_FRAME_GIVEN, model, plain)
+    assert_incremental_is_exact(FIRST_FRAME_GIVEN, model, plain)
 
 
-def test_every_layer_is_calibrated_but_that_of_the_flat_text(model):
+def test_every_layer_is_incremental_but_that_of_the_flat_text(model):
     names = {site.name for site in layers_of(CASES[0], model)}
     layers = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
     assert names == {f"{path}.{i}.{layer}" for path in ("spatial_blocks", "temporal_blocks") for i in range(3) for layer in layers}

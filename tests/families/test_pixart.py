@@ -55,13 +55,13 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
 
 
 def masks(share: float, blocks: int, length: int, evaluation: int):
-    """Returns, for the reference, the boolean masks of recomputed tokens from the same seeded choice."""
-    choice = TokenSelection(share, 7)
-    choice.begin(evaluation)
+    """Returns, for the reference, the boolean masks of recomputed tokens from the same seeded selection."""
+    selection = TokenSelection(share, 7)
+    selection.begin(evaluation)
 
     def fresh(block: int) -> torch.Tensor:
         mask = torch.zeros(length, dtype=torch.bool)
-        tokens = choice.tokens("img", block, blocks, length, torch.device("cpu"))
+        tokens = selection.tokens("img", block, blocks, length, torch.device("cpu"))
         if tokens is not None:
             mask[tokens] = True
         return mask
@@ -117,7 +117,7 @@ def test_the_cost_of_a_conservative_evaluation_is_what_torch_counts(network, sha
     assert run.report.evaluations[2].macs == pytest.approx(counter.get_total_flops() / 2, rel=0.001)
 
 
-def test_the_text_is_left_to_the_host_in_calibrated_evaluations(network):
+def test_the_text_is_left_to_the_host_in_incremental_evaluations(network):
     """It reaches the blocks as one row of 2 · 60 tokens, in which conds cannot be separated."""
     run = make_run(0.25)
     evaluate(run, network, 0)

@@ -100,20 +100,20 @@ def levels(model) -> list[float]:
 class Watched(CacheRun):
     """Notes, whenever a run starts, what the runs before it still hold."""
 
-    begun: list[Watched]
+    started: list[Watched]
     held: list[int]
     kept: list[weakref.ref]
     alive: list[int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.held.append(sum(run.store.bytes for run in self.begun))
+        self.held.append(sum(run.store.bytes for run in self.started))
         self.alive.append(sum(tensor() is not None for tensor in self.kept))
         super().__init__(*args, **kwargs)
-        self.begun.append(self)
+        self.started.append(self)
 
 
 def test_the_first_half_is_freed_before_the_second_begins(experts, monkeypatch):
-    Watched.begun, Watched.held, Watched.kept, Watched.alive = [], [], [], []
+    Watched.started, Watched.held, Watched.kept, Watched.alive = [], [], [], []
     put = FeatureStore.put
 
     def noted(store: FeatureStore, tensor: torch.Tensor):
@@ -124,9 +124,9 @@ def test_the_first_half_is_freed_before_the_second_begins(experts, monkeypatch):
     monkeypatch.setattr(FeatureStore, "put", noted)
     monkeypatch.setattr(cached_model, "CacheRun", Watched)
     both(*(host.attach(model, Settings(speedup=2.0)) for model in experts))
-    assert len(Watched.begun) == 2 and all(run.report.peak_bytes > 0 for run in Watched.begun)
+    assert len(Watched.started) == 2 and all(run.report.peak_bytes > 0 for run in Watched.started)
     assert len(Watched.kept) > 4 and Watched.held == [0, 0] and Watched.alive == [0, 0]
-    assert not any(tensor() is not None for tensor in Watched.kept) and not any(run.store.bytes for run in Watched.begun)
+    assert not any(tensor() is not None for tensor in Watched.kept) and not any(run.store.bytes for run in Watched.started)
 
 
 def words_of(samples: dict, model) -> str:

@@ -11,7 +11,7 @@ import comfy.supported_models
 import pytest
 import torch
 import zoo_video
-from checks import assert_calibrated_is_exact, assert_right, assert_skips_repeat, repeated
+from checks import assert_incremental_is_exact, assert_right, assert_skips_repeat, repeated
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.predictors import Reuse
 from helpers.predictors import Innovating
@@ -60,7 +60,7 @@ def test_two_control_videos():
     plain = sample(case, model)
     assert not torch.allclose(plain, sample(vace(1), model), atol=1e-3)
     assert_skips_repeat(case, model, plain, "FaaFaaFa")
-    assert not any(name.startswith("vace_blocks") for name in assert_calibrated_is_exact(case, model, plain))
+    assert not any(name.startswith("vace_blocks") for name in assert_incremental_is_exact(case, model, plain))
 
 
 def test_control_behind_the_last_block_is_not_lost():
@@ -88,7 +88,7 @@ def test_faces_of_animate(monkeypatch):
     faces = calls_of(net.face_adapter.fuser_blocks[0].linear1_q)
     plain = sample(case, model)
     assert len(faces) == 8
-    assert_calibrated_is_exact(case, model, plain)
+    assert_incremental_is_exact(case, model, plain)
     expected = repeated(case, model, "FaaaFaaa")
     assert torch.equal(sample(case, cached(model, "FaaaFaaa")), expected)
 

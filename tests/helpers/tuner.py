@@ -34,17 +34,17 @@ def sampler_of(model, **more):
     return sampled
 
 
-def calibrator(model, wishes=QUICK, told=lambda *_: None, prompts=range(len(PROMPTS)), **more) -> Calibrator:
+def calibrator(model, wishes=QUICK, on_progress=lambda *_: None, prompts=range(len(PROMPTS)), **more) -> Calibrator:
     sampled = sampler_of(model, **more)
-    return Calibrator(lambda number, make: sampled(prompts[number], make), len(prompts), wishes, told)
+    return Calibrator(lambda number, make: sampled(prompts[number], make), len(prompts), wishes, on_progress)
 
 
 def taped(model, strategy, before=None, until=0, **more):
     """Samples the first prompt with a recorded run. Returns the latent and the run."""
     runs = []
 
-    def make(opening):
-        runs.append(TapedRun(strategy, opening, before, until))
+    def make(start):
+        runs.append(TapedRun(strategy, start, before, until))
         return runs[-1]
 
     return sampler_of(model, **more)(0, make), runs[-1]

@@ -249,8 +249,8 @@ def test_the_plot_shows_something(model):
 
 def test_token_choice_is_the_same_for_every_cond_and_differs_between_evaluations():
     a, b = TokenSelection(0.2, 3), TokenSelection(0.2, 3)
-    for choice in (a, b):
-        choice.begin(4)
+    for selection in (a, b):
+        selection.begin(4)
     first = a.tokens("img", 1, 3, 100, torch.device("cpu"))
     assert torch.equal(first, b.tokens("img", 1, 3, 100, torch.device("cpu")))
     assert len(set(first.tolist())) == 20

@@ -128,22 +128,22 @@ def test_a_run_that_is_too_long_to_search_for(calibration):
     times = [1 - i / 301 for i in range(301)]
     with pytest.raises(NotCoveredError, match="301 steps; plans can be searched for up to 300"):
         nested_plan(forecast, times, range(301), 9, True)
-    policy, notices = Schedule("searched", 3.0, calibration=calibration).policy_for(opening(1000), assumed_costs(0.1), None)
+    policy, notices = Schedule("searched", 3.0, calibration=calibration).policy_for(start_of(1000), assumed_costs(0.1), None)
     assert str(policy.plan(1000, range(1000))) == plan(3.0, 1000) and "searched for up to 300" in notices[0]
 
 
 # -- schedules ------------------------------------------------------------------------------------------------------------------
 
 
-def opening(steps: int, window: range | None = None) -> RunStart:
+def start_of(steps: int, window: range | None = None) -> RunStart:
     """Returns the start of a run, of a model that no schedule looks at."""
     timeline = Timeline([1 - i / steps for i in range(steps + 1)])
     return RunStart(torch.nn.Module(), FLUX, timeline, range(steps) if window is None else window)
 
 
 def planned(steps: int, window: range | None = None, **schedule) -> str:
-    begun = opening(steps, window)
-    return str(Schedule(**schedule).policy_for(begun, assumed_costs(0.1), None)[0].plan(steps, begun.window))
+    start = start_of(steps, window)
+    return str(Schedule(**schedule).policy_for(start, assumed_costs(0.1), None)[0].plan(steps, start.window))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in POLICIES if kind != "searched"])
@@ -202,13 +202,13 @@ def test_the_mode_says_what_fills(model, calibration):
     schedule = Schedule("custom text", text="FF(aF)*")
 
     def predictor(**given):
-        return Settings(schedule=schedule, **given).strategy(opening(8)).predictor
+        return Settings(schedule=schedule, **given).strategy(start_of(8)).predictor
 
     assert predictor(mode="auto") is AUTO and predictor(mode="paper") == Reuse() and predictor(mode="forecast") == Chebyshev()
-    shares = [choice.share for choice in calibration.forecast.tried]
+    shares = [tried.share for tried in calibration.forecast.tried]
     filled = predictor(mode="auto", calibration=calibration)
     assert (filled is AUTO) == (shares[0] is None) and (filled is AUTO or isinstance(filled, Calibrated))
-    assert str(Settings(mode="off", schedule=schedule).strategy(opening(8)).policy.plan(8, range(8))) == "FFFFFFFF"
+    assert str(Settings(mode="off", schedule=schedule).strategy(start_of(8)).policy.plan(8, range(8))) == "FFFFFFFF"
 
 
 def test_a_duca_cycle_of_a_schedule_is_the_nodes_own(model):
@@ -242,7 +242,7 @@ def test_only_the_first_of_several_evaluations_computes(model):
     assert last_report(first).peak_bytes <= last_report(first).predicted_bytes
 
 
-def test_a_calibrated_letter_without_factors_is_refused_with_a_remedy(model):
+def test_an_incremental_letter_without_factors_is_refused_with_a_remedy(model):
     with pytest.raises(ValueError, match="low-rank factors first"):
         sample(cached(model, schedule=Schedule("custom text", text="FiFa")), steps=8)
 

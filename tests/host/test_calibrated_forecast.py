@@ -93,12 +93,12 @@ def test_coverage_ends_one_gap_beyond_the_recorded_times():
     assert not model.covers(TIMES[-1] - 0.15) and not model.covers(1.2)
 
 
-HARM = [0.5 + 0.3 * step for step in range(N)]
+SENSITIVITY = [0.5 + 0.3 * step for step in range(N)]
 
 
 def search_of(data, window=range(N), made_up=0.5) -> PlanSearch:
     model = model_of(data)
-    return PlanSearch(model.products(TIMES), HARM, AUTO.weights, TIMES, window, AUTO.history, made_up)
+    return PlanSearch(model.products(TIMES), SENSITIVITY, AUTO.weights, TIMES, window, AUTO.history, made_up)
 
 
 @pytest.mark.parametrize("made_up", [0.0, 0.4])
@@ -112,11 +112,11 @@ def test_the_cost_of_a_plan_adds_errors_up_with_their_signs(made_up):
         if step < 4:
             line = z[1] + (step - 1) / 3 * (z[4] - z[1])
             forecast = (1 - made_up) * forecast + made_up * line
-        moved += HARM[step] ** 0.5 * (z[step] - forecast)
+        moved += SENSITIVITY[step] ** 0.5 * (z[step] - forecast)
     assert search_of(data, made_up=made_up).cost({0, 1, 4, 5}) == pytest.approx((moved**2).sum() / moved.shape[0], rel=1e-5)
 
 
-def test_the_last_gap_is_not_made_up_for():
+def test_the_last_gap_is_not_corrected():
     """With one full evaluation after it, no step is left to correct."""
     data = trajectories(3)
     plain, corrected = search_of(data, made_up=0.0), search_of(data, made_up=1.0)
@@ -128,7 +128,7 @@ def test_noise_levels_of_one_time_are_searched_as_well():
     """Models with discrete timesteps have one time for several small noise levels, between which there is no line."""
     model = model_of(trajectories())
     times = [*TIMES[:4], TIMES[4], TIMES[4], TIMES[4]]
-    search = PlanSearch(model.products(times), HARM, AUTO.weights, times, range(N), AUTO.history, 0.5)
+    search = PlanSearch(model.products(times), SENSITIVITY, AUTO.weights, times, range(N), AUTO.history, 0.5)
     assert all(np.isfinite(search.cost({0, 1, *rest})) for rest in ((4, 6), (4, 5, 6), (3, 5)))
 
 
@@ -171,9 +171,9 @@ def record(model, steps=6, prompts=("red apple", "castle")):
 
     def open_run(patcher, sigmas, sampler):
         timeline = Timeline(sigmas.tolist(), host.model_times(patcher.get_model_object("model_sampling"), sigmas))
-        opening = RunStart(patcher.model.diffusion_model, FLUX, timeline, range(timeline.steps), patcher.load_device)
+        start = RunStart(patcher.model.diffusion_model, FLUX, timeline, range(timeline.steps), patcher.load_device)
         # the input is kept only for predictors that use it
-        runs.append(TapedRun(Strategy(AlwaysCompute(), Calibrated(model_of(trajectories()))), opening))
+        runs.append(TapedRun(Strategy(AlwaysCompute(), Calibrated(model_of(trajectories()))), start))
         return runs[-1]
 
     host.listen(recorded, open_run, lambda run, result: run.close(result is not None))

@@ -26,7 +26,7 @@ from torch import nn
 def test_the_nearest_choice_is_taken(steps):
     """The nearest by share of full evaluations."""
     forecast = forecast_of()
-    shares = [choice.plan.count(Kind.FULL) / K for choice in forecast.tried]
+    shares = [tried.plan.count(Kind.FULL) / K for tried in forecast.tried]
     for full in range(1, steps + 1):
         nearest = int(np.argmin([abs(share - full / steps) for share in shares]))
         assert tried_plan_at(forecast, steps, full) is forecast.tried[nearest]
@@ -57,7 +57,7 @@ def test_searches_start_with_the_number_of_full_evaluations(start, window, full,
     assert str(origin_plan(start, 10, window, full)) == expected
 
 
-def opening(times, network=None, window=None, is_euler=True) -> RunStart:
+def start_of(times, network=None, window=None, is_euler=True) -> RunStart:
     steps = len(times)
     timeline = Timeline([*times, 0.0], [*times, 0.0])
     return RunStart(network or nn.Module(), FLUX, timeline, range(steps) if window is None else window, is_euler)
@@ -66,13 +66,13 @@ def opening(times, network=None, window=None, is_euler=True) -> RunStart:
 def test_mode_auto_follows_a_calibration():
     forecast = forecast_of()
     settings = Settings(speedup=K / 5, calibration=calibration_of(forecast, None))
-    strategy = settings.strategy(opening(STEP_TIMES))
-    plain = Settings(speedup=K / 5).strategy(opening(STEP_TIMES))
+    strategy = settings.strategy(start_of(STEP_TIMES))
+    plain = Settings(speedup=K / 5).strategy(start_of(STEP_TIMES))
     assert strategy.policy == plain.policy and strategy.predictor.share == 0.5 and not strategy.notices
     assert plain.predictor is AUTO and strategy.name == plain.name + ", calibrated"
-    scheduled = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(opening(STEP_TIMES))
+    scheduled = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(start_of(STEP_TIMES))
     assert scheduled.predictor.share == 0.5 and not scheduled.notices
-    far = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(opening([3.0, 2.0, 1.0, 0.5]))
+    far = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(start_of([3.0, 2.0, 1.0, 0.5]))
     assert far.predictor is AUTO and "the calibration is not used" in far.notices[0]
 
 
@@ -80,16 +80,16 @@ def test_mode_auto_follows_a_calibration():
 def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     """The search starts where the calibration's did. It counts on the corrector, so it is for Euler samplers only."""
     forecast, general = forecast_of(), FrontLoaded(K / 4, tail=2)
-    forecast = replace(forecast, tried=tuple(replace(choice, searched_from=start) for choice in forecast.tried))
+    forecast = replace(forecast, tried=tuple(replace(tried, searched_from=start) for tried in forecast.tried))
     settings = Settings(speedup=K / 4, tail=2, calibration=calibration_of(forecast, None))
-    strategy = settings.strategy(opening(STEP_TIMES))
+    strategy = settings.strategy(start_of(STEP_TIMES))
     plan = strategy.policy.plan(K, range(K))
     assert plan == searched_plan(forecast, STEP_TIMES, range(K - 2), 4, start, True) != general.plan(K, range(K))
     assert plan.count(Kind.FULL) == 4 and plan[K - 2] is plan[K - 1] is Kind.FULL and strategy.name.endswith("x, calibrated")
-    part = opening(STEP_TIMES, window=range(3, 8))
+    part = start_of(STEP_TIMES, window=range(3, 8))
     windowed = settings.strategy(part).policy.plan(K, part.window)
     assert all(windowed[step] is Kind.FULL for step in (0, 1, 2, 7, 8))
-    elsewhere = settings.strategy(opening(STEP_TIMES, is_euler=False))
+    elsewhere = settings.strategy(start_of(STEP_TIMES, is_euler=False))
     assert elsewhere.policy == general and elsewhere.predictor == strategy.predictor
     assert not strategy.notices and "is for the samplers euler and ddim" in elsewhere.notices[0]
 
@@ -112,20 +112,20 @@ def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
 def test_a_calibration_that_was_no_better_says_so():
     """That is, if no choice was surely better when they were tried."""
     forecast = forecast_of()
-    forecast = replace(forecast, tried=tuple(replace(choice, share=None) for choice in forecast.tried))
-    strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
+    forecast = replace(forecast, tried=tuple(replace(tried, share=None) for tried in forecast.tried))
+    strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(start_of(STEP_TIMES))
     assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: no gain at this speed") and not strategy.notices
 
 
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
-    far = opening([3.0, 2.0, 1.0, 0.5])
+    far = start_of([3.0, 2.0, 1.0, 0.5])
     plain = Settings(speedup=2.0, tail=1).strategy(far)
     assert plain.policy == FrontLoaded(2.0, tail=1) and plain.predictor == AUTO and not plain.notices
     strategy = Settings(speedup=2.0, tail=1, calibration=calibration_of(forecast_of(), None)).strategy(far)
     assert strategy.notices and strategy == replace(plain, notices=strategy.notices)
-    told = []
-    run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, far.timeline, far.window), say=told.append)
-    assert told == run.report.notices == list(strategy.notices) and "the calibration is not used" in told[0] and "3" in told[0]
+    notices = []
+    run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, far.timeline, far.window), say=notices.append)
+    assert notices == run.report.notices == list(strategy.notices) and "the calibration is not used" in notices[0] and "3" in notices[0]
     factors = Settings(speedup=2.0, tail=1, calibration=calibration_of(None, some_factors())).strategy(far)
     (notice,) = factors.notices
     assert factors == replace(plain, notices=(notice,)) and "the calibration is not used: it holds no forecast" in notice
@@ -149,16 +149,16 @@ def icc(sites) -> Calibration:
 def test_mode_icc_needs_factors(network):
     for calibration in (None, calibration_of(forecast_of(), None)):
         with pytest.raises(ValueError, match="needs low-rank factors of this model"):
-            Settings(mode="icc", calibration=calibration).strategy(opening(STEP_TIMES, network))
+            Settings(mode="icc", calibration=calibration).strategy(start_of(STEP_TIMES, network))
 
 
 def test_mode_icc_refuses_the_factors_of_another_model(network):
     with pytest.raises(ValueError, match="another model"):
-        Settings(mode="icc", calibration=calibration_of(None, some_factors())).strategy(opening(STEP_TIMES, network))
+        Settings(mode="icc", calibration=calibration_of(None, some_factors())).strategy(start_of(STEP_TIMES, network))
 
 
 def test_mode_icc_takes_the_length_it_is_given(network, icc):
-    strategy = Settings(mode="icc", cycle_length=4, warmup=2, tail=1, calibration=icc).strategy(opening(STEP_TIMES, network))
+    strategy = Settings(mode="icc", cycle_length=4, warmup=2, tail=1, calibration=icc).strategy(start_of(STEP_TIMES, network))
     assert strategy.policy == IccCycle(4, 2, 1) and strategy.factors is icc.factors.tensors
     assert "ca_svd" in strategy.name and "every 4" in strategy.name
 
@@ -175,6 +175,6 @@ def test_mode_icc_follows_the_slider(network, icc, speedup, steps):
         return steps / (plan.count(Kind.FULL) + calibrated * plan.count(Kind.INCREMENTAL))
 
     times = np.linspace(1.0, 0.1, steps).tolist()
-    length = Settings(mode="icc", speedup=speedup, calibration=icc).strategy(opening(times, network)).policy.interval
+    length = Settings(mode="icc", speedup=speedup, calibration=icc).strategy(start_of(times, network)).policy.interval
     assert speed(length) >= speedup * 0.98 or length == steps  # nine times faster is more than any cycle gives
     assert length > 1 and speed(length - 1) < speedup * 0.99

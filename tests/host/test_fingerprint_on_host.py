@@ -195,15 +195,15 @@ def quantised_layers(formats: dict) -> tuple[Layers, dict[str, Tensor]]:
     """Returns layers of the host's quantised kind, and what a checkpoint holds besides weights if it says which layer has which format."""
     if "quant_config" not in inspect.signature(comfy.ops.mixed_precision_ops).parameters:
         return Layers(comfy.ops.mixed_precision_ops(formats, torch.bfloat16).Linear), {}
-    told = {f"{name}.comfy_quant": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8) for name, said in formats.items()}
-    return Layers(comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear), told
+    marks = {f"{name}.comfy_quant": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8) for name, said in formats.items()}
+    return Layers(comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear), marks
 
 
 def test_quantised_layers_of_the_host():
     dense = dense_layers()
     formats = {f"layers.{i}": {"format": "float8_e4m3fn"} for i in range(2)}
-    quantised, told = quantised_layers(formats)
-    state = told | {name: w.detach().bfloat16() for name, w in dense.named_parameters()}
+    quantised, marks = quantised_layers(formats)
+    state = marks | {name: w.detach().bfloat16() for name, w in dense.named_parameters()}
     for name in formats:
         weight = dense.get_parameter(f"{name}.weight").detach()
         scale = weight.abs().max() / 448

@@ -42,15 +42,15 @@ def evaluate(run: CacheRun, network, sigma: float, x, context, y, conds=("a", "b
 
 
 def masks(share: float, network, length_img: int, length_txt: int, evaluation: int):
-    """Returns, for the reference, the boolean masks of recomputed tokens from the same seeded choice."""
-    choice = TokenSelection(share, 7)
-    choice.begin(evaluation)
+    """Returns, for the reference, the boolean masks of recomputed tokens from the same seeded selection."""
+    selection = TokenSelection(share, 7)
+    selection.begin(evaluation)
     lengths = {"img": length_img, "txt": length_txt, "txt+img": length_txt + length_img}
     blocks = {"img": len(network.double_blocks), "txt": len(network.double_blocks), "txt+img": len(network.single_blocks)}
 
     def fresh(stream: str, block: int) -> torch.Tensor:
         mask = torch.zeros(lengths[stream], dtype=torch.bool)
-        tokens = choice.tokens(stream, block, blocks[stream], lengths[stream], torch.device("cpu"))
+        tokens = selection.tokens(stream, block, blocks[stream], lengths[stream], torch.device("cpu"))
         if tokens is not None:
             mask[tokens] = True
         return mask
@@ -152,7 +152,7 @@ def test_half_precision_follows_single(network, dtype):
         assert (results[1] - results[0]).abs().mean() < 0.03 * results[0].abs().mean()
 
 
-def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, reference):
+def test_a_skipped_evaluation_runs_only_embedding_and_final_layer(network, reference):
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
     hidden = torch.cat([slot.anchors[-1].hidden[0].data for slot in slots_of(run)])
@@ -173,9 +173,9 @@ def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, refe
 
 def test_share_one_token_counts(network):
     """By hand, 192 image and 12 text tokens at share 0.1 give 19, 1 and 20 tokens."""
-    choice = TokenSelection(0.1, 0)
-    choice.begin(0)
-    counts = [len(choice.tokens(stream, 0, 2, n, torch.device("cpu"))) for stream, n in (("img", 192), ("txt", 12), ("txt+img", 204))]
+    selection = TokenSelection(0.1, 0)
+    selection.begin(0)
+    counts = [len(selection.tokens(stream, 0, 2, n, torch.device("cpu"))) for stream, n in (("img", 192), ("txt", 12), ("txt+img", 204))]
     assert counts == [19, 1, 20]
 
 

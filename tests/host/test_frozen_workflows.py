@@ -57,9 +57,9 @@ class Input:
         """Returns what is wrong with this value, or an empty text."""
         if not isinstance(value, _WIDGETS[self.kind]) or isinstance(value, bool) != (self.kind == "BOOLEAN"):
             return f"{value!r} is not of type {self.kind}"
-        choices = self.options.get("options")
+        allowed = self.options.get("options")
         is_model_file = str(value).endswith(_MODEL_FILES)  # files that this machine does not have
-        if choices is not None and value not in choices and not is_model_file:
+        if allowed is not None and value not in allowed and not is_model_file:
             return f"{value!r} is no choice any more"
         if self.kind in ("INT", "FLOAT") and not self.options.get("min", value) <= value <= self.options.get("max", value):
             return f"{value!r} is out of range"

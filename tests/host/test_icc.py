@@ -86,7 +86,7 @@ def assert_near(result, expected, tolerance=2e-5):
 # -- where the layers are -----------------------------------------------------------------------------------------------------
 
 
-def test_all_linears_but_modulation_are_found(network, sites):
+def test_all_linear_layers_but_modulation_are_found(network, sites):
     assert len(sites) == 3 * 8 + 6 * 2
     double = ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"]
     assert {s.layer for s in sites if s.stack == "double_blocks"} == {f"{stream}_{name}" for stream in ("img", "txt") for name in double}

@@ -13,7 +13,7 @@ from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weigh
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_shapes
 from comfyui_duca.cache_core.families.fused import UNSPLIT
 from comfyui_duca.nodes.demo_flux import encode_prompt
-from helpers.linears import ClippedInput, linear, reference_product
+from helpers.layers import ClippedInput, linear, reference_product
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_magnitudes_that_were_not_measured_are_refused(sites):
 
 
 def test_factorised_sites_and_one_dense_layer_at_a_time(sites, monkeypatch):
-    alive, most, told = [], [], []
+    alive, most, progress = [], [], []
     original = dense_weight
 
     def counted(*args, **kwargs):
@@ -41,10 +41,10 @@ def test_factorised_sites_and_one_dense_layer_at_a_time(sites, monkeypatch):
     monkeypatch.setattr(low_rank, "dense_weight", counted)
     chosen = [site for site in sites if site.index == 0]
     factors, energy = factorise_sites(
-        chosen, 4, "svd", None, torch.bfloat16, CPU, lambda done, of: told.append((done, of)), call_dtype=torch.float32
+        chosen, 4, "svd", None, torch.bfloat16, CPU, lambda done, of: progress.append((done, of)), call_dtype=torch.float32
     )
     assert len(most) == len(chosen) == 10 and max(most) == 0
-    assert told == [(i, 10) for i in range(1, 11)]
+    assert progress == [(i, 10) for i in range(1, 11)]
     check_shapes(chosen, factors)
     expected = {f"{site.key(part)}.{letter}" for site in chosen for part in site.parts for letter in "AB"}
     assert set(factors) == expected and {f"{part}.{letter}" for part in energy for letter in "AB"} == expected

@@ -124,7 +124,7 @@ def test_the_policy_of_the_method(model, factors):
     assert report_plot(last_report(patched)).shape[-1] == 3
 
 
-def test_a_calibrated_hidden_state_is_what_a_skip_goes_by(model, factors, runs):
+def test_a_skip_uses_the_hidden_state_of_an_incremental_evaluation(model, factors, runs):
     patched, times = planned(model, "FiaF", factors, Chebyshev()), []
     sample(patched, steps=4, cfg=1.0, callback=lambda *_: times.append([a.time for s in runs[0]._slots._slots.values() for a in s.anchors]))
     assert [len(t) for t in times] == [1, 2, 2, 3]
@@ -196,7 +196,7 @@ def test_a_layer_called_in_another_way_than_before_is_computed_in_full_and_said_
     assert torch.equal(result, sample(model, steps=5))
 
 
-def test_a_layer_that_is_called_twice_from_the_start_is_calibrated_both_times(factors, monkeypatch):
+def test_a_layer_that_is_called_twice_from_the_start_is_incremental_both_times(factors, monkeypatch):
     model = load_demo_model()
     patched, block = planned(model, "FiiFi", factors_of(model, 10**6)), model.model.diffusion_model.double_blocks[1]
     monkeypatch.setattr(block, "forward", used_once_more(block))
@@ -268,7 +268,7 @@ def test_predicted_bytes_are_allocated(model, factors, plan, dtype):
     assert kinds(report) == plan and report.predicted_bytes == report.peak_bytes > 2 * bytes_per_row(156, 0, 1)
 
 
-def test_a_forecast_that_uses_the_input_finds_it_beside_calibrated_hidden_states(model, factors):
+def test_a_forecast_that_uses_the_input_finds_it_beside_incremental_hidden_states(model, factors):
     patched = planned(model, "FiaFia", factors, Innovating(torch.zeros(48, 256), history=4))
     sample(patched, steps=6)
     report = last_report(patched)
@@ -367,7 +367,7 @@ def test_factors_of_none_of_the_layers_are_of_no_use(model, factors):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
-def test_compiled_models_are_calibrated_too_and_compile_nothing_more(model, factors, whole):
+def test_compiled_models_have_incremental_evaluations_and_compile_nothing_more(model, factors, whole):
     """Overrides inside compiled blocks would be traced again in every call."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 

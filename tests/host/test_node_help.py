@@ -62,7 +62,7 @@ class HelpPage:
     def __init__(self, node: str, language: str) -> None:
         self.text = path_of(node, language).read_text(encoding="utf-8")
         parts = re.split(r"^## (.+)$", self.text, flags=re.M)
-        self.opening, self.sections = parts[0], dict(zip(parts[1::2], parts[2::2]))
+        self.intro, self.sections = parts[0], dict(zip(parts[1::2], parts[2::2]))
 
     def entries(self, heading: str) -> list[Entry]:
         """Returns the entries of a section's list, each with the options below it."""
@@ -92,8 +92,8 @@ def test_there_is_a_page_for_every_node_and_no_other():
 def test_a_page_has_its_parts(page):
     node, text, language = page
     expected = display_name(node, language)
-    assert text.opening.splitlines()[0] == f"# {expected}"
-    assert "![" in text.opening, "a picture stands at the top"
+    assert text.intro.splitlines()[0] == f"# {expected}"
+    assert "![" in text.intro, "a picture stands at the top"
     assert [heading for heading in text.sections if heading in HEADINGS[language]] == list(HEADINGS[language])
     assert all(len(text.sections[heading].strip()) > 20 for heading in HEADINGS[language])
 

@@ -46,7 +46,7 @@ def answering(model, kind, every: int = 5):
 
 @pytest.mark.parametrize("is_outside", [True, False], ids=["before the node", "after the node"])
 @pytest.mark.parametrize("kind", [WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE])
-def test_answers_of_another_node_are_told_apart_and_made_up_for(model, kind, is_outside):
+def test_answers_of_another_node_are_recognised_and_replaced(model, kind, is_outside):
     """None of these answers counts as a skip of ours, and as many evaluations are full as the plan says."""
     patched = cached(answering(model, kind), **AUTO) if is_outside else answering(cached(model, **AUTO), kind)
     sample(patched, steps=STEPS)

@@ -166,9 +166,9 @@ def test_one_folder_within_another_gives_a_file_once(put, folders, demo, monkeyp
     within = str(folders["diffusion_models"] / "calibrations")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, sidecars.FOLDER, ([within], {".safetensors"}))
     put("calibrations/bad.duca.safetensors", folder="diffusion_models").write_bytes(b"")
-    told = []
-    sidecars.find(demo, lambda path, reason: told.append(path))
-    assert len(told) == 1
+    refused = []
+    sidecars.find(demo, lambda path, reason: refused.append(path))
+    assert len(refused) == 1
 
 
 def test_a_folder_that_disappears(put, demo):

@@ -74,8 +74,8 @@ def test_the_shipped_graph_on_the_server(served, empty):
     assert messages[-1]["type"] == "execution_success", messages[-1]
     for stage in ("recording", "measuring sensitivity", "trying out"):
         assert any(text.startswith(stage) for text in texts), stage
-    told = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == key("DuCaSVDCalibrator")]
-    assert told and [m["value"] for m in told] == sorted(m["value"] for m in told)
+    progress = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == key("DuCaSVDCalibrator")]
+    assert progress and [m["value"] for m in progress] == sorted(m["value"] for m in progress)
     (path,) = empty.iterdir()
     assert texts[-1] == f"saved as {path.name}"
     (loader,) = client.get("/object_info/DuCaLoadCalibration").values()

@@ -154,16 +154,16 @@ def watched(server, prompt) -> list[dict]:
 
 
 def test_a_run_is_told_as_it_goes(server):
-    told = watched(server, demo(4, speedup=2.0))
-    assert [message["event"] for message in told] == ["start", *["evaluation"] * 8, "end"]
-    assert {message["node"] for message in told} == {CACHE} and len({message["run"] for message in told}) == 1
-    assert "".join(message["kind"] for message in told[1:-1]) == told[0]["plan"]
-    assert [message["index"] for message in told[1:-1]] == list(range(8)) == [message["step"] for message in told[1:-1]]
-    assert told[-1]["complete"] and told[-1]["report"]["plan"] == told[0]["plan"]
+    messages = watched(server, demo(4, speedup=2.0))
+    assert [message["event"] for message in messages] == ["start", *["evaluation"] * 8, "end"]
+    assert {message["node"] for message in messages} == {CACHE} and len({message["run"] for message in messages}) == 1
+    assert "".join(message["kind"] for message in messages[1:-1]) == messages[0]["plan"]
+    assert [message["index"] for message in messages[1:-1]] == list(range(8)) == [message["step"] for message in messages[1:-1]]
+    assert messages[-1]["complete"] and messages[-1]["report"]["plan"] == messages[0]["plan"]
     with urllib.request.urlopen(f"{server.url}/duca_cache/run?node_id={CACHE}", timeout=10) as answer:
         kept = json.load(answer)
-    assert kept["run"] == told[0]["run"] and not kept["active"] and kept["report"] == told[-1]["report"]
-    assert [e["kind"] for e in kept["evaluations"]] == list(told[0]["plan"])
+    assert kept["run"] == messages[0]["run"] and not kept["active"] and kept["report"] == messages[-1]["report"]
+    assert [e["kind"] for e in kept["evaluations"]] == list(messages[0]["plan"])
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{server.url}/duca_cache/run?node_id=99", timeout=10)
 
@@ -171,5 +171,5 @@ def test_a_run_is_told_as_it_goes(server):
 def test_two_evaluations_a_step_are_told_one_by_one(server):
     prompt = demo(5, speedup=2.0)
     prompt[SAMPLER]["inputs"]["sampler_name"] = "heun"
-    told = watched(server, prompt)
-    assert [message["event"] for message in told].count("evaluation") == 15 and told[0]["steps"] == 8
+    messages = watched(server, prompt)
+    assert [message["event"] for message in messages].count("evaluation") == 15 and messages[0]["steps"] == 8

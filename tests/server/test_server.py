@@ -172,10 +172,10 @@ def check_widgets(n: dict, widgets: list[tuple[str, str, dict]]) -> None:
         if not values:
             assert not n["type"].startswith("DuCa") and "default" in options, where
             continue
-        value, choices = values.pop(0), options.get("options")
-        if choices is not None:
+        value, allowed = values.pop(0), options.get("options")
+        if allowed is not None:
             is_file = str(value).endswith((".safetensors", ".sft", ".pt", ".png"))  # a file of the user's, which this machine does not have
-            assert value in choices or is_file, where
+            assert value in allowed or is_file, where
         elif kind in ("INT", "FLOAT"):
             assert options.get("min", value) <= value <= options.get("max", value), where
         if options.get("control_after_generate"):

@@ -31,9 +31,9 @@ def of_own_length(network, step, conds, plan):
 
 def test_texts_of_other_lengths():
     """Where the host's signature differs between texts, both conds are skipped. Where it does not, one is computed in full."""
-    told = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length, signature=lambda conds: conds)
-    assert checked(told, "apart").ran == [{0, 1}, set(), set(), {0, 1}, set(), {0, 1}]
-    untold = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length)
-    found = checked(untold, "apart")
+    signed = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length, signature=lambda conds: conds)
+    assert checked(signed, "apart").ran == [{0, 1}, set(), set(), {0, 1}, set(), {0, 1}]
+    unsigned = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length)
+    found = checked(unsigned, "apart")
     assert found.ran == [{0, 1}, {1}, {1}, {0, 1}, {1}, {0, 1}]
     assert any("other numbers of tokens" in notice for notice in found.notices)

@@ -101,8 +101,8 @@ def test_a_calibration_is_saved_and_shown(folder, model):
     (path,) = folder.iterdir()
     assert path.name.startswith("my_model-") and path.name.endswith(".duca.safetensors")
     assert calibration.forecast is not None and calibration.factors is None
-    assert [choice.plan.count(Kind.FULL) for choice in calibration.forecast.tried] == sorted(
-        {choice.plan.count(Kind.FULL) for choice in calibration.forecast.tried}, reverse=True
+    assert [tried.plan.count(Kind.FULL) for tried in calibration.forecast.tried] == sorted(
+        {tried.plan.count(Kind.FULL) for tried in calibration.forecast.tried}, reverse=True
     )
     assert all(line.startswith("    ") for line in text.splitlines()) and text.split()[0] == "calibrated"
     assert str(path) in text and "2 prompts, 6 steps euler/simple, cfg 2.5, latent 16 x 16" in text and "FLUX/my model" in text
