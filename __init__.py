@@ -1,6 +1,6 @@
 """ComfyUI-DuCa: dual feature caching for diffusion transformers. ComfyUI loads this file.
 
-The nodes are imported only where ComfyUI is, so that tools and tests can import the folder without it.
+It imports the nodes only where ComfyUI is installed, so tools and tests can import the folder without it.
 """
 
 from importlib.util import find_spec

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""One command for everything a developer does; standard library only, Python 3.10 or newer.
+"""Runs everything that a developer does. Needs the standard library only, and Python 3.10 or newer.
 
-  python3 dev.py demo     start a real ComfyUI, run the shipped demo workflow, write pictures and a table to demo_out/
-  python3 dev.py test     all tests, on the real host; `test core` runs one room of them (core, host, server, browser, families)
-  python3 dev.py bench    the benchmarks (names as arguments; none runs all)
-  python3 dev.py lint     ruff and mypy
-  python3 dev.py host     only the set-up: virtual environment, pinned dependencies, ComfyUI, the pack linked into it
+  python3 dev.py demo     starts a ComfyUI server, runs the shipped demo workflow, writes pictures and a table to demo_out/
+  python3 dev.py test     runs all tests; `test core` runs one room of them (core, host, server, browser, families)
+  python3 dev.py bench    runs the benchmarks (names as arguments; without one, all)
+  python3 dev.py lint     runs ruff and mypy
+  python3 dev.py host     only sets up: virtual environment, pinned dependencies, ComfyUI, the pack linked into it
 
-Everything lives in .dev/ and is set up on the first call. COMFYUI_PATH=/path/to/ComfyUI uses that source instead of
-the pinned one; it is not written to. Arguments after the command are passed on (dev.py test -k flux).
+Everything is kept in .dev/ and is set up by the first call. COMFYUI_PATH=/path/to/ComfyUI uses that source instead of
+the pinned one and does not write to it. Arguments after the command are passed on (dev.py test -k flux).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(host: Host, *command: str) -> int:
-    """Runs the environment's Python; Ctrl-C reaches the child, which cleans up."""
+    """Runs the environment's Python and returns its exit status. Ctrl-C reaches the child process, which cleans up."""
     child = subprocess.Popen([str(host.python), *command], cwd=ROOT, env=os.environ | host.environment)
     while True:
         try:
@@ -65,9 +65,10 @@ def test(host: Host, rest: list[str]) -> int:
 
 
 def test_in_two(host: Host) -> int:
-    """All tests, one half beside the other with half of the processors each, as most tests use one. What the first printed comes last.
+    """Runs all tests in two halves at the same time, as most tests use one processor. Returns the larger exit status.
 
-    The core room has a process of its own, which shows that it imports no ComfyUI.
+    Each half gets half of the processors. The output of the half that runs in the background is printed last. The core room has a
+    process of its own, which shows that it imports no ComfyUI.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with tempfile.TemporaryFile() as output:

@@ -1,1 +1,1 @@
-"""What dev.py is made of: `environment` sets up a ComfyUI, `driver` runs it, `generators` make files with it."""
+"""The parts of dev.py: `environment` sets up a ComfyUI, `driver` runs it, and `generators` makes files with it."""

@@ -1,7 +1,7 @@
-"""For every room of tests: what a test is marked with, and a summary that says why tests were skipped and on which host they ran.
+"""Marks each test with its room and prints, at the end, why tests were skipped and on which host they ran.
 
-A room is a folder and is marked by its name: core needs no ComfyUI, host has it in the process, server and browser start one beside it,
-families samples small models of its classes. Only the rooms' own conftest.py load ComfyUI.
+A room is a folder, and its name is the mark: core needs no ComfyUI, host has it in the process, server and browser start one in
+another process, and families samples small models of its classes. Only the rooms' own conftest.py load ComfyUI.
 """
 
 from __future__ import annotations

@@ -15,15 +15,20 @@ _A_DAY = 86400.0
 
 
 def chromium() -> Path | None:
-    """The system's Chromium; None if there is none. Playwright's own is a download that not every network lets through."""
+    """Returns the system's Chromium, or None if there is none. Playwright's own is a download that some networks block."""
     found = next(filter(None, map(shutil.which, _CHROMIUM)), None)
     return Path(found) if found else None
 
 
 def newest_page(python: Path | str, folder: Path) -> Path:
-    """The newest page's files, for the server's --front-end-root. Asks pip for it once a day. Raises OSError if it never came.
+    """Returns the folder with the files of the newest page, for the server's --front-end-root. Asks pip for it once a day.
 
-    python: whose pip is used. folder: where it is kept.
+    Args:
+        python: The interpreter whose pip is used.
+        folder: Where the files are kept.
+
+    Raises:
+        OSError: The page could not be fetched, now or earlier.
     """
     static = folder / _PAGE_IN_WHEEL
     index = static / "index.html"

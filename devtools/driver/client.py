@@ -18,12 +18,17 @@ _ANSWER_SECONDS = aiohttp.ClientTimeout(total=30)
 
 
 class PromptError(Exception):
-    """What the server said about a prompt that it refused, or that failed while it ran."""
+    """Raised with the server's reason when it refuses a prompt, or when a prompt fails while it runs."""
 
 
 @dataclass
 class Execution:
-    """A finished prompt. outputs: of each output node, as in the history. seconds: wall time of each node that really ran."""
+    """A finished prompt.
+
+    Args:
+        outputs: Of each output node by its id, as the server's history has them.
+        seconds: Wall time of each node that was executed (not taken from the server's cache), by its id.
+    """
 
     prompt_id: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -31,21 +36,29 @@ class Execution:
 
 
 class ComfyClient:
-    """Plain calls that wait. Each run is a WebSocket client of its own, so several can share one server."""
+    """Calls a server and waits for the answers. Every run is a WebSocket client of its own, so several can share one server."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
     def run(self, prompt: dict[str, Any], on_progress: Progress | None = None) -> Execution:
-        """Runs an API-format prompt to its end. on_progress: told node id, steps done and steps in all. Raises PromptError."""
+        """Runs a prompt in API format to its end.
+
+        Args:
+            prompt: The nodes by id.
+            on_progress: Is called with a node's id, the steps done and the number of steps.
+
+        Raises:
+            PromptError: The server refuses the prompt, or it fails.
+        """
         return asyncio.run(self._run(prompt, on_progress or (lambda _node, _done, _steps: None)))
 
     def image(self, reference: dict[str, str]) -> bytes:
-        """The file that an output refers to: {"filename", "subfolder", "type"}."""
+        """Returns the bytes of the file that an output refers to: {"filename", "subfolder", "type"}."""
         return asyncio.run(self._get_bytes(f"/view?{urlencode(reference)}"))
 
     def get(self, path: str) -> Any:
-        """Any JSON that the server offers, such as /object_info."""
+        """Returns the JSON at any path of the server, such as /object_info."""
         return json.loads(asyncio.run(self._get_bytes(path)))
 
     async def _run(self, prompt: dict[str, Any], on_progress: Progress) -> Execution:
@@ -64,7 +77,7 @@ class ComfyClient:
         body = {"prompt": prompt, "client_id": client_id}
         async with session.post(f"{self.url}/prompt", json=body, timeout=_ANSWER_SECONDS) as answer:
             reply = await answer.json(content_type=None)
-        # The server runs the valid part of a prompt that is partly invalid. Here that is an error too.
+        # The server runs the valid part of a prompt that is partly invalid. This client raises an error instead.
         if answer.status != 200 or reply.get("node_errors"):
             raise PromptError(_refusal(prompt, reply))
         return str(reply["prompt_id"])
@@ -77,7 +90,7 @@ class ComfyClient:
 
 
 async def _follow(socket: aiohttp.ClientWebSocketResponse, execution: Execution, on_progress: Progress) -> None:
-    """Reads messages until the prompt is done: `executing` with no node is sent after the history is written."""
+    """Reads messages until the prompt is done: the server sends `executing` with no node once it has written the history."""
     node, started = None, 0.0
     async for message in socket:
         if message.type is not aiohttp.WSMsgType.TEXT:
@@ -103,7 +116,7 @@ async def _follow(socket: aiohttp.ClientWebSocketResponse, execution: Execution,
 
 
 def _refusal(prompt: dict[str, Any], reply: dict[str, Any]) -> str:
-    """The server's validation errors in words: what is wrong with which node."""
+    """Returns the server's validation errors as text: which node is wrong, and why."""
     error = reply.get("error") or {}
     lines = [f"the server refused the prompt: {error.get('message', error) if isinstance(error, dict) else error}"]
     for node_id, problem in (reply.get("node_errors") or {}).items():

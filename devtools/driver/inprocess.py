@@ -1,6 +1,6 @@
 """Loads ComfyUI and this pack into the running process, for tests and benchmarks.
 
-ComfyUI's root comes first on the path and the pack's root is not on it at all: both have a module called `nodes`.
+ComfyUI's root is put first on the path and the pack's root is removed from it, as both have a module called `nodes`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ PACK = "comfyui_duca"
 
 
 def load_comfyui() -> None:
-    """Imports ComfyUI on the CPU. COMFYUI_PATH says where it is. Raises RuntimeError if that is not set."""
+    """Imports ComfyUI on the CPU, from the folder that COMFYUI_PATH names.
+
+    Raises:
+        RuntimeError: COMFYUI_PATH is not set.
+    """
     comfyui = os.environ.get("COMFYUI_PATH")
     if not comfyui:
         raise RuntimeError("COMFYUI_PATH is not set: run this through dev.py")
@@ -34,9 +38,9 @@ def load_comfyui() -> None:
 
 
 def load_pack() -> ModuleType:
-    """This pack as the package `comfyui_duca`, with or without ComfyUI loaded.
+    """Returns this pack as the package `comfyui_duca`, with or without ComfyUI loaded.
 
-    Where it was loaded before ComfyUI was, its `__init__.py` runs again, so that it has its nodes too.
+    If the pack was loaded before ComfyUI, its `__init__.py` runs again, so that the package has its nodes too.
     """
     module = sys.modules.get(PACK)
     if module is None:

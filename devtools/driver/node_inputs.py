@@ -1,4 +1,4 @@
-"""Reads the inputs of a node class, in the forms that the hosts' versions write them in."""
+"""Reads the inputs of a node class in every form that the supported hosts write them in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 
 def inputs_listed(specs: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, type and options of every input that the page shows. The type of a choice is always COMBO.
+    """Yields name, type and options of every input that the page shows. The type of a combo box is always COMBO.
 
-    specs: one group of what `INPUT_TYPES` returns ("required" or "optional"), or of what the server says of the node.
+    In newer hosts an option of a combo box may bring inputs of its own. Those of the default option follow it.
 
-    Newer hosts have choices that bring inputs of their own: those of the default choice follow it.
+    Args:
+        specs: One group of what `INPUT_TYPES` returns ("required" or "optional"), or of what the server says of the node.
     """
     for name, (kind, *more) in specs.items():
         options = dict(more[0]) if more else {}

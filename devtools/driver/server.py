@@ -1,4 +1,4 @@
-"""Runs the real ComfyUI server, headless, for as long as a `with` block lasts. Standard library only."""
+"""Runs a headless ComfyUI server for as long as a `with` block lasts. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ _LOG_LINES_SHOWN = 25
 
 
 class ServerError(Exception):
-    """Says why the server did not start, with the end of its log."""
+    """Raised with the reason why the server did not start and the end of its log."""
 
 
 class ComfyServer:
-    """A ComfyUI process of its own on a free loopback port: `with ComfyServer(python, comfyui, base) as server: server.url`.
+    """A ComfyUI process on a free loopback port: `with ComfyServer(python, comfyui, base) as server: server.url`.
 
-    python: that has ComfyUI's packages. comfyui: its source. base: its --base-directory. log: defaults to server.log beside
-    base. arguments: further ones for main.py. The process takes over this one's environment variables.
+    The process inherits this one's environment variables. Previews go to a folder of its own, which is deleted at the end, because
+    ComfyUI empties a shared one whenever it starts.
 
-    Previews go to a folder of its own, deleted at the end, as ComfyUI empties a shared one whenever it starts.
+    Args:
+        python: The interpreter that has ComfyUI's packages.
+        comfyui: ComfyUI's source.
+        base: Its --base-directory.
+        log: Where its output goes; server.log in the parent folder of `base` by default.
+        timeout: Seconds to wait until it answers.
+        arguments: Further arguments for main.py.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         try:
             self._start()
-        except BaseException:  # Ctrl-C included: nobody else would stop the process
+        except BaseException:  # Ctrl-C included: nothing else would stop the process
             self._stop()
             raise
         return self
@@ -58,7 +64,7 @@ class ComfyServer:
         self._stop()
 
     def log_tail(self, lines: int = _LOG_LINES_SHOWN) -> str:
-        """The end of the log, to show in an error."""
+        """Returns the end of the log, to show in an error."""
         try:
             return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
         except OSError:
@@ -85,7 +91,7 @@ class ComfyServer:
 
     def _command(self, port: int) -> list[str]:
         network = ["--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
-        # Without a database of its own it would write one into the source folder, which may not be ours.
+        # Without a database of its own the server would write one into the source folder, which may not be ours.
         files = ["--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'comfyui.db'}"]
         compute = ["--cpu", "--use-pytorch-cross-attention"]
         return [str(self.python), str(self.comfyui / "main.py"), *compute, *network, *files, *self._arguments]
@@ -102,7 +108,7 @@ class ComfyServer:
         return f"The end of its log, {self.log}:\n{self.log_tail()}"
 
     def _stop(self) -> None:
-        """Asks it to end, waits, and ends it by force if it has not by then, or if a second Ctrl-C comes meanwhile."""
+        """Asks the server to end and waits. Ends it by force if that takes too long, or if Ctrl-C is pressed again."""
         process, temporary = self._process, self._temporary
         try:
             if process is not None:
@@ -120,7 +126,7 @@ class ComfyServer:
 
 
 def _free_port() -> int:
-    """A port that nobody uses now. Another program could take it before the server does; then starting fails and says so."""
+    """Returns a port that is free now. If another program takes it before the server does, starting fails and says so."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

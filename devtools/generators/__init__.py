@@ -1,1 +1,1 @@
-"""Makes what is shipped or shown: example workflows, translations, and the demo's pictures."""
+"""Makes files that are shipped or shown: example workflows, translations, and the demo's pictures."""

@@ -1,4 +1,4 @@
-"""Puts the demo's pictures beside each other: every cached setting stands above the same number of evaluations without a cache."""
+"""Arranges the demo's pictures: every cached setting stands above the same number of evaluations without a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _PAPER, _INK, _FAINT = "#ffffff", "#1a1a1a", "#5c5c5c"
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: its pictures and two lines of text."""
+    """One setting to show.
+
+    Args:
+        pictures: One for each prompt.
+        title: The first line below them.
+        detail: The second line, in grey.
+    """
 
     pictures: Sequence[Image.Image]
     title: str
@@ -21,7 +27,7 @@ class Cell:
 
 
 def contact_sheet(title: str, first: Cell, note: str, pairs: Sequence[tuple[Cell, Cell]]) -> Image.Image:
-    """`first` at the left with `note` below it, then one column for each pair: first of the pair above the second."""
+    """Draws `first` at the left with `note` below it, then a column for each pair: its first cell above its second."""
     block = _mosaic(first.pictures)
     width, height = block.width + _GAP, block.height + _CAPTION + _GAP
     sheet = Image.new("RGB", (_GAP + width * (1 + len(pairs)), _GAP + _CAPTION + 2 * height), _PAPER)
@@ -37,7 +43,7 @@ def contact_sheet(title: str, first: Cell, note: str, pairs: Sequence[tuple[Cell
 
 
 def strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures in one row, each pixel enlarged."""
+    """Returns the pictures in one row, each pixel enlarged."""
     return _tile(pictures, columns=len(pictures))
 
 

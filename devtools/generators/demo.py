@@ -1,6 +1,6 @@
-"""Runs the demo: a real ComfyUI server draws emoji with and without the cache; pictures and a table go to demo_out/.
+"""Runs the demo: a ComfyUI server draws emoji with and without the cache, and pictures and a table are written to demo_out/.
 
-Everything is asked of the server over HTTP, as its page does it; no part of the pack is imported here.
+Everything is asked of the server over HTTP, as its page does. No part of the pack is imported here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ _HEAD = ("setting", "full", "cons.", "skipped", "time", "compute", "PSNR dB", "S
 
 @dataclass(frozen=True)
 class Setting:
-    """name: for people. file: of its picture. cache: inputs of the DuCa Cache node. steps: of the sampler."""
+    """One way to sample.
+
+    Args:
+        name: What people read.
+        file: The name of its picture's file.
+        cache: Inputs of the DuCa Cache node.
+        steps: Of the sampler.
+    """
 
     name: str
     file: str
@@ -53,13 +60,21 @@ CACHED = (
 
 
 def fewer_steps(steps: int) -> Setting:
-    """What one would do without a cache: as many steps as a cached run has full evaluations."""
+    """Returns what one would do without a cache: as many steps as a cached run has full evaluations."""
     return Setting(f"  no cache, {steps} steps", f"uncached_{steps:02d}_steps", {"mode": "off"}, steps)
 
 
 @dataclass
 class Result:
-    """One setting over all prompts. report: of the last run with a cache. plot: reference of its picture."""
+    """What one setting gave over all prompts.
+
+    Args:
+        setting: The setting.
+        seconds: Of the sampler node, one for each prompt.
+        pictures: One for each prompt.
+        report: Of the last run with a cache.
+        plot: A reference to the picture of that run's report.
+    """
 
     setting: Setting
     seconds: list[float] = field(default_factory=list)
@@ -78,7 +93,7 @@ class Result:
         return self.report.get("compute_speedup", STEPS / self.setting.steps)
 
     def time(self, reference: Result) -> float:
-        """How many times faster than the reference; the median over the prompts, which other load disturbs least."""
+        """Returns how many times faster this is than `reference`: the median over the prompts, which other load disturbs least."""
         return statistics.median(theirs / own for theirs, own in zip(reference.seconds, self.seconds))
 
     def psnr(self, reference: Result) -> float:
@@ -99,10 +114,13 @@ class Studio:
         self._client, self._bar = client, bar
         self._prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
         self._ids = {node["class_type"]: node_id for node_id, node in self._prompt.items()}
-        self._results: dict[str, Result] = {}  # by the setting's file
+        self._results: dict[str, Result] = {}  # by the name of the setting's file
 
     def draw_all(self) -> tuple[Result, list[tuple[Result, Result]]]:
-        """The uncached result and each cached one with its twin of fewer steps. Prompts outermost: load hits all settings alike."""
+        """Returns the uncached result, and each cached one with its twin of fewer steps.
+
+        Prompts are the outermost loop, so that other load on the machine affects all settings alike.
+        """
         for prompt in PROMPTS:
             self._send(prompt, fewer_steps(2))  # loads the model; not reported
             self._draw(prompt, UNCACHED)
@@ -140,7 +158,7 @@ class Studio:
 
 
 def table(uncached: Result, pairs: list[tuple[Result, Result]]) -> list[tuple[str, ...]]:
-    """The rows to print, head first; a fewer-steps twin follows its cached setting."""
+    """Returns the rows to print, head first. A fewer-steps twin follows its cached setting."""
     rows: list[tuple[str, ...]] = [_HEAD]
     for result in (uncached, *(result for pair in pairs for result in pair)):
         counts = [str(count) for count in result.evaluations]
@@ -202,7 +220,7 @@ def running_server(bar: ProgressBar) -> Iterator[ComfyClient]:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the server is stopped then too
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the server is then stopped as well
     bar = ProgressBar(len(PROMPTS) * (1 + 2 * len(CACHED)))
     try:
         with running_server(bar) as client:

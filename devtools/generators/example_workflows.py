@@ -1,7 +1,7 @@
-"""Writes the example workflows of full-size models, workflows/duca_MODEL.json: which nodes, joined how, one function a model.
+"""Writes the example workflows of full-size models, workflows/duca_MODEL.json. One function for each says which nodes are joined how.
 
-The note on the canvas lists the files that the loaders ask for. Names of files and settings are those of ComfyUI's own templates
-(comfyui-workflow-templates 0.7.25; Z-Image: Comfy-Org's model card). FLUX.1-dev's and the demo's workflows are drawn by hand.
+A note on the canvas lists the files that the loaders ask for. Names of files and settings are those of ComfyUI's own templates
+(comfyui-workflow-templates 0.7.25; for Z-Image, Comfy-Org's model card). FLUX.1-dev's and the demo's workflows are drawn by hand.
 
   python3 -m devtools.generators.example_workflows    after `python3 dev.py host`
 """
@@ -190,7 +190,7 @@ _TWO_EXPERTS = (
 
 
 def files(s: Sheet, loader: str, **given: Any) -> Node:
-    """The first column begins, with a loader."""
+    """Starts the first column with a loader."""
     s.column(20, 340, "Model files and size")
     return s.add(loader, **given)
 
@@ -200,7 +200,7 @@ def unet(s: Sheet, name: str) -> Node:
 
 
 def text_encoder(s: Sheet, kind: str, *names: str) -> Node:
-    """One file or two."""
+    """Adds a loader of one text encoder file or two."""
     if len(names) == 1:
         return s.add("CLIPLoader", clip_name=s.file("text_encoders", names[0]), type=kind)
     first, second = (s.file("text_encoders", name) for name in names)
@@ -212,7 +212,7 @@ def vae_file(s: Sheet, name: str) -> Node:
 
 
 def wan_files(s: Sheet, task: str) -> tuple[Node, Node, Node, Node]:
-    """Both experts, text encoder and VAE."""
+    """Adds loaders of both experts, the text encoder and the VAE."""
     high = unet(s, f"wan2.2_{task}_high_noise_14B_fp8_scaled.safetensors")
     low = s.add("UNETLoader", unet_name=s.file("diffusion_models", f"wan2.2_{task}_low_noise_14B_fp8_scaled.safetensors"))
     clip = text_encoder(s, "wan", "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
@@ -248,7 +248,7 @@ def ksampler(
 
 
 def two_experts(s: Sheet, high: Node, low: Node, vae: Node, positive: Node, negative: Node, latent: Node) -> None:
-    """A cache and a sampler for each half; the switch is in the middle."""
+    """Adds a cache and a sampler for each half. The samplers change over in the middle."""
     models = [s.add("ModelSamplingSD3", model=model, shift=8.0) for model in (high, low)]
     s.column(820, 320, "Cache, one for each model", color="#8A8")
     first, second = (
@@ -292,7 +292,7 @@ def video(s: Sheet, frames: Node, fps: float) -> None:
 
 
 def node_classes() -> dict[str, Any]:
-    """Every node class of this process's ComfyUI, which must be loaded, and of the pack."""
+    """Returns every node class of this process's ComfyUI, which must be loaded, and of the pack."""
     host, pack = import_module("nodes"), import_module("comfyui_duca.nodes")
     asyncio.run(host.init_builtin_extra_nodes())
     ours = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
@@ -300,14 +300,14 @@ def node_classes() -> dict[str, Any]:
 
 
 def drawn(name: str, classes: Mapping[str, Any]) -> dict[str, Any]:
-    """The workflow of this name."""
+    """Returns the workflow of this name."""
     sheet = Sheet(name, classes)
     about = WORKFLOWS[name](sheet)
     return sheet.graph(f"{about}{_UNMEASURED}\n\n{_CACHE}")
 
 
 def main() -> int:
-    if not os.environ.get("COMFYUI_PATH"):  # once more, in the environment that has ComfyUI
+    if not os.environ.get("COMFYUI_PATH"):  # starts again in the environment that has ComfyUI
         from devtools.environment.host_setup import ensure_host
 
         host = ensure_host()

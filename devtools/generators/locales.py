@@ -1,4 +1,4 @@
-"""Writes locales/en/nodeDefs.json, from which translators start, out of the nodes' own definitions.
+"""Writes locales/en/nodeDefs.json, from which translators start, using the definitions of the nodes.
 
 python3 -m devtools.generators.locales
 """
@@ -21,13 +21,13 @@ FILE = ROOT / "locales" / "en" / "nodeDefs.json"
 
 
 def nodes() -> dict[str, Any]:
-    """The pack's nodes by id, in the order of its list. ComfyUI must be loaded."""
+    """Returns the pack's nodes by id, in the order of its list. ComfyUI must be loaded."""
     extension = asyncio.run(load_pack().comfy_entrypoint())
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
 
 
 def definition_of(node: Any) -> dict[str, Any]:
-    """Every text that the page shows of a node and may show in another language, by the page's keys."""
+    """Returns every text of a node that the page can show in another language, by the page's keys."""
     schema = node.GET_SCHEMA()
     return {
         "display_name": schema.display_name,

@@ -1,4 +1,4 @@
-"""Shows in one line how far the demo is."""
+"""Shows the demo's progress in one line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _WIDTH = 30
 
 
 class ProgressBar:
-    """Redraws one line on a terminal. Elsewhere, as in a log, it writes a line only when something new begins."""
+    """Redraws one line on a terminal. Elsewhere, as in a log, it writes a line only when the text changes."""
 
     def __init__(self, total: int, stream: TextIO = sys.stdout) -> None:
         self._total, self._done, self._stream = total, 0, stream
         self._is_terminal, self._doing, self._drawn = stream.isatty(), "", 0
 
     def show(self, doing: str, share: float = 0.0) -> None:
-        """doing: what is running. share: of it that is done, 0..1."""
+        """Shows what is running and `share`, how much of it is done (0..1)."""
         part = min(1.0, (self._done + share) / self._total)
         if self._is_terminal:
             filled = round(part * _WIDTH)
@@ -29,7 +29,7 @@ class ProgressBar:
         self._done += 1
 
     def end(self, how: str) -> None:
-        """The last line, after which the terminal is free for other text."""
+        """Writes the last line. After that the terminal is free for other text."""
         if self._is_terminal:
             self._draw("")
             print(f"\r{how}", file=self._stream, flush=True)

@@ -1,6 +1,6 @@
-"""Draws a workflow in the form that ComfyUI's page saves: nodes in columns, joined by the types of what they give and take.
+"""Draws a workflow in the form that ComfyUI's page saves: nodes in columns, joined by matching types of outputs and inputs.
 
-Order of inputs, defaults and outputs come from the node classes themselves.
+The order of inputs, defaults and outputs come from the node classes themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from devtools.driver.node_inputs import inputs_listed
 
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-_TOP, _GAP = 290, 50  # of the columns; between nodes, with a title
+_TOP, _GAP = 290, 50  # top of the columns; space between nodes, with a title
 _BLUE, _GREEN = "#3f789e", "#8A8"
 _OURS = {"color": "#223", "bgcolor": "#335"}
 _BELOW = ("DuCaCacheReport", "PreviewAny")
@@ -34,12 +34,12 @@ class Input(NamedTuple):
 
     @property
     def default(self) -> Any:
-        choices = self.options.get("options")
-        return self.options.get("default", choices[0] if choices else "")
+        allowed = self.options.get("options")
+        return self.options.get("default", allowed[0] if allowed else "")
 
 
 class Kind(NamedTuple):
-    """A node class: sockets come before widgets, as the page has them."""
+    """A node class. Sockets come before widgets, as the page has them."""
 
     name: str
     inputs: tuple[Input, ...]
@@ -59,7 +59,15 @@ class Kind(NamedTuple):
 
 
 class Node:
-    """One node on the canvas. place: left, top and width. given: widget values, and nodes whose output goes into an input."""
+    """One node on the canvas.
+
+    Args:
+        number: Its id.
+        kind: Its class.
+        place: Left, top and width.
+        given: By input: a widget's value, or the node whose output goes into the input.
+        title: Shown in place of the class's name, unless empty.
+    """
 
     def __init__(self, number: int, kind: Kind, place: tuple[int, int, int], given: Mapping[str, Any], title: str) -> None:
         self.id, self.kind, self.place, self.given, self.title = number, kind, place, given, title
@@ -69,7 +77,7 @@ class Node:
         self.height = _HEIGHTS.get(kind.name, 20 * sockets + 26 * len(self.values()) + 20)
 
     def slot(self, target: Input) -> int:
-        """The output of that input's name, or else the first of its type."""
+        """Returns the number of the output with the name of `target`, or else of the first one with its type."""
         matching = [i for i, (_, kind) in enumerate(self.kind.outputs) if kind == target.kind or target.kind == "*"]
         named = [i for i in matching if self.kind.outputs[i][0] == target.name]
         return (named or matching)[0]
@@ -84,23 +92,31 @@ class Node:
 
 
 class Sheet:
-    """A workflow in the making: columns from left to right, nodes from top to bottom."""
+    """A workflow that is being drawn: columns from left to right, nodes from top to bottom."""
 
     def __init__(self, name: str, classes: Mapping[str, Any]) -> None:
-        """name: of its file. classes: ComfyUI's node classes."""
+        """Starts an empty one. `name` is that of its file, `classes` are ComfyUI's node classes by name."""
         self.name = name
         self.files: list[str] = []
         self._classes, self._nodes, self._groups = classes, list[Node](), list[tuple[str, int, int, str]]()
         self._x = self._y = self._width = self._bottom = 0
 
     def column(self, x: int, width: int, title: str = "", span: int = 0, color: str = _BLUE) -> None:
-        """The next nodes stand here, in a group if there is a title. span: the group's width if it holds more columns."""
+        """Starts a column in which the next nodes stand, in a group if there is a title.
+
+        Args:
+            x: Left edge.
+            width: Of the nodes.
+            title: Of the group.
+            span: The group's width if it holds more columns than this one.
+            color: Of the group.
+        """
         self._x, self._y, self._width = x, _TOP, width
         if title:
             self._groups.append((title, x - 20, span or width + 40, color))
 
     def add(self, kind: str, /, title: str = "", **given: Any) -> Node:
-        """given: nodes for sockets, values for widgets; other widgets have their default."""
+        """Adds a node. `given` has nodes for sockets and values for widgets; other widgets keep their default."""
         known = Kind.read(kind, self._classes[kind])
         node = Node(len(self._nodes) + 2, known, (self._x, self._y, self._width), given, title)
         self._nodes.append(node)
@@ -109,13 +125,13 @@ class Sheet:
         return node
 
     def file(self, folder: str, name: str) -> str:
-        """A model file, named in the note."""
+        """Notes a model file for the list on the canvas and returns its name."""
         if f"{folder}/{name}" not in self.files:
             self.files.append(f"{folder}/{name}")
         return name
 
     def report(self, *runs: tuple[str, Node, Node]) -> None:
-        """Below the columns: what each of these runs did (its name, its latent, its model)."""
+        """Adds nodes below the columns that show what each of these runs did (its name, its latent, its model)."""
         top = self._bottom + 120
         self._groups.append(("What the cache did", 800, 1560, _GREEN))
         for name, samples, model in runs:
@@ -127,7 +143,7 @@ class Sheet:
             top += 330 + _GAP
 
     def graph(self, about: str) -> dict[str, Any]:
-        """The whole in the page's form. about: what the note says above the list of files and below it."""
+        """Returns the whole workflow in the page's form. `about` is what the note says above and below the list of files."""
         links: list[list[Any]] = []
         for node in self._nodes:
             for slot, given in enumerate(node.kind.inputs):

@@ -1,4 +1,4 @@
-"""ComfyUI's page as its user handles it, for the tests of this directory."""
+"""Handles ComfyUI's page as its user does, for the tests of this directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect
 
-expect.set_options(timeout=20_000)  # as for actions: for slow machines
+expect.set_options(timeout=20_000)  # as long as for actions: for slow machines
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / ".dev" / "screenshots"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -32,7 +32,7 @@ _SETTINGS = {
     "Comfy.ColorPalette": "dark",
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
-# What ComfyUI's page itself writes to the console on a server without internet; newer pages also ask for what 0.3.75 does not have.
+# ComfyUI's page itself writes these to the console on a server without internet; newer pages also ask for what 0.3.75 does not have.
 _NOISE = (
     "at onChange",
     "JobsApiError",
@@ -45,7 +45,12 @@ _seeds = itertools.count(1000)
 
 @dataclass(frozen=True)
 class Variant:
-    """version: "own", which the host requires, or "newest". renderer: "classic" draws nodes on a canvas, "vue" as HTML."""
+    """A kind of page.
+
+    Args:
+        version: "own", the one that the host requires, or "newest".
+        renderer: "classic" draws nodes on a canvas, "vue" as HTML.
+    """
 
     version: str = "own"
     renderer: str = "classic"
@@ -64,7 +69,7 @@ classic = on_pages("own-classic", "newest-classic")
 
 
 class ComfyPage:
-    """One tab. problems: console errors and exceptions so far that are not the host's own noise."""
+    """One tab. `problems` has the console errors and exceptions so far, without the host's own noise."""
 
     def __init__(self, page: Page) -> None:
         self.page, self.problems = page, []
@@ -74,10 +79,10 @@ class ComfyPage:
 
     @classmethod
     def opened(cls, context: BrowserContext, variant: Variant) -> ComfyPage:
-        """As somebody sees it who has used ComfyUI before but left no workflow open."""
+        """Opens the page as somebody sees it who has used ComfyUI before and left no workflow open."""
         context.request.post("/settings", data={**_SETTINGS, "Comfy.VueNodes.Enabled": variant.renderer == "vue"})
         page = context.new_page()
-        page.goto("/system_stats")  # any page of this origin, to get at its storage
+        page.goto("/system_stats")  # any page of this origin gives access to its storage
         page.evaluate("() => { localStorage.clear(); localStorage.vueNodesBannerDismissed = 'true'; }")
         comfy = cls(page)
         comfy.visit()
@@ -115,7 +120,7 @@ class ComfyPage:
         self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
 
     def ids(self, node_type: str) -> list[str]:
-        """Of the graph on the screen, which may be a subgraph. So it is for all that take a node's type."""
+        """Returns ids of nodes by type, in the graph on the screen. It may be a subgraph. So it is for every method that takes a type."""
         return self.page.evaluate(
             "type => app.canvas.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type
         )
@@ -124,7 +129,7 @@ class ComfyPage:
         return self.page.evaluate(f"([type, name]) => {_WIDGET}.value", [node_type, name])
 
     def set_widget(self, node_type: str, name: str, value: Any) -> None:
-        """As the page's own editors do it."""
+        """Sets a widget as the page's own editors do."""
         change = f"([type, name, value]) => {{ const w = {_WIDGET}; w.value = value; w.callback?.(value, app.canvas, {_NODE}); }}"
         self.page.evaluate(change, [node_type, name, value])
         self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow?.changeTracker?.checkState()")
@@ -133,14 +138,14 @@ class ComfyPage:
         self.page.evaluate(_SELECT, node_types)
 
     def command(self, name: str) -> None:
-        """Carries out what a menu or a key would, by the name that the page has for it."""
+        """Carries out a command of a menu or a key, by the page's name for it."""
         self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
 
     def node_size(self, node_type: str) -> list[float]:
         return self.page.evaluate(f"type => [...{_NODE}.size]", node_type)
 
     def drag_slider(self, node_type: str, name: str, start: float, end: float) -> None:
-        """start, end: shares of the slider's length."""
+        """Drags a slider between two places, as shares of its length."""
         track = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}'] [aria-label={name}] [data-slot=slider-track]")
         if self.page.evaluate("() => LiteGraph.vueNodesMode"):
             box = track.bounding_box()
@@ -154,20 +159,20 @@ class ComfyPage:
         mouse.up()
 
     def saved(self) -> dict[str, Any]:
-        """The graph as the page would save it."""
+        """Returns the graph as the page would save it."""
         return self.page.evaluate("() => app.graph.serialize()")
 
     # --- runs
 
     def queue(self, **sampler: Any) -> None:
-        """Runs with a seed of its own so that the server has nothing cached."""
+        """Runs the workflow with another seed, so that the server has nothing of it in its cache."""
         self.new_seed()
         for name, value in sampler.items():
             self.set_widget("KSampler", name, value)
         self.run()
 
     def new_seed(self) -> None:
-        """Before the sampler goes into a subgraph: newer pages then have the seed outside."""
+        """Sets another seed before the sampler goes into a subgraph: newer pages then have the seed outside."""
         self.set_widget("KSampler", "seed", next(_seeds))
 
     def run(self) -> None:
@@ -175,7 +180,7 @@ class ComfyPage:
         self.page.get_by_test_id("queue-button").first.click()
 
     def wait_for(self, *types: str) -> None:
-        """Until the page was told one of these events since the last run was queued."""
+        """Waits until the page got one of these events since the last run was queued."""
         self.page.wait_for_function("types => window.seen.some(event => types.includes(event.type))", arg=list(types), timeout=120_000)
 
     def wait_for_end(self) -> None:
@@ -188,7 +193,7 @@ class ComfyPage:
     # --- what is on the screen
 
     def complaints(self) -> list[str]:
-        """Texts of dialogs, toasts and error bars."""
+        """Returns the texts of dialogs, toasts and error bars."""
         shown = self.page.locator(".p-dialog, .p-toast-message, [role=dialog], [data-testid=error-overlay]")
         return [text for text in shown.all_inner_texts() if text.strip()]
 
@@ -196,32 +201,33 @@ class ComfyPage:
         return self.page.locator(f".duca-strip[data-node-id='{self.ids(node_type)[0]}']")
 
     def wait_for_images(self, *node_types: str) -> None:
-        """Until these nodes show what a run gave them."""
+        """Waits until these nodes show the pictures of a run."""
         self.page.wait_for_function(_IMAGES_SHOWN, arg=node_types)
 
     def forgive(self, words: str) -> None:
-        """Takes console errors back that the test provoked."""
+        """Removes console errors with these words, which the test provoked."""
         self.problems[:] = [problem for problem in self.problems if words not in problem]
 
     def show(self, *node_types: str) -> tuple[float, float, float, float]:
-        """Brings nodes of these types, or all and their groups, into view as large as possible.
+        """Brings nodes of these types, or all nodes and groups, into view as large as possible.
 
-        Returns their place on the screen, with a margin.
+        Returns:
+            Their place on the screen with a margin: left, top, width and height.
         """
         return tuple(self.page.evaluate(_SHOW, [node_types, _AROUND]))
 
     def corner(self, node_type: str) -> tuple[float, float]:
-        """Brings the node into view. Returns the place of its lower right corner on the screen."""
+        """Brings the node into view. Returns where its lower right corner is on the screen."""
         if not self.page.evaluate("() => LiteGraph.vueNodesMode"):
             left, top, width, height = self.show(node_type)
             return left + width - _AROUND, top + height - _AROUND
-        self.show()  # not the node alone: its element may be higher than the graph knows
+        self.show()  # not the node alone: its element may be taller than the graph knows
         node = self.page.locator(f"[data-node-id='{self.ids(node_type)[0]}']:not(.duca-strip)").first
         box = node.bounding_box()
         return box["x"] + box["width"], box["y"] + box["height"]
 
     def picture(self, name: str, place: tuple[float, float, float, float] | None = None) -> None:
-        """Kept as .dev/screenshots/NAME.png. place: left, top, width and height; without it the whole page."""
+        """Saves a picture as .dev/screenshots/NAME.png. `place` is left, top, width and height; without it, the whole page."""
         clip = dict(zip(("x", "y", "width", "height"), place)) if place else None
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", clip=clip)
 

@@ -1,6 +1,6 @@
-"""One browser and one server a version of ComfyUI's page, for the whole directory; a new page for every test.
+"""Starts one browser, and one server for each version of ComfyUI's page, for the whole directory; and a new page for every test.
 
-A test asks for `comfy` and says with `everywhere` or `on_page` (comfy_page.py) in which pages it runs.
+A test takes the fixture `comfy` and says with `everywhere` or `on_page` (comfy_page.py) in which pages it runs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from devtools.environment import host_setup
 from .comfy_page import WORKFLOWS, ComfyPage, Variant
 
 DEV = host_setup.DEV
-_FILE = re.compile(r"`(\w+/[\w.-]+\.(?:safetensors|pt))`")  # as the shipped workflows' notes name those they need
-_OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # what the page asks of the internet fails at once
+_FILE = re.compile(r"`(\w+/[\w.-]+\.(?:safetensors|pt))`")  # how the notes of the shipped workflows name the files that they need
+_OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # requests of the page to the internet fail at once
 
 
 def unavailable(reason: str) -> None:
-    """Skips, but not where somebody relies on these tests."""
+    """Skips the test; on a CI machine, where nobody reads of skips, fails it."""
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
@@ -49,7 +49,10 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def contexts(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BrowserContext]]:
-    """By version of the page: a browser profile, whose cache makes later pages quick, on a server that starts when first asked for."""
+    """Returns a function that gives, for a version of the page, a browser profile on a server that starts with its first use.
+
+    The profile's cache makes later pages quick.
+    """
     with ExitStack() as stack:
         made: dict[str, BrowserContext] = {}
 
@@ -67,7 +70,7 @@ def _server(version: str, folder: Path) -> ComfyServer:
     base = folder / "base"
     host_setup.link_pack(base)
     for name in {name for path in WORKFLOWS for name in _FILE.findall(path.read_text())}:
-        _put(base / "models" / name)  # empty: without it the page would say that a model is missing
+        _put(base / "models" / name)  # empty: without the file, the page would say that a model is missing
     _put(base / "input" / "example.png", (Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png").read_bytes())
     arguments: tuple[str, ...] = ()
     if version == "newest":
@@ -85,7 +88,7 @@ def _put(file: Path, content: bytes = b"") -> None:
 
 @pytest.fixture
 def comfy(request: pytest.FixtureRequest, contexts: Callable[[str], BrowserContext]) -> Iterator[ComfyPage]:
-    """The page, ready and with ComfyUI's first workflow. Keeps a picture of how the test left it; console errors fail the test."""
+    """Opens the page with ComfyUI's first workflow. Saves a picture of how the test left it; console errors fail the test."""
     variant: Variant = getattr(request, "param", Variant())
     context = contexts(variant.version)
     page = ComfyPage.opened(context, variant)

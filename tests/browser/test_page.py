@@ -1,4 +1,4 @@
-"""The pack's nodes and workflows in ComfyUI's page."""
+"""ComfyUI's page finds, loads, saves and runs the pack's nodes and workflows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .comfy_page import DEMO, WORKFLOWS, ComfyPage, both_renderers, everywhere, 
 
 
 def our_nodes(comfy: ComfyPage) -> dict[str, str]:
-    """Display name by node type, of every node the pack brings."""
+    """Returns the display name of every node of the pack, by its type."""
     nodes = comfy.page.request.get("/object_info").json()
     return {key: node["display_name"] for key, node in nodes.items() if node["python_module"].endswith("ComfyUI-DuCa")}
 
@@ -27,10 +27,10 @@ def test_every_node_is_found_by_its_name_and_added(comfy: ComfyPage):
         search.fill(name)
         comfy.page.get_by_role("option").filter(has_text=name).first.click()
         comfy.page.wait_for_function("type => app.graph.nodes.some(node => node.type === type)", arg=node_type)
-        expect(search).to_have_count(0)  # it fades out
+        expect(search).to_have_count(0)  # the window fades out
         comfy.page.mouse.move(800, 500)
         comfy.page.wait_for_timeout(200)
-        comfy.page.mouse.click(800, 500)  # newer pages let the node follow the cursor until then
+        comfy.page.mouse.click(800, 500)  # until then, newer pages let the node follow the cursor
         comfy.page.wait_for_function("() => app.graph.nodes.every(node => !node.flags.ghost)")
 
 
@@ -95,7 +95,7 @@ def test_another_tab_hears_nothing_of_the_run(comfy: ComfyPage):
 
 
 def assert_kept(saved: dict, workflow: dict, our_types: Collection[str]) -> None:
-    """Our nodes' values are as they were; a node of the host's may have got further widgets, behind those that the workflow knows."""
+    """Asserts that our nodes' values are unchanged. A node of the host may have got further widgets after those of the workflow."""
     before, after = values(workflow), values(saved)
     assert after.keys() == before.keys()
     for node in workflow["nodes"]:
@@ -104,5 +104,5 @@ def assert_kept(saved: dict, workflow: dict, our_types: Collection[str]) -> None
 
 
 def values(workflow: dict) -> dict[str, list]:
-    """Widget values by node; a node without any may say so in two ways."""
+    """Returns widget values by node. A node without any has an empty list or none at all."""
     return {str(node["id"]): node.get("widgets_values") or [] for node in workflow["nodes"]}

@@ -1,4 +1,4 @@
-"""The strip under DuCa Cache and Cache Schedule: plan, errors, a run."""
+"""The strip under DuCa Cache and Cache Schedule shows the plan, errors and a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ADD_SCHEDULE = """() => {
 
 
 def kinds(strip: Locator) -> str:
-    """The letters of all cells."""
+    """Returns the letters of all cells."""
     return strip.evaluate(_KINDS)
 
 
 def planned(comfy: ComfyPage) -> Locator:
-    """The strip of the demo workflow, which shows its plan."""
+    """Returns the strip of the demo workflow, which shows its plan."""
     comfy.load(DEMO)
     strip = comfy.duca_strip()
     expect(strip).to_have_attribute("data-state", "plan")
@@ -54,7 +54,7 @@ def test_slider_and_presets_change_the_plan(comfy: ComfyPage):
 
 @on_pages("own-classic", "newest-vue")
 def test_one_of_two_samplers_shows_the_steps_that_it_runs(comfy: ComfyPage):
-    """Wan 2.2's experts share 20 steps: ten each."""
+    """Wan 2.2's experts share 20 steps, ten each."""
     path = next(path for path in WORKFLOWS if path.stem == "duca_wan22_t2v")
     comfy.load(json.loads(path.read_text()), path.stem)
     comfy.show("DuCaCache")
@@ -81,7 +81,7 @@ def test_a_wrong_schedule_says_what_is_wrong(comfy: ComfyPage):
         expect(one.locator(".duca-text")).to_contain_text("x")
     comfy.set_widget("DuCaCacheSchedule", "text", "(Fa)*")
     expect(strip).to_have_attribute("data-state", "plan")
-    comfy.forgive("400 (Bad Request)")  # the answer about a wrong text, which browsers log
+    comfy.forgive("400 (Bad Request)")  # the answer to a wrong text, which browsers log
 
 
 @everywhere

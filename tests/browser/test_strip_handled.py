@@ -1,4 +1,4 @@
-"""The strip while its node is handled: in a subgraph, beside the properties panel, folded, resized, collapsed, copied, undone."""
+"""The strip stays right when its node is moved into a subgraph, folded, resized, collapsed, copied or undone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from playwright.sync_api import Locator, expect
 
 from .comfy_page import DEMO, ComfyPage, classic, everywhere
 
-STEPS = 28  # of the demo workflow; without a sampler as many are assumed
+STEPS = 28  # of the demo workflow; without a sampler the strip assumes as many
 _ENTER = "() => { const node = app.graph.nodes.find(node => node.subgraph); app.canvas.openSubgraph(node.subgraph, node); }"
 _LEAVE = "() => app.canvas.setGraph(app.graph)"
 _SPOIL = """type => void Object.defineProperty(app.graph.nodes.find(node => node.type === type), "comfyClass", {
@@ -23,7 +23,7 @@ _ALONE = """type => {
   for (const node of [...app.graph.nodes]) if (![type, "KSampler"].includes(node.type)) app.graph.remove(node);
 }"""
 _VALUES = "id => Object.fromEntries(app.graph.getNodeById(id).widgets.map(widget => [widget.name, widget.value]))"
-# Vue nodes of 1.32 leave a node's further room empty, below all widgets.
+# In Vue nodes of 1.32, the room that a node gains stays empty below all widgets.
 _GETS_ROOM = "root => Boolean(root.closest('.dom-widget')) || getComputedStyle(root.parentElement).display === 'flex'"
 _SHOWS_WHOLE = """root => {
   const on = root.getBoundingClientRect(), text = root.querySelector(".duca-text").getBoundingClientRect();
@@ -33,7 +33,7 @@ _SHOWS_WHOLE = """root => {
 
 @pytest.fixture
 def strip(comfy: ComfyPage) -> Locator:
-    """The demo workflow's, which shows its plan."""
+    """Returns the strip of the demo workflow, which shows its plan."""
     comfy.load(DEMO)
     expect_plan(comfy.duca_strip())
     comfy.show("DuCaCache")
@@ -46,7 +46,7 @@ def expect_plan(strip: Locator, steps: int = STEPS) -> None:
 
 
 def height(strip: Locator) -> float:
-    """On the screen."""
+    """Returns its height on the screen."""
     return strip.bounding_box()["height"]
 
 
@@ -76,7 +76,7 @@ def test_in_a_subgraph_the_strip_plans_and_follows_a_run(comfy: ComfyPage, strip
     expect(strip.locator(".duca-cell[data-done='1']")).to_have_count(STEPS)
     assert strip.evaluate(_SHOWS_WHOLE)
     comfy.page.evaluate(_LEAVE)
-    comfy.set_widget("EmptyChromaRadianceLatentImage", "width", 48)  # what lies outside of the subgraph counts, too
+    comfy.set_widget("EmptyChromaRadianceLatentImage", "width", 48)  # what lies outside the subgraph counts, too
     comfy.page.evaluate(_ENTER)
     expect_plan(strip)
 
@@ -109,7 +109,7 @@ def test_the_properties_panel_leaves_the_strip_where_it_is(comfy: ComfyPage, str
         expect(panel).to_contain_text("DuCa Cache")
         for chosen in ("KSampler", "DuCaCache"):
             comfy.select(chosen)
-            comfy.page.wait_for_timeout(300)  # nothing is to happen
+            comfy.page.wait_for_timeout(300)  # nothing should happen
         expect(panel.locator(".duca-strip")).to_have_count(0)
         expect(panel).not_to_contain_text("duca_strip")
         comfy.show("DuCaCache")
@@ -159,7 +159,7 @@ def test_a_new_node_has_its_own_values_under_an_id_that_another_had(comfy: Comfy
 
 @everywhere
 def test_the_strip_goes_with_a_resize_and_a_collapse(comfy: ComfyPage, strip: Locator):
-    comfy.page.evaluate(_ALONE, "DuCaCache")  # it may lie under others
+    comfy.page.evaluate(_ALONE, "DuCaCache")  # it may lie below others
     right, bottom = comfy.corner("DuCaCache")
     high, wide = height(strip), strip.bounding_box()["width"]
     mouse = comfy.page.mouse

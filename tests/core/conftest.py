@@ -1,4 +1,4 @@
-"""The pack's plain torch part, as `comfyui_duca.cache_core`, without ComfyUI: torch, numpy, safetensors and pytest are enough."""
+"""Loads the part of the pack that needs no ComfyUI, as `comfyui_duca.cache_core`. Needs torch, numpy, safetensors and pytest alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers.sidecars import sidecar
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails a session of this room alone in which anything of ComfyUI was imported."""
+    """Fails a session of this room alone if anything of ComfyUI was imported."""
     of_comfyui = sorted(name for name in sys.modules if name.startswith("comfy") and name.partition(".")[0] != PACK)
     if of_comfyui and all(item.path.is_relative_to(HERE) for item in session.items):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -27,7 +27,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """A sidecar that was just written."""
+    """Returns the path of a sidecar that was just written."""
     path = tmp_path / "emoji.safetensors"
     write(path, sidecar())
     return path

@@ -1,7 +1,7 @@
-"""A model whose answers can be worked out by hand, and what drives it through a run as a host would.
+"""A model whose answers can be worked out by hand, and a driver that runs it as a host would.
 
-A block doubles what it gets, there are two of them, and the head adds a tenth of the input: 10 → 20 → 40 → 41. A skipped evaluation puts
-the hidden state that is kept, 40, in the place of the blocks and runs the head on the input of now: for 20 it answers 42 and not 82.
+It has two blocks that double what they get, and the head adds a tenth of the input: 10 → 20 → 40 → 41. A skipped evaluation puts the kept
+hidden state, 40, in the place of the blocks and runs the head on the current input: for 20 it answers 42, not 82.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Model(nn.Module):
 
 
 class TwoStreams(Doubling):
-    """Doubles a picture and a text, which are streams of their own."""
+    """Doubles an image and a text, each in a stream of its own."""
 
     def forward(self, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
         return self.linear(img), self.linear(txt)
 
 
 class PictureAndText(Model):
-    """The text is the picture's first token, less 9: 10 → 1 → 2 → 4. reads_text: whether the head adds the text's hidden state."""
+    """Has a text that is the image's first token minus 9: 10 → 1 → 2 → 4. `reads_text`: whether the head adds the text's hidden state."""
 
     def __init__(self, reads_text: bool) -> None:
         super().__init__(TwoStreams)
@@ -74,7 +74,7 @@ class PictureAndText(Model):
 
 @dataclass
 class Driver:
-    """Evaluations of one run. Answers and inputs are one number for a cond, all of whose tokens are alike."""
+    """Runs the evaluations of one run. Inputs and answers are one number for each cond, as all its tokens are equal."""
 
     model: nn.Module
     plan: str
@@ -91,7 +91,7 @@ class Driver:
 
     @torch.inference_mode()
     def evaluate(self, step: int, *calls: Mapping[int, float]) -> dict[int, float]:
-        """calls: of the model, each with a number for every one of its conds."""
+        """Evaluates a step and returns the answer of each cond. Each of `calls` is a model call, with the input of each of its conds."""
         answers: dict[int, float] = {}
         with self.run.evaluation(self.times[step]):
             self.run.cond_batch()
@@ -106,7 +106,7 @@ class Driver:
         return dict(zip(numbers, answer[:, 0, 0].tolist()))
 
     def answers(self, inputs: Sequence[float]) -> list[float]:
-        """Of a whole run with one cond."""
+        """Returns the answers of a whole run with one cond, one for each input."""
         found = [self.evaluate(step, {0: x})[0] for step, x in enumerate(inputs)]
         self.run.close(is_complete=True)
         return found

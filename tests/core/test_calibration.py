@@ -1,4 +1,4 @@
-"""A calibration: its way to a file and back, and its forecast against float64."""
+"""A calibration is the same after it was written and read, and its forecast agrees with float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers.calibrations import TIMES, TOKENS, D, N, R, calibration_of, feature
 
 
 def at(values, time):
-    """Features at a time: linear between the recorded ones, and on beyond them."""
+    """Returns features at a time: interpolated linearly between recorded times and extrapolated outside of them."""
     lower = next((i for i in range(1, N) if time >= TIMES[i]), N - 1)
     share = (time - TIMES[lower]) / (TIMES[lower - 1] - TIMES[lower])
     return share * values[lower - 1] + (1 - share) * values[lower]
@@ -40,7 +40,7 @@ def near(value, expected, tolerance=1e-5) -> bool:
 
 @pytest.mark.parametrize(("anchors", "time"), RUNS)
 def test_least_squares_in_float64(anchors, time):
-    """Stacked tokens, a damping row per anchor: a thousandth of its own mean square."""
+    """The reference stacks all tokens, and adds a row of damping for each anchor: a thousandth of its own mean square."""
     _, z = features()
     known = np.stack([at(z, anchor).ravel() for anchor in anchors], 1)
     damping = np.diag(np.sqrt(1e-3 * (known**2).sum(0)))
@@ -52,7 +52,7 @@ def test_least_squares_in_float64(anchors, time):
 @pytest.mark.parametrize(("anchors", "time"), RUNS)
 @pytest.mark.parametrize("own", [True, False], ids=["given weights", "best weights"])
 def test_correction_and_errors_in_float64(anchors, time, own):
-    """What `weights` leave, regressed on what they leave of the input; the errors are those met on the tokens themselves."""
+    """The correction is a regression between what `weights` leave of input and features. Errors are measured on the tokens themselves."""
     model, (u, z), basis = model_of(), features(), orthonormal()
     weights = [-0.4, 0.3, 0.7][-len(anchors) :] if own else None
     fit = model.fit(anchors, time, weights)
@@ -67,8 +67,8 @@ def test_correction_and_errors_in_float64(anchors, time, own):
     assert fit.error < 0.9 * fit.plain_error  # there was something to correct
 
 
-def test_harm_in_float64():
-    """An error's share of the latent grows with the stretch of time it stands for, and harm is a square."""
+def test_sensitivity_in_float64():
+    """Sensitivity grows with the square of the time that a step lasts, and is never negative."""
     model = model_of()
     assert near(model.sensitivities(TIMES), [1.0, 3.0, 2.0, 5.0, 0.5, 1.5, 4.0])
     recorded = np.array([0.1, 0.15, 0.2, 0.15, 0.2, 0.1, 0.1])  # of TIMES, the last one down to 0
@@ -79,7 +79,7 @@ def test_harm_in_float64():
         expected = np.interp(times, TIMES[::-1], density[::-1]) * stretches**2
         assert near(model.sensitivities(times.tolist()), expected)
     assert model_of(None).sensitivities([0.8, 0.3]) == [1.0, 1.0]
-    rising = model_of((1.0, 9.0, 2.0, 5.0, 0.5, 1.5, 4.0))  # from 100 to 400 a square of time: -50 at 1.05, and no harm is negative
+    rising = model_of((1.0, 9.0, 2.0, 5.0, 0.5, 1.5, 4.0))  # from 100 to 400 per square of time: -50 at 1.05, which becomes 0
     assert near(rising.sensitivities([1.05, 1.02]), [0.0, (100 - 0.2 * 300) * 1.02**2])
 
 
@@ -87,7 +87,7 @@ def test_harm_in_float64():
 
 
 def single(model: ForecastModel) -> ForecastModel:
-    """With tensors in the dtypes of a file."""
+    """Returns the model with its tensors in the dtypes of a file."""
     return replace(model, uu=model.uu.float(), uz=model.uz.float(), basis=model.basis.float())
 
 
@@ -116,7 +116,7 @@ def test_what_is_written_is_read(tmp_path, has):
         fits = [model.fit([0.95, 0.8], 0.5) for model in (back.forecast.model, before.forecast.model)]
         assert torch.equal(fits[0].correction, fits[1].correction) and fits[0].error == fits[1].error
     if has != "forecast":
-        assert dict(back.factors.energy) == before.factors.energy  # each part's own, whatever order the file keeps
+        assert dict(back.factors.energy) == before.factors.energy  # each part's own, whatever the order in the file
         assert back.factors.tensors.keys() == before.factors.tensors.keys()
         assert all(torch.equal(back.factors.tensors[name], tensor) for name, tensor in before.factors.tensors.items())
 
@@ -171,7 +171,7 @@ def test_a_plan_that_begins_with_a_skip_is_refused():
 
 
 def test_a_search_that_is_not_known_is_refused():
-    """As a later version might begin one elsewhere."""
+    """A newer version might start its search elsewhere."""
     whole = calibration_of(forecast_of(), None).to_sidecar()
     whole.sections["forecast"]["results"][0, 3] = 3.0
     with pytest.raises(ValueError, match="made by a newer version"):

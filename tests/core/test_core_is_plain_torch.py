@@ -1,4 +1,4 @@
-"""cache_core imports no host, keeps no global state, and its parts import one way."""
+"""cache_core imports no host and keeps no global state, and its parts import in one direction."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_the_core_imports_without_a_host():
 
 
 def _part(names: tuple[str, ...]) -> str:
-    """The part of the core that a dotted name belongs to: its first name, or the first two inside `planning`."""
+    """Returns the part of the core that a dotted name belongs to: its first name, or the first two in `planning`."""
     return ".".join(names[:2]) if names[0] == "planning" else names[0]
 
 
 def _imports(path: Path) -> set[str]:
-    """Parts of the core that a file imports."""
+    """Returns the parts of the core that a file imports."""
     package = path.relative_to(ROOT / "cache_core").parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -52,7 +52,7 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-_SHARED = {"planning.kinds", "planning.plan"}  # small frozen dataclasses that everyone may use
+_SHARED = {"planning.kinds", "planning.plan"}  # small frozen dataclasses that every part may use
 _ALLOWED = {
     "blocks": set(),
     "checks": set(),
@@ -104,11 +104,11 @@ _CALLS = {
     "dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "ChainMap", "UserDict", "UserList",
     "SimpleNamespace", "WeakKeyDictionary", "WeakValueDictionary", "WeakSet", "local", "ContextVar", "count", "cycle",
 }  # fmt: skip
-_CACHES = {"cache", "lru_cache", "singledispatch"}  # of functions: what they keep outlives a run
+_CACHES = {"cache", "lru_cache", "singledispatch"}  # decorators of functions whose results outlive a run
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those that run when the module is imported, in classes and under conditions too."""
+    """Yields the statements that run when a module is imported, also those in classes and conditions."""
     for node in body:
         yield node
         for part in ("body", "orelse", "finalbody"):
@@ -119,13 +119,13 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _name(node: ast.expr) -> str:
-    """The last name of `a.b.c` and of `a.b.c(...)`."""
+    """Returns the last name of `a.b.c` and of `a.b.c(...)`."""
     node = node.func if isinstance(node, ast.Call) else node
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def _is_mutable(value: ast.expr) -> bool:
-    """Whether it is, or holds, something that can be written into. What a call is given is not looked at: a tuple may be made of a list."""
+    """Returns whether the value can be changed or holds something that can. Arguments of calls do not count (tuple([1]))."""
     if isinstance(value, ast.Call):
         return _name(value) in _CALLS
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):
@@ -136,7 +136,7 @@ def _is_mutable(value: ast.expr) -> bool:
 
 
 def mutable_state(source: str) -> list[str]:
-    """The lines of a module that make state which outlives a call; `__all__` is what Python makes a list of."""
+    """Returns the lines of a module that make state which outlives a call. `__all__`, a list by convention, does not count."""
     tree = ast.parse(source)
     found: list[ast.AST] = [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
     found += [f for f in ast.walk(tree) for kept in getattr(f, "decorator_list", []) if _name(kept) in _CACHES]
@@ -150,7 +150,7 @@ def mutable_state(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_no_module_holds_mutable_state(path):
-    """Module level and classes: constants, tuples and read-only tables; no list, dict or set but __all__, no `global`, no caches."""
+    """Modules and classes have constants, tuples and read-only tables: no list, dict or set but `__all__`, no `global`, and no caches."""
     assert not mutable_state(path.read_text())
 
 

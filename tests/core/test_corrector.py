@@ -1,4 +1,4 @@
-"""Full evaluations make up for what was skipped before them: by hand."""
+"""Full evaluations correct the forecasts before them, by amounts worked out by hand."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ def evaluation(step: int, plan: str, kind: Kind | None = None, calls: int = 1) -
 
 
 def answers(plan: str, directions, changed=()) -> list[float]:
-    """What a corrector makes of denoised latents 0 when the directions are these: the latents are then σ·d.
+    """Returns a corrector's answers for denoised latents of 0, where the latents are σ·d for the given directions d.
 
-    changed: evaluations in place of the plan's own, by step.
+    Args:
+        plan: The kinds.
+        directions: One for each step.
+        changed: Evaluations that replace the plan's own, by step.
     """
     corrector = Corrector(Timeline(SIGMAS), Plan.parse(plan))
     results = []
     for step, direction in enumerate(directions):
         latent = torch.tensor([SIGMAS[step] * direction], dtype=torch.float64)
-        told = dict(changed).get(step) or evaluation(step, plan)
-        results.append(float(corrector.answer(told, latent, torch.zeros(1, dtype=torch.float64))))
+        evaluated = dict(changed).get(step) or evaluation(step, plan)
+        results.append(float(corrector.answer(evaluated, latent, torch.zeros(1, dtype=torch.float64))))
     return results
 
 
-def test_a_gap_is_made_up_for_by_the_hand_worked_amount():
-    """The forecast direction was 1 where the line from 1 to 3 has 2: the latent should be 0.2 lower, a third of which
-    the model takes away before the next full evaluation. So the next latent must be 0.2 · 2/3 lower."""
+def test_a_gap_is_corrected_by_the_hand_worked_amount():
+    """The forecast direction was 1 where the line from 1 to 3 has 2, so the latent should be 0.2 lower. The model takes a third of that
+    away before the next full evaluation, so the next latent must be 0.2 · 2/3 lower.
+    """
     corrected = answers("FaFFF", [1, 1, 3, 5, 0])
     assert corrected[:2] == [0, 0] and corrected[3:] == [0, 0]
     latent = 0.6 * 3
@@ -42,7 +46,7 @@ def test_a_gap_is_made_up_for_by_the_hand_worked_amount():
 
 
 def test_the_steps_up_to_the_next_full_one_share_it():
-    """A denoised latent that is c higher makes the next latent (1 - σ'/σ)·c higher: 1/3 and 1/2 of it here."""
+    """A denoised latent that is c higher makes the next latent (1 - σ'/σ)·c higher: here 1/3 and 1/2 of it."""
     first, second = answers("FaFaF", [1, 1, 3, 3, 0])[2:4]
     assert first == second
     assert first / 3 + second / 2 == pytest.approx(-0.2 * 1 / 3)
@@ -59,8 +63,8 @@ def test_forecasts_that_were_right_are_left_alone():
 @pytest.mark.parametrize(
     "changed",
     [
-        {1: evaluation(1, "FaFFF", Kind.FULL)},  # when no memory was left
-        {1: evaluation(1, "FcFF")},  # closer to the truth than a line is
+        {1: evaluation(1, "FaFFF", Kind.FULL)},  # as where memory was short
+        {1: evaluation(1, "FcFF")},  # nearer to the truth than a line is
         {0: evaluation(0, "FaFFF", calls=0)},  # another node answered
     ],
     ids=["computed", "conservative", "not ours"],

@@ -1,4 +1,4 @@
-"""dev.py tells people what to do when the set-up cannot work; every ComfyUI has an environment of its own."""
+"""dev.py says what to do if the set-up cannot work, and gives every ComfyUI an environment of its own."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_a_failed_download_says_what_to_do(tmp_path):
 
 
 def test_the_pack_is_linked_into_custom_nodes(tmp_path):
-    for _ in range(2):  # a second call finds it there
+    for _ in range(2):  # the second call finds the link
         host_setup.link_pack(tmp_path)
         assert (tmp_path / "custom_nodes" / host_setup.PACK_NAME).resolve() == ROOT
 
 
 def comfyui(folder: Path) -> Path:
-    """What passes for a ComfyUI's source."""
+    """Makes a folder that passes for ComfyUI's source."""
     (folder / "comfy").mkdir(parents=True)
     (folder / "main.py").touch()
     return folder
@@ -66,7 +66,7 @@ def comfyui(folder: Path) -> Path:
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """What COMFYUI_PATH comes to, in a checkout with a pinned source of its own at `.dev`."""
+    """Returns a function that gives the source for a value of COMFYUI_PATH, in a checkout that has the pinned one at `.dev`."""
     monkeypatch.setattr(host_setup, "DEV", tmp_path / ".dev")
     comfyui(tmp_path / ".dev" / "comfyui")
 

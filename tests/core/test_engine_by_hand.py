@@ -1,4 +1,4 @@
-"""The engine on a model of two blocks that double (doubling.py): every number here can be worked out by hand."""
+"""The engine gives the numbers that are worked out by hand, on a model of two blocks that double (doubling.py)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from doubling import TOKENS, Doubling, Driver, InPlace, Model, PictureAndText
 
 
 def test_without_a_cache():
-    """10 → 20 → 40, and the head's 1."""
+    """10 → 20 → 40, and the head adds 1."""
     assert Model()(torch.full((1, TOKENS, 1), 10.0)).unique().tolist() == [41.0]
 
 
 @pytest.mark.parametrize("block", [Doubling, InPlace])
 def test_a_skip_answers_with_what_was_kept(block):
-    """40 + 2 in place of 80 + 2. What a block writes into is not what is kept."""
+    """40 + 2 in place of 80 + 2. Blocks that write into what they are given do not change what is kept."""
     driver = Driver(Model(block), "FaaF")
     assert driver.answers([10, 20, 30, 20]) == [41, 42, 43, 82]
     assert driver.kinds == "FaaF" and driver.run.report.place == "found and proved: skips blocks"
@@ -30,36 +30,36 @@ def test_a_skip_answers_with_what_was_kept(block):
 def test_a_skip_runs_no_block():
     model, ran = Model(), []
     driver = Driver(model, "FFaa")
-    driver.evaluate(0, {0: 10})  # in which the place is looked for
+    driver.evaluate(0, {0: 10})  # the place is looked for in it
     model.blocks[0].linear.register_forward_hook(lambda *_: ran.append(1))
     assert [driver.evaluate(step, {0: 20})[0] for step in (1, 2, 3)] == [82, 82, 82]
     assert len(ran) == 1
 
 
 def test_a_line_through_two_hidden_states():
-    """40, 80, so 120 and 160 come next, whatever the input is. With two points the head's input is the only news."""
+    """After 40 and 80 come 120 and 160. The head alone uses the current input."""
     driver = Driver(Model(), "FFaa", Taylor(1))
     assert driver.answers([10, 20, 50, 60]) == pytest.approx([41, 82, 120 + 5, 160 + 6])
 
 
 def test_one_stream_is_kept_where_the_head_reads_one():
-    """The picture's 5 tokens of one float32, for one cond."""
+    """That is the image's 5 tokens of one float32, for one cond."""
     driver = Driver(PictureAndText(reads_text=False), "Fa")
     assert driver.answers([10, 20]) == [41, 42]
     assert driver.run.report.peak_bytes == TOKENS * 4
 
 
 def test_two_streams_are_kept_where_the_head_reads_both():
-    """10 → 40, its text 1 → 4, together 44 and the head's 1; kept are both."""
+    """The image goes from 10 to 40 and its text from 1 to 4: together 44, and the head adds 1. Both are kept."""
     driver = Driver(PictureAndText(reads_text=True), "FaF")
     assert driver.answers([10, 20, 20]) == [45, 46, 80 + 44 + 2]
     assert driver.run.report.peak_bytes == (TOKENS + 1) * 4
 
 
 def test_an_incremental_evaluation():
-    """A layer answers with what it gave and what its factors, here 1 for 2, make of what its input moved by.
+    """A layer returns its kept output plus its factors (here 1 where the weight is 2) times the change of its input.
 
-    From 10 to 20: 20 + 1·10 = 30, then 40 + 1·(30 - 20) = 50, and the head's 2.
+    From 10 to 20: 20 + 1·10 = 30, then 40 + 1·(30 - 20) = 50, and the head adds 2.
     """
     model = Model()
     first = Driver(model, "F")
@@ -72,7 +72,7 @@ def test_an_incremental_evaluation():
 
 
 def test_conds_have_hidden_states_of_their_own():
-    """Together and apart, in any order: 10 keeps 40, 100 keeps 400. Both forms of call have been seen before."""
+    """10 keeps 40 and 100 keeps 400, in one call or in two, in any order. The run has seen both forms of call before."""
     before = Driver(Model(), "FF")
     before.evaluate(0, {0: 10, 1: 10})
     before.evaluate(1, {0: 10}, {1: 10})
@@ -93,7 +93,7 @@ def test_a_cond_that_was_not_there_is_computed():
 
 
 def kept_by(driver: Driver) -> list[weakref.ref]:
-    """What a run holds: tensors of the hidden state's size whose numbers are those of a hidden state."""
+    """Returns references to what a run holds: the tensors of the hidden state's size with the hidden state's values."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.numel() == TOKENS]
     return [weakref.ref(tensor) for tensor in tensors if tensor.unique().tolist() == [40.0]]

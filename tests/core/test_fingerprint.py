@@ -1,4 +1,4 @@
-"""A checkpoint is recognised in every dtype, and nothing else is taken for it."""
+"""A checkpoint is recognised in every dtype, and no other one is taken for it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def test_every_cast_is_recognised(seed, std):
 
 @pytest.mark.parametrize("way", DTYPES, ids=str)
 def test_a_cast_of_a_cast_is_recognised(way):
-    """Also back to a wider one, where the dtype no longer tells what the values went through: an fp8 file loaded in bf16."""
+    """Also in a wider dtype, which no longer shows what the values went through: an fp8 file that is loaded as bf16."""
     by_way = {name: w.to(way) if w.is_floating_point() else w for name, w in weights().items()}
-    for dtype, original in itertools.product(DTYPES, DTYPES):
-        assert cast(by_way, dtype).matches(cast(weights(), original))
-        assert cast(by_way, dtype).short == cast(weights(), original).short
+    originals = [cast(weights(), dtype) for dtype in DTYPES]
+    for dtype in DTYPES:
+        recast = cast(by_way, dtype)
+        assert all(recast.matches(original) and recast.short == original.short for original in originals)
 
 
 @pytest.mark.parametrize("pair", itertools.product(DTYPES, DTYPES), ids=str)
@@ -46,7 +47,7 @@ def test_another_checkpoint_is_not(pair):
 @pytest.mark.parametrize("pair", itertools.product(PRECISE, PRECISE), ids=str)
 @pytest.mark.parametrize("only", [1, 70])
 def test_a_fine_tune_by_one_percent_is_not(pair, only):
-    """Also when it moved a single layer of many, as long as both are in full or half precision."""
+    """Also if a single layer of many moved, as long as both are in full or half precision."""
     g, tuned = torch.Generator().manual_seed(5), weights()
     for name in sorted(n for n in tuned if n.endswith(".w"))[:only]:
         tuned[name] = tuned[name] + 0.01 * tuned[name].std() * torch.randn(tuned[name].shape, generator=g)
@@ -63,7 +64,7 @@ def test_another_shape_or_name_is_not():
 
 
 def test_order_and_what_formats_and_hosts_add_do_not_count():
-    """fp8 files come with scales, loaders differ in the order of parameters, hosts in names of vectors."""
+    """fp8 files come with scales, loaders differ in the order of parameters, and hosts in the names of vectors."""
     original = cast(weights(), torch.float32)
     more = dict(reversed(weights().items())) | {
         "scale_weight": torch.ones(()),
@@ -75,7 +76,7 @@ def test_order_and_what_formats_and_hosts_add_do_not_count():
 
 
 def test_a_row_that_is_not_there_says_nothing():
-    """As of a weight that another host has; without any row that is there, nothing is recognised."""
+    """A row may belong to a weight that only another host has. If no row is there, nothing is recognised."""
     original, other = cast(weights(), torch.float32), cast(weights(1), torch.float32)
     for rows in (slice(5, 6), slice(1, None)):
         for fingerprint, matches in ((original, True), (other, False)):

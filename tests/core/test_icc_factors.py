@@ -1,4 +1,4 @@
-"""Low-rank factors for increment-calibrated caching: dense weights of any layer, channel magnitudes, the three decompositions."""
+"""Low-rank factors for increment-calibrated caching: dense weights of any layer, channel magnitudes, and the three decompositions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite
 from comfyui_duca.cache_core.families.fused import UNSPLIT
-from helpers.linears import ClippedInput, linear, reference_product
+from helpers.layers import ClippedInput, linear, reference_product
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_factors_are_those_of_the_paper(method, shape, rank, dtype):
     random = np.random.default_rng(sum(shape) + rank)
     weight, r, l = random.normal(size=shape), random.exponential(size=shape[1]), random.exponential(size=shape[0])  # noqa: E741
     if dtype is torch.float64:
-        r[0] = 0.0  # met by the floor; in float32 its digits are a thousand times fewer
+        r[0] = 0.0  # is raised to the floor; float32 has a thousand times fewer digits for it
     a, b, energy = factorise(torch.tensor(weight, dtype=dtype), rank, method, torch.tensor(r), torch.tensor(l))
     kept = min(rank, *shape)
     assert a.shape == (shape[0], kept) and b.shape == (kept, shape[1]) and a.dtype == b.dtype == dtype
@@ -43,7 +43,7 @@ def test_channel_weights_are_the_square_root_with_a_floor():
 
 
 def test_energy_by_hand():
-    """diag(3, 4, 0) at rank 1 keeps 16 of 25."""
+    """Rank 1 of diag(3, 4, 0) keeps 16 of 25."""
     a, b, energy = factorise(torch.diag(torch.tensor([3.0, 4.0, 0.0])), 1)
     assert energy == pytest.approx(16 / 25)
     torch.testing.assert_close(a @ b, torch.diag(torch.tensor([0.0, 4.0, 0.0])))
@@ -59,7 +59,7 @@ def test_subspace_iteration_is_close_repeatable_and_leaves_the_random_state():
     assert torch.equal(first.a, second.a) and torch.equal(first.b, second.b)
     best = (weight - factorise(weight, 48).a @ factorise(weight, 48).b).norm()
     assert best <= (weight - first.a @ first.b).norm() * (1 + 1e-5) <= best * 1.001
-    with pytest.raises(AssertionError):  # it really is another algorithm than the exact one
+    with pytest.raises(AssertionError):  # it is another algorithm than the exact one
         torch.testing.assert_close(first.a.abs(), factorise(weight, 48).a.abs(), rtol=0, atol=0)
 
 
@@ -76,7 +76,7 @@ def test_wrong_methods_and_missing_magnitudes_are_refused():
 
 
 class Quantised(nn.Module):
-    """int8 weights, one scale per output; nothing here looks like nn.Linear but the two sizes."""
+    """Has int8 weights and a scale for each output. It has the two sizes of nn.Linear and nothing else of it."""
 
     def __init__(self, inputs=40, outputs=24):
         super().__init__()
@@ -91,7 +91,7 @@ class Quantised(nn.Module):
 
 
 class Patched(nn.Linear):
-    """A LoRA added in forward."""
+    """Adds a LoRA in its forward."""
 
     def forward(self, x):
         return super().forward(x) + 0.3 * (x @ self.down.T) @ self.up.T
@@ -112,7 +112,7 @@ def test_dense_weight_of_dequantising_and_patched_layers():
 
 
 def test_dense_weight_keeps_half_precision_digits_under_a_large_bias():
-    """A bias 100 times the weights would leave 2 of 8 binary digits of module(I) - module(0)."""
+    """With a bias of 100 times the weights, module(I) - module(0) would keep only 2 of 8 binary digits."""
     module = linear(bias=100.0).bfloat16()
     weight = module.weight.detach().float()
     error = (dense_weight(module, torch.bfloat16, CPU) - weight).abs().max() / weight.abs().max()
@@ -154,7 +154,7 @@ def test_magnitudes_by_hand():
 
 
 def test_increments_by_hand():
-    """Each cond is compared with itself, never across runs or shapes, and only tokens 0 and 3 of 4 are kept."""
+    """Each cond is compared with itself, never across runs or shapes. Tokens 0 and 3 of 4 are sampled."""
     site, magnitudes = toy_site(1, 1), Magnitudes(increments=True, tokens=2)
 
     def add(cond, *values):

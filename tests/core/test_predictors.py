@@ -1,4 +1,4 @@
-"""With what a skipped evaluation is filled: weights against hand-worked numbers and independent fits."""
+"""Predictors give the weights that are worked out by hand, or that independent fits give."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def test_reuse_takes_the_last():
 
 
 def test_taylor_of_first_order_is_a_line():
-    """Through (0.8, f) and (0.6, g), at 0.5: g + (g - f) / 2."""
+    """The line through (0.8, f) and (0.6, g) is g + (g - f) / 2 at 0.5."""
     assert Taylor(1).weights([0.8, 0.6], 0.5) == pytest.approx([-0.5, 1.5])
     assert Taylor(1).weights([1.0, 0.8, 0.6], 0.5) == pytest.approx([0.0, -0.5, 1.5])
     assert Taylor(1).weights([0.8], 0.5) == [1.0]
 
 
 def test_taylor_of_second_order_is_a_parabola():
-    """Even spacing, one step on: 1, -3, 3."""
+    """With even spacing, one step ahead, the weights are 1, -3 and 3."""
     assert Taylor(2).weights([0.9, 0.8, 0.7], 0.6) == pytest.approx([1.0, -3.0, 3.0])
 
 
@@ -33,7 +33,7 @@ def test_taylor_is_exact_on_polynomials_with_uneven_gaps(order):
 
 
 def test_chebyshev_is_the_ridge_fit_of_values():
-    """Against a direct ridge regression on numbers: minimise |Φc - f|² + λ|c|²."""
+    """The reference is a direct ridge regression: it minimises |Φc - f|² + λ|c|²."""
     anchors, time, values = [1.0, 0.9, 0.7, 0.5, 0.2], 0.1, np.array([3.0, -1.0, 2.0, 0.5, 4.0])
     basis = np.polynomial.chebyshev.chebvander(2 * np.array(anchors) - 1, 3)
     stacked = np.vstack((basis, np.sqrt(0.05) * np.eye(4)))
@@ -53,7 +53,7 @@ def test_chebyshev_blends_in_the_line():
 
 
 def test_a_bounded_line_is_held_beyond_its_reach():
-    """Anchors 0.2 apart, reach 0.5: followed for 0.1, the same at 0.5 and beyond."""
+    """Anchors are 0.2 apart and the reach is 0.5: the line is followed for 0.1, and is the same from 0.5 on."""
     bounded = Chebyshev(reach=0.5)
     assert bounded.weights([0.8, 0.6], 0.55) == pytest.approx([-0.25, 1.25])
     assert bounded.weights([0.8, 0.6], 0.5) == pytest.approx([-0.5, 1.5])

@@ -1,4 +1,4 @@
-"""What holds of every policy, every text of a schedule and every predictor, whatever they are given. Skipped without hypothesis."""
+"""Properties of every policy, text of a schedule and predictor, for arbitrary arguments. Skipped without hypothesis."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ def test_weights_fit_the_history_and_stay_finite(name, gaps, ahead):
     weights = predictor.weights(times, times[-1] - ahead / 2)
     assert len(weights) == len(times)
     assert np.isfinite(weights).all()
-    if name != "chebyshev":  # its ridge pulls the sum a little away from one
+    if name != "chebyshev":  # its ridge changes the sum a little
         assert sum(weights) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""Schedules as text: hand-worked ones, the wrong character, and properties over runs of any length."""
+"""Schedules as text: examples worked out by hand, the wrong character is named, and any length of run is served."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from comfyui_duca.cache_core.planning.text import ScheduleTextError, parse
         ("3F (Xa)*", 9, "FFFFaFaFa"),
         ("3F (Faa)* F", 11, "FFFFaaFaaFF"),  # the loop is cut short, the tail is not
         ("3F (Faa)* F", 4, "FFFF"),
-        ("3F (Faa)* F", 2, "FF"),  # too short for both: the head pays
+        ("3F (Faa)* F", 2, "FF"),  # too short for both: the head is cut
         ("2(F2a)", 8, "FaaFaaFa"),
         ("F2(ca)", 5, "Fcaca"),
         ("FaFaa", 5, "FaFaa"),
@@ -23,9 +23,9 @@ from comfyui_duca.cache_core.planning.text import ScheduleTextError, parse
         ("F 2(F(ai))* 2F", 9, "FFaiFaiFF"),
         ("F(F 2(ac))* ", 8, "FFacacFa"),
         (" F\ta\n", 4, "FaFa"),
-        ("F * a", 4, "FFFa"),  # a star repeats what stands before it, also over a space
+        ("F * a", 4, "FFFa"),  # a star repeats what precedes it, also across a space
         ("(Fa)*", 1, "F"),
-        ("F(aaF)*aa", 1, "F"),  # a run of one step is full, whatever the text's end says
+        ("F(aaF)*aa", 1, "F"),  # a run of one step is full, whatever the end of the text says
     ],
 )
 def test_hand_worked_texts(text, steps, expected):

@@ -1,4 +1,4 @@
-"""When an evaluation is full: timelines, policies and their texts against hand-worked schedules."""
+"""Timelines and policies make the schedules that were worked out by hand."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SIGMAS = [1.0, 0.8, 0.5, 0.2, 0.0]
     [(1.0, 0), (0.8, 1), (0.5, 2), (0.2, 3), (0.9, 0), (0.63, 1), (0.05, 3), (0.0, 3), (1.2, 0), (0.8001, 1), (0.7999, 1)],
 )
 def test_a_noise_level_finds_its_step(sigma, step):
-    """On schedule (within rounding), between steps (dpm_2), above the first (churn) and below the last."""
+    """On a noise level (within rounding), between two (dpm_2), above the first (churn) and below the last."""
     assert Timeline(SIGMAS).step_of(sigma) == step
 
 
@@ -120,14 +120,14 @@ def test_bad_settings_are_refused(bad):
 
 
 def start_of(steps: int) -> RunStart:
-    """Of a run of a model that no policy looks at."""
+    """Returns the start of a run, of a model that no policy looks at."""
     timeline = Timeline([1 - i / steps for i in range(steps + 1)])
     return RunStart(torch.nn.Module(), FLUX, timeline, range(steps))
 
 
 @pytest.mark.parametrize(("speedup", "steps"), [(1.5, 20), (2.0, 28), (3.0, 28), (4.0, 50), (6.0, 50)])
 def test_paper_mode_follows_the_slider(speedup, steps):
-    """The shortest cycle that is fast enough: one step shorter would be too slow."""
+    """The shortest cycle that is fast enough is taken: one step shorter would be too slow."""
     policy = Settings(mode="paper", speedup=speedup).strategy(start_of(steps)).policy
 
     def cost(cycle: DucaCycle) -> float:

@@ -1,4 +1,4 @@
-"""Writing a sidecar: whole or not at all, whatever is killed, full, forbidden or done twice at once."""
+"""A sidecar is written whole or not at all: if a writer is killed, the disk is full, writing is forbidden, or two write at once."""
 
 from __future__ import annotations
 
@@ -76,11 +76,16 @@ def forever():
         write(path, version(v))
         v = v % 7 + 1
 
-write(path, version(0))
+def timed():
+    begin = time.monotonic()
+    write(path, version(0))
+    return time.monotonic() - begin
+
+took = min(timed() for _ in range(5))
 rng, seen, left = random.Random(0), set(), 0
-for _ in range(120):
+for _ in range(25):
     pid = child(forever)
-    time.sleep(rng.uniform(0.0, 0.05))
+    time.sleep(rng.uniform(0.0, 4 * took))  # on a slow machine, too, some writes end and some do not
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     seen.add(whole())
@@ -93,13 +98,13 @@ print(len(seen), left)
     )
     seen, left = map(int, said.split())
     assert seen > 1, "some writes got through"
-    assert left > 10, "some were killed half-way"
+    assert left > 2, "some were killed half-way"
 
 
 @needs_fork
 @pytest.mark.parametrize("moment, survives", [("fsync", 1), ("replace", 1), ("rmdir", 2)])
 def test_a_writer_killed_at_a_known_moment(driven, moment, survives):
-    """fsync: all is written, not yet in place. replace: at the rename. rmdir: of the writer's own folder, after the rename."""
+    """fsync: all is written but not yet in place. replace: at the rename. rmdir: after it, as the writer's own folder is removed."""
     driven(
         f"""
 write(path, version(1))
@@ -121,27 +126,28 @@ def test_readers_see_one_version_while_two_write(driven):
     said = driven(
         """
 write(path, version(0))
+stop, end = path + "-stop", time.monotonic() + 30
 def writer(first):
     def body():
-        end = time.monotonic() + 4
-        while time.monotonic() < end:
+        while not os.path.exists(stop) and time.monotonic() < end:
             write(path, version(first))
             write(path, version(first + 1))
     return child(body)
 pids = [writer(1), writer(10)]
-seen, reads = [], 0
-end = time.monotonic() + 3.5
-while time.monotonic() < end:
+seen = []
+while (len(seen) < 60 or len(set(seen)) < 4) and time.monotonic() < end:
     seen.append(whole())
     assert peek(path).about.family == "flux"
+open(stop, "w").close()
 for pid in pids:
     assert os.waitpid(pid, 0)[1] == 0
+os.unlink(stop)
 assert not strays()
 print(len(seen), len(set(seen)))
 """,
     )
     reads, versions = map(int, said.split())
-    assert reads >= 30 and versions >= 3, said
+    assert reads >= 60 and versions >= 4, said
 
 
 def strays(path: Path) -> list[str]:
@@ -181,6 +187,7 @@ def _raises(error: BaseException):
 def test_a_failure_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where, error):
     with monkeypatch.context() as patched:
         patched.setattr(where, _raises(error))
+        patched.setattr("time.sleep", lambda _seconds: None)  # a rename that is refused is tried again after pauses
         with pytest.raises(SidecarError) as caught:
             write(file, sidecar(1))
     assert caught.value.path == str(file) and error.strerror in caught.value.reason and "allow writing" in caught.value.remedy
@@ -188,7 +195,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, wher
 
 
 def test_a_file_that_a_reader_has_open_is_replaced_a_moment_later(file, monkeypatch):
-    """As on Windows."""
+    """As on Windows, where the rename is refused at first."""
     failures, real = [PermissionError(errno.EACCES, "Access is denied")] * 2, os.replace
 
     def replace(*args):
@@ -211,7 +218,7 @@ def test_ctrl_c_keeps_the_old_file_and_leaves_nothing(file, monkeypatch, where):
 
 @needs_fork
 def test_a_disk_that_fills_up_while_writing(driven):
-    """The system's own refusal of a write half-way, here by the limit on a file's size."""
+    """The system itself refuses a write half-way. Here it does so at a limit on the file's size."""
     driven(
         """
 import resource
@@ -240,7 +247,7 @@ def test_folders_that_cannot_be_written_to(tmp_path, file):
 
 @needs_fork
 def test_a_read_only_folder(driven):
-    """Root may write everywhere, so the writer gives up being root; and the folder is not in root's own."""
+    """Root may write everywhere, so the writer drops root's rights; and the folder is not inside one of root's own."""
     driven(
         """
 import tempfile

@@ -1,4 +1,4 @@
-"""The feature store: bytes, formats, and that nothing kept is shared with live tensors."""
+"""The feature store counts its bytes, keeps each format's precision and shares nothing with live tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of any model: skips, calibrated evaluations, kept inputs and counted costs are right. Tests of one family use it too."""
+"""Checks that every model must pass: skips, incremental evaluations, kept inputs and counted costs are right."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-Last = Callable[[Any], torch.nn.Module]  # the last block of a network
+Last = Callable[[Any], torch.nn.Module]  # finds the last block of a network
 
 
 def copied(value: Any) -> Any:
-    """With tokens one after the other, as they are kept. Some blocks return several streams."""
+    """Copies a block's result, which may be several streams. Tokens are made contiguous, as they are kept."""
     if isinstance(value, (tuple, list)):
         return type(value)(copied(part) for part in value)
     if not isinstance(value, Tensor):
@@ -31,7 +31,7 @@ def copied(value: Any) -> Any:
 
 
 def repeated(case: Case, model: Any, plan: str, last: Last | None = None) -> Tensor:
-    """Skips by a hook on the last block: it gives out what it gave in the last full evaluation, while all blocks run."""
+    """Samples with skips made by a hook on the last block: it returns the last full evaluation's result again, while all blocks run."""
     kept: dict[int, Any] = {}
     calls: list[int] = []
 
@@ -51,14 +51,14 @@ def repeated(case: Case, model: Any, plan: str, last: Last | None = None) -> Ten
 
 
 def sampled(case: Case, model: Any) -> Tensor:
-    """Without a cache, and that this says something."""
+    """Samples without a cache, and checks that the result means something."""
     plain = sample(case, model)
     assert torch.isfinite(plain).all() and plain.std() > 0.05, "a model that says nothing tests nothing"
     return plain
 
 
 def assert_the_family_is_known_once(case: Case, model: Any) -> None:
-    """By a file or by the name of its class."""
+    """A file knows it, or else its class's name does."""
     names = [family.name for family in FAMILIES if family.matches(network(model))]
     assert names in ([], [case.name])
     family = find_family(network(model))
@@ -73,7 +73,7 @@ def assert_listening_changes_nothing(case: Case, model: Any, plain: Tensor) -> N
 
 
 def assert_skips_repeat(case: Case, model: Any, plain: Tensor, plan: str = PLAN, last: Last | None = None) -> None:
-    """Skips give what the last block gave, found without being told where it is, and keep as many bytes as predicted."""
+    """Skips give what the last block gave, at a place that was found without help, and keep as many bytes as predicted."""
     patched = cached(model, plan)
     result = sample(case, patched)
     report = report_of(patched)
@@ -82,8 +82,8 @@ def assert_skips_repeat(case: Case, model: Any, plain: Tensor, plan: str = PLAN,
     assert report.peak_bytes == report.predicted_bytes > 0
 
 
-def assert_calibrated_is_exact(case: Case, model: Any, plain: Tensor, atol: float = 2e-4) -> set[str]:
-    """Calibrated evaluations with factors of full rank are the uncached ones. Returns the names of the layers that answered so."""
+def assert_incremental_is_exact(case: Case, model: Any, plain: Tensor, atol: float = 2e-4) -> set[str]:
+    """Incremental evaluations with factors of full rank agree with uncached ones. Returns the names of the layers that were incremental."""
     sites = layers_of(case, model)
     patched = cached(model, "FiiFiiFi", factors=exact_factors(sites))
     result = sample(case, patched)
@@ -93,7 +93,7 @@ def assert_calibrated_is_exact(case: Case, model: Any, plain: Tensor, atol: floa
 
 
 def assert_the_input_is_kept(case: Case, model: Any, channels: int) -> None:
-    """Of as many tokens as the hidden state; channels: of that. How the embedding sees it is no business of ours."""
+    """The input is kept for as many tokens as the hidden state (which has `channels`). What the embedding makes of it does not matter."""
     results = []
     for scale in (0.0, 0.01):
         patched = cached(model, PLAN, Innovating(torch.full((input_channels(model), channels), scale)))
@@ -104,36 +104,36 @@ def assert_the_input_is_kept(case: Case, model: Any, channels: int) -> None:
 
 
 def assert_cost_is_what_torch_counts(case: Case, patched: Any, letter: str, steps: int = STEPS) -> None:
-    """Of the plan's last evaluation, which is one of this kind and not the first: what an evaluation costs is counted once."""
+    """Compares the cost of the plan's last evaluation, which is of kind `letter` and not the first of it. Each kind is counted once."""
     flops: list[float] = []
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter does not know the CPU's fused attention
         sample(case, patched, steps, callback=lambda *_: flops.append(counter.get_total_flops()))
     last = report_of(patched).evaluations[-1]
     assert last.kind.value == letter and 2 * last.macs == pytest.approx(flops[-1] - flops[-2], rel=0.001)
 
 
 def assert_costs_are_what_torch_counts(case: Case, model: Any) -> None:
-    """What was counted once, in attention's fused form too, against a count of every later evaluation in its plain form.
+    """The pack counts each kind once, with fused attention. Every later evaluation is compared with torch's count of plain attention.
 
-    Within 3 %: hosts keep something of the text in a run's first call, which makes the others cheaper. In a run after the first: in that,
-    what was found is proved in a later evaluation too.
+    The two agree within 3 %: hosts keep something of the text from a run's first call, which makes the others cheaper. The run is a second
+    one, as the first proves its place again in a later evaluation.
     """
     sample(case, cached(model, "FFF"), 3)
     patched, totals = cached(model, "FFaFaF"), []
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter does not know the CPU's fused attention
         sample(case, patched, 6, callback=lambda *_args: totals.append(counter.get_total_flops() / 2))
     assert kinds(patched) == "FFaFaF"
-    counted = [after - before for before, after in pairwise(totals)]  # the first evaluation has its proof beside it
-    fewer = 0.001 * counted[0] if case.name == "minimax_h3" else 0.0  # at the first noise level video and sound have the same time
+    counted = [after - before for before, after in pairwise(totals)]  # the first evaluation includes the proof
+    fewer = 0.001 * counted[0] if case.name == "minimax_h3" else 0.0  # at the first noise level, video and sound have the same time
     assert [evaluation.macs for evaluation in report_of(patched).evaluations[1:]] == pytest.approx(counted, rel=0.03, abs=fewer)
     assert all(evaluation.full_macs == pytest.approx(counted[0], rel=0.03) for evaluation in report_of(patched).evaluations)
 
 
-def assert_right(case: Case, model: Any, last: Last | None = None, calibrates: bool = True) -> Tensor:
-    """All that a model is to do. calibrates: whether it has calibrated evaluations. Returns what is sampled without a cache."""
+def assert_right(case: Case, model: Any, last: Last | None = None, has_incremental: bool = True) -> Tensor:
+    """Makes all checks and returns what is sampled without a cache. `has_incremental`: whether the model has incremental evaluations."""
     plain = sampled(case, model)
     assert_listening_changes_nothing(case, model, plain)
     assert_skips_repeat(case, model, plain, last=last)
-    if calibrates:
-        assert assert_calibrated_is_exact(case, model, plain)
+    if has_incremental:
+        assert assert_incremental_is_exact(case, model, plain)
     return plain

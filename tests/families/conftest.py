@@ -1,4 +1,4 @@
-"""ComfyUI in the tests' process: its classes make the small models."""
+"""Loads ComfyUI into the tests' process. Its classes make the small models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conservative evaluations of FLUX's blocks another way: by hooks on the host's blocks, all of which run."""
+"""Conservative evaluations of FLUX's blocks, computed another way: all of the host's blocks run, and hooks exchange results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from runs import STEPS, cached, kinds, network, report_of, sample
 
 
 class Dense:
-    """The same evaluations by hooks on the host's blocks, all of which run: what a sublayer says is exchanged for what was kept of it."""
+    """Hooks on the host's blocks, all of which run, that replace a sublayer's result by what was kept of it."""
 
     def __init__(self, net: Any, plan: str, share: float) -> None:
         self.plan, self.step, self.kept = plan, -1, {}
-        self.choice = TokenSelection(share, 0)
+        self.selection = TokenSelection(share, 0)
         self.handles = [net.double_blocks[0].register_forward_pre_hook(self.begin)]
         for i, block in enumerate(net.double_blocks):
             for name in ("img", "txt"):
@@ -32,7 +32,7 @@ class Dense:
 
     def begin(self, *_args: Any) -> None:
         self.step += 1
-        self.choice.begin(self.step)
+        self.selection.begin(self.step)
 
     @property
     def kind(self) -> str:
@@ -45,7 +45,7 @@ class Dense:
 
     def refreshed(self, value: torch.Tensor, key: tuple, stream: str, index: int, blocks: int) -> torch.Tensor:
         if self.kind == "c":
-            tokens = self.choice.tokens(stream, index, blocks, value.shape[1], value.device)
+            tokens = self.selection.tokens(stream, index, blocks, value.shape[1], value.device)
             self.kept[key][:, tokens] = value[:, tokens]
         return self.whole(value, key)
 
@@ -63,7 +63,7 @@ class Dense:
 
 
 def assert_conservative_is_dense(case: Case, model: Any, plain: torch.Tensor, share: float, dense_type: type[Dense] = Dense) -> None:
-    """Conservative evaluations from full ones and from one another, and skips from either, are those by hooks."""
+    """Conservative evaluations after full ones and after one another, and skips after either, agree with those made by hooks."""
     plan = "FcacccFc"
     patched = cached(model, plan, share=share)
     result = sample(case, patched)

@@ -1,4 +1,4 @@
-"""Makes small models with random weights through the host's own classes. Apart from zoo.py, which imports every group's cases."""
+"""Makes small models with random weights through the host's own classes. Not part of zoo.py, as that imports every group's cases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from comfy.model_patcher import ModelPatcher
 
 
 class Case(NamedTuple):
-    """make: the model. latent: shape of one, or of each of its parts where the host samples several together.
+    """A small model and how it is sampled.
 
-    cond: conditioning from a seed, of `tokens` text tokens.
-    last: its last block. calls: model calls of an evaluation, two where the model never takes both conds in one.
-    cfg: 1.0 where the host cannot have both conds in one call.
+    Args:
+        name: Of its family.
+        make: Makes the model.
+        latent: Shape without the batch; or one for each part, if the host samples several together.
+        cond: Makes a conditioning from a seed.
+        last: Finds the last block of the network.
+        calls: Model calls of an evaluation: two if the model never takes both conds in one.
+        cfg: Guidance; 1.0 if the host cannot put both conds into one call.
     """
 
     name: str
@@ -33,13 +38,13 @@ class Case(NamedTuple):
 
 
 def tiny(config: type, **unet: Any) -> ModelPatcher:
-    """A model of the host's `config` class with these dimensions and repeatable random weights, in float32 on the CPU.
+    """Returns a model of the host's `config` class with these dimensions and repeatable random weights, in float32 on the CPU.
 
-    Fields that only some hosts ask for need not be among `unet`: the host's own detection says what they are.
+    Fields that only some hosts ask for need not be in `unet`: the host's own detection finds them.
     """
     try:
         model = made(config, unet)
-    except TypeError:  # a field is lacking that this host asks for
+    except TypeError:  # this host asks for a field that is lacking
         model = made(config, {**asked_beside(config, unet), **unet})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -62,9 +67,9 @@ def made(config: type, unet: dict[str, Any]) -> Any:
 
 
 def asked_beside(config: type, unet: dict[str, Any]) -> dict[str, Any]:
-    """What this host's dataclasses of sizes ask for and `unet` lacks, as the host's detection finds it.
+    """Returns the fields that this host's dataclasses of sizes require and `unet` lacks, as the host's detection finds them.
 
-    It is given the keys and shapes of a skeleton without memory, made with None for what is lacking.
+    The detection gets the keys and shapes of a skeleton without memory, which is made with None for the lacking fields.
     """
     lacking: list[str] = []
 
@@ -86,14 +91,14 @@ def asked_beside(config: type, unet: dict[str, Any]) -> dict[str, Any]:
 
 
 def sized_by_dataclass() -> list[type]:
-    """The host's dataclasses, among them those whose fields are a network's sizes."""
+    """Returns the host's dataclasses, among them those whose fields are a network's sizes."""
     homes = [module for name, module in sys.modules.items() if name.startswith("comfy.ldm.")]
     classes = {cls for home in homes for cls in vars(home).values() if isinstance(cls, type) and is_dataclass(cls)}
     return [cls for cls in classes if cls.__module__.startswith("comfy.ldm.")]
 
 
 def text(tokens: int, channels: int, **more: Any) -> Callable[[int], list]:
-    """Conditioning with random text tokens."""
+    """Returns a function that makes conditioning with random text tokens from a seed."""
 
     def cond(seed: int) -> list:
         generator = torch.Generator().manual_seed(seed)
@@ -103,7 +108,7 @@ def text(tokens: int, channels: int, **more: Any) -> Callable[[int], list]:
 
 
 def other_signature(module: torch.nn.Module) -> None:
-    """Makes it a module whose forward takes one argument more, as a later host's may."""
+    """Gives a module's forward one more argument, as a later host's may have."""
     original = type(module).forward
 
     def forward(self, *args, another=None, **kwargs):

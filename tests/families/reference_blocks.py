@@ -1,8 +1,8 @@
-"""The image families' blocks written out from their own submodules, independent of the pack: every sublayer for all tokens.
+"""The image families' blocks written out from their submodules, independent of the pack. Every sublayer is computed for all tokens.
 
-A reference takes a block, its call's arguments by name and `settle(name, value, stream)`, which says what the block goes on with: what a
-sublayer has just computed, what was kept of it, or the one for some tokens and the other for the rest. `stream` is that of the tokens
-which are computed anew; without it all are kept.
+A reference takes a block, its call's arguments by name, and `settle(name, value, stream)`. That returns the value with which the block
+goes on: what a sublayer has just computed, what was kept of it, or a mixture by token. `stream` names the stream whose chosen tokens are
+computed; without it, all are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Settle = Callable[..., Tensor]
 
 
 def parts(vector: Tensor, count: int) -> tuple[Tensor, ...]:
-    """(B, count·C) as `count` times (B, 1, C)."""
+    """Splits (B, count·C) into `count` tensors (B, 1, C)."""
     return vector.unflatten(-1, (count, -1)).unsqueeze(2).unbind(1)
 
 
@@ -44,7 +44,7 @@ def sd3(block: Any, call: dict, settle: Settle) -> tuple[Tensor | None, Tensor]:
     t, i = parts(text.adaLN_modulation(c), 2 if text.pre_only else 6), parts(image.adaLN_modulation(c), 9 if image.x_block_self_attn else 6)
 
     def attend(*halves: tuple[Any, Tensor]) -> Tensor:
-        """Of modules and what goes into them, all their tokens together: (B, L, C) before the last layer."""
+        """Attends over all tokens of all halves, each a module and its input, and returns (B, L, C) before the last layer."""
         q, k, v = zip(*((*_heads(module, x),) for module, x in halves))
         return F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2)).transpose(1, 2).flatten(2)
 
@@ -61,7 +61,7 @@ def sd3(block: Any, call: dict, settle: Settle) -> tuple[Tensor | None, Tensor]:
 
 
 def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (B, heads, L, d)."""
+    """Returns q, k and v (B, heads, L, d)."""
     q, k, v = attn.qkv(x).unflatten(-1, (3, -1, attn.head_dim)).permute(2, 0, 3, 1, 4)
     return attn.ln_q(q), attn.ln_k(k), v
 
@@ -104,7 +104,7 @@ def hidream_single(block: Any, call: dict, settle: Settle) -> Tensor:
 
 
 def _experts(moe: Any, x: Tensor) -> Tensor:
-    """Every expert on every token, weighted: 0 where it was not chosen."""
+    """Runs every expert on every token and weights the results, with 0 where an expert was not selected."""
     scores = (x @ moe.gate.weight.T).softmax(-1)
     lowest = scores.topk(moe.num_activated_experts, -1).values[..., -1:]
     weights = torch.where(scores >= lowest, scores, 0)
@@ -156,12 +156,12 @@ def aura_single(block: Any, call: dict, settle: Settle) -> Tensor:
 
 
 class References(NamedTuple):
-    """Of a model's lists of blocks, in the order the model runs them: path and reference."""
+    """A model's lists of blocks, in the order in which it runs them, each with its path and reference."""
 
     lists: tuple[tuple[str, Callable], ...]
 
     def blocks(self, net: torch.nn.Module) -> list[tuple[str, int, int, torch.nn.Module, Callable]]:
-        """Of every block: its list's path, its number there, how many there are, itself, its reference."""
+        """Returns for every block: its list's path, its number there, the list's length, the block, and its reference."""
         found = [(path, list(net.get_submodule(path).children()), reference) for path, reference in self.lists]
         return [(path, i, len(blocks), block, reference) for path, blocks, reference in found for i, block in enumerate(blocks)]
 
@@ -179,7 +179,7 @@ REFERENCES = {
 
 
 def arguments(forward: Callable, args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by the names that the host's own forward has for them."""
+    """Returns a call's arguments by the names that the host's forward has for them."""
     bound = signature(forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)

@@ -1,7 +1,7 @@
 """PixArt-alpha's forward written out densely from its weights, independent of the host's blocks and of the pack.
 
-Every sublayer is computed for all tokens. `kept` holds sublayer results of an earlier evaluation; `fresh` says which tokens take the newly
-computed cross-attention and MLP (all others keep the old one).
+Every sublayer is computed for all tokens. `kept` holds sublayer results of an earlier evaluation, and `fresh` says which tokens use the
+newly computed cross-attention and MLP (all others keep the old one).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ReferencePixArt:
         return F.layer_norm(x, (self.width,), eps=1e-6) * (1 + scale) + shift
 
     def positions(self, h: int, w: int) -> Tensor:
-        """Of latents (2h, 2w) around 64 wide: no interpolation, cells from 0 to 32 whatever their number."""
+        """Returns positions for latents (2h, 2w) of a model for 64: cells go from 0 to 32 whatever their number, without interpolation."""
         rates = 10000 ** (-torch.arange(self.width // 4, dtype=torch.float64) / (self.width // 4))
         rows, columns = torch.meshgrid(torch.arange(h) * 32 / h, torch.arange(w) * 32 / w, indexing="ij")
         waves = [f(axis.reshape(-1, 1).double() * rates) for axis in (columns, rows) for f in (torch.sin, torch.cos)]
@@ -47,9 +47,14 @@ class ReferencePixArt:
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor, kept: dict | None = None, fresh: Callable[[int], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output (B, C, H, W) and this evaluation's sublayer results by name.
+        """Computes an evaluation.
 
-        kept: use these self-attention results instead of new ones. fresh(block) -> bool mask (L,) of tokens whose other sublayers are new.
+        Args:
+            kept: Self-attention results that are used in place of new ones.
+            fresh: From a block's number to a bool mask (L,) of tokens whose other sublayers are new.
+
+        Returns:
+            The output (B, C, H, W), and this evaluation's sublayer results by name.
         """
         rows, _, height, width = x.shape
         h, w, c = height // 2, width // 2, self.width
@@ -64,7 +69,7 @@ class ReferencePixArt:
         results: dict[str, Tensor] = {}
 
         def settle(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
-            """The new value, or the old one where the mask is False (None: nowhere)."""
+            """Returns the new value, or the old one where the mask is False (everywhere, without a mask)."""
             if kept is not None:
                 value = kept[name] if mask is None else torch.where(mask[None, :, None], value, kept[name])
             results[name] = value

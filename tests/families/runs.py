@@ -1,4 +1,4 @@
-"""Samples a model with and without a cache, and tells what a run found out."""
+"""Samples a model with and without a cache, and returns what a run found out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from comfyui_duca.cache_core.strategy import Strategy
 from comfyui_duca.nodes import host
 from making import Case
 
-STEPS = 8  # with fewer the user is told something, which a test would have to know
+STEPS = 8  # with fewer steps there is a notice, which tests would have to expect
 PLAN = "FaFaFaFa"
 
 
@@ -26,7 +26,7 @@ def network(model: Any) -> torch.nn.Module:
 
 
 def sample(case: Case, model: Any, steps: int = STEPS, **more: Any) -> torch.Tensor:
-    """A latent, or several packed one after the other."""
+    """Samples a latent, or several that are then packed one after the other."""
     parts = isinstance(case.latent[0], tuple)
     latent = NestedTensor([torch.zeros(1, *shape) for shape in case.latent]) if parts else torch.zeros(1, *case.latent)
     noise = comfy.sample.prepare_noise(latent, 5)
@@ -36,7 +36,7 @@ def sample(case: Case, model: Any, steps: int = STEPS, **more: Any) -> torch.Ten
 
 
 def cached(model: Any, plan: str, predictor: Predictor = Reuse(), share: float = 0.1, factors: Factors | None = None) -> Any:
-    """The model with a cache that follows this plan. share: of tokens that a conservative evaluation computes anew."""
+    """Returns the model with a cache that follows this plan. `share`: of tokens that a conservative evaluation computes."""
     return host.attach(model, Strategy(Given(Plan.parse(plan)), predictor, token_share=share, factors=factors))
 
 
@@ -45,7 +45,7 @@ def report_of(patched: Any) -> RunReport:
 
 
 def kinds(patched: Any) -> str:
-    """Of the last run's evaluations, as a plan is written."""
+    """Returns the kinds of the last run's evaluations, written as a plan is."""
     return "".join(evaluation.kind.value for evaluation in report_of(patched).evaluations)
 
 
@@ -56,14 +56,14 @@ def cached_run(case: Case, model: Any, plan: str = PLAN) -> RunReport:
 
 
 def known_of(case: Case, model: Any) -> Known:
-    """What a run finds out about the model's calls, cond and uncond as the host puts them."""
+    """Returns what a run finds out about the model's calls, in which cond and uncond are as the host puts them."""
     patched = cached(model, "FF")
     sample(case, patched, 2)
     return report_of(patched).shape.known
 
 
 def kept_of(report: RunReport) -> list[tuple[int, int]]:
-    """Tokens and channels of what is kept of one batch row's hidden state, one pair for each tensor."""
+    """Returns tokens and channels of what is kept of one batch row, a pair for each kept tensor."""
     known = report.shape.known
     return [(kept.rows_and_tokens // known.rows, kept.shape[-1]) for kept in known.place.kept]
 
@@ -77,12 +77,12 @@ def sites_of(model: Any, known: Known) -> list[LinearSite]:
 
 
 def layers_of(case: Case, model: Any) -> list[LinearSite]:
-    """The linear layers that a run finds to be given tokens."""
+    """Returns the linear layers that get tokens, as a run finds them."""
     return sites_of(model, known_of(case, model))
 
 
 def input_channels(model: Any) -> int:
-    """Of the model's input tokens: what the embedding's weights take."""
+    """Returns the number of channels of the model's input tokens, which the embedding's weights take."""
     module = network(model).get_submodule(find_family(network(model)).embed)
     (weight,) = [weight for weight in module.parameters() if weight.ndim > 1]
     return weight[0].numel()

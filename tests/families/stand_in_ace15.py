@@ -25,7 +25,7 @@ class MLP(nn.Module):
 
 
 class AceStepAttention(nn.Module):
-    """Fewer heads for keys and values than for queries, together wider than the stream. window: how far a frame sees, None for all."""
+    """Has fewer heads for keys and values than for queries, together wider than the stream. `window`: how far a frame sees (None: all)."""
 
     def __init__(self, width: int, ops: Any, window: int | None = None) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class AceStepEncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Of lyrics, and of timbre: one token for all of a reference."""
+    """Encodes lyrics, or timbre, which is one token for a whole reference."""
 
     def __init__(self, given: int, width: int, ops: Any) -> None:
         super().__init__()
@@ -137,12 +137,12 @@ class AceStepDiTModel(nn.Module):
                 encoder_attention_mask=None,
             )  # fmt: skip
         shift, scale = (self.scale_shift_table + (temb + temb_r)[:, None]).chunk(2, dim=1)
-        x = self.norm_out(x.contiguous()) * (1 + scale) + shift  # as it lies, channel by channel, sums have other bits
+        x = self.norm_out(x.contiguous()) * (1 + scale) + shift  # in the memory order of x, sums would round differently
         return self.proj_out(x.transpose(1, 2)).transpose(1, 2)[:, :frames]
 
 
 class Tokenizer(nn.Module):
-    """What a reference says of itself, or its codes: a row for five frames."""
+    """Makes a row for every five frames of a reference, and holds the table of codes."""
 
     def __init__(self, audio: int, width: int, ops: Any) -> None:
         super().__init__()
@@ -191,6 +191,6 @@ class AceStepConditionGenerationModel(nn.Module):
 
 
 def positions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A pair, as the host's cosines and sines are; the second is not used."""
+    """Returns a pair, as the host's cosines and sines are. The second is not used."""
     place = waves(torch.arange(x.shape[1]), 8).to(x)
     return place, place

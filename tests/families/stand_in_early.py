@@ -1,4 +1,4 @@
-"""Networks that cannot be cached inside: heads that read an early block too, or nothing that repeats."""
+"""Networks that cannot be cached inside, as their heads read an early block too, or as they have no blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class EarlyReader(nn.Module):
-    """(B, channels, …) and a time -> (B, out, …). What the first block gives is added to what the last one gives."""
+    """Maps (B, channels, …) and a time to (B, out, …). The head adds the first block's result to the last one's."""
 
     width = 8
 
@@ -41,12 +41,12 @@ class VideoAndSound(nn.Module):
 
 
 def packed(latents: Sequence[Tensor]) -> Tensor:
-    """As the host does: (B, 1, numbers)."""
+    """Packs latents into (B, 1, numbers), as the host does."""
     return torch.cat([latent.flatten(1) for latent in latents], dim=1).unsqueeze(1)
 
 
 class Nothing(nn.Module):
-    """A weight, no blocks."""
+    """Has one weight and no blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Nothing(nn.Module):
 
 
 class EarlyErnieModel(ErnieImageModel):
-    """ERNIE-Image whose head is given the first layer's tokens as well."""
+    """ERNIE-Image with a head that also gets the first layer's tokens."""
 
     def __init__(self, hidden_size: int = 48, **more: Any) -> None:
         super().__init__(hidden_size=hidden_size, **more)

@@ -1,9 +1,9 @@
-"""Stand-ins for ERNIE-Image, Helios, HiDream-O1 and MiniMax H3, whose hosts are newer than the one here: small models of that structure.
+"""Stand-ins for ERNIE-Image and Helios, and what HiDream-O1's and MiniMax H3's need: small models for hosts that have no such class.
 
 Written for these tests after the structure of comfy/ldm/{ernie,helios,hidream_o1,minimax}/model.py of public ComfyUI (the families' files
 name the versions): names of submodules, parameters of forwards, the order of sublayers and of tokens, what is written in place, what is
-kept over evaluations. Attention is torch's own and positions are plain rotations over one axis; dropout, sizes that are not whole patches,
-sparse attention, heads in banks and prefetching are left out.
+kept from one evaluation to the next. Attention is torch's own and positions are plain rotations over one axis. Dropout, sizes that are no
+whole patches, sparse attention, heads in banks and prefetching are left out.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class Ops:
 
 
 def angles(positions: Tensor, width: int) -> Tensor:
-    """(..., width/2) of positions (...)."""
+    """Returns angles (..., width/2) of positions (...)."""
     return positions.float()[..., None] * torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
 
 
 def waves(numbers: Tensor, width: int) -> Tensor:
-    """Cosines and sines (..., width) of numbers (...)."""
+    """Returns cosines and sines (..., width) of numbers (...)."""
     phases = angles(numbers * 1000, width)
     return torch.cat((phases.cos(), phases.sin()), -1)
 
 
 def turned(x: Tensor, phases: Tensor) -> Tensor:
-    """x (B, L, H, D) turned by phases (B or 1, L, D/2)."""
+    """Rotates x (B, L, H, D) by phases (B or 1, L, D/2)."""
     cos, sin = phases.cos()[:, :, None], phases.sin()[:, :, None]
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """(B, L, H, D) of all three -> (B, L, H·D)."""
+    """Attends with q, k and v (B, L, H, D). Returns (B, L, H·D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
@@ -225,7 +225,7 @@ class HeliosModel(nn.Module):
             if (past := kwargs.get(f"latents_history_{name}")) is not None:
                 tokens = torch.cat((getattr(self, f"patch_{name}")(past).flatten(2).transpose(1, 2), tokens), 1)
         freqs = angles(torch.arange(tokens.shape[1])[None], self.dim // self.heads)
-        at = torch.cat((torch.zeros(1), timestep / 1000))  # the history is clean
+        at = torch.cat((torch.zeros(1), timestep / 1000))  # the history has no noise
         e = self.time_embedding(waves(at, self.freq_dim).to(x.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, self.dim))
         clean, now = ((e[:1], e0[:1]), (e[1:], e0[1:]))
@@ -250,7 +250,7 @@ class _Format(comfy.latent_formats.LatentFormat):
 
 
 class StandIn(comfy.model_base.BaseModel):
-    """The host's model around a stand-in. network: its class."""
+    """The host's model around a stand-in. `network` is its class."""
 
     network: ClassVar[type]
 
@@ -264,7 +264,7 @@ class StandIn(comfy.model_base.BaseModel):
 
 
 def config_of(base: type[StandIn], channels: int, dimensions: int = 2) -> type:
-    """A class for `making.tiny`, as the host's `supported_models` has one for each model."""
+    """Returns a class for `making.tiny`, like those that the host's `supported_models` has for each model."""
 
     class Config(comfy.supported_models_base.BASE):
         unet_config: ClassVar[dict] = {}

@@ -1,6 +1,6 @@
-"""Stand-ins for HiDream-O1 and MiniMax H3, whose blocks write into what they are given. See stand_in_ernie_helios.py.
+"""Stand-ins for HiDream-O1 and MiniMax H3, whose blocks write into what they are given (see stand_in_ernie_helios.py).
 
-MiniMax H3 makes its outputs first and fills them last, as where the host has a plan of its memory; the plan itself is left out.
+MiniMax H3 makes its outputs first and fills them last, as the host does when it plans its memory. The plan itself is left out.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch.nn.functional as F  # noqa: N812
 from stand_in_ernie_helios import Ops, StandIn, angles, attend, turned, waves
 from torch import Tensor, nn
 
-TMS = 1  # the token of HiDream-O1 that the noise level takes the place of
+TMS = 1  # the noise level takes the place of this token of HiDream-O1
 
 # -- HiDream-O1 -----------------------------------------------------------------------------------------------
 
 
 class DecoderAttention(nn.Module):
-    """Fewer keys and values than queries; keys and values of earlier tokens come and go through `past_key_value`."""
+    """Has fewer keys and values than queries. Keys and values of earlier tokens come and go in `past_key_value`."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, ops: Ops) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Number(nn.Module):
 
 
 def two_pass(own: int):
-    """Text before the noise level's token sees what precedes it, everything behind sees all."""
+    """Lets text before the noise level's token see what precedes it, and everything after it see all tokens."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[1] < k.shape[1]:
@@ -157,7 +157,7 @@ class HiDreamO1Transformer(nn.Module):
 
 
 class HiDreamO1(StandIn):
-    """`text_input_ids` (1, n), and `ref_patches` (1, m, numbers), are beside the prompt."""
+    """Takes `text_input_ids` (1, n) and `ref_patches` (1, m, numbers) beside the prompt."""
 
     network = HiDreamO1Transformer
 
@@ -196,7 +196,7 @@ class PackedMlp(nn.Module):
 
 
 class Modulation(nn.Module):
-    """From the distinct noise levels (M, t): `expand` tensors, each of a row for every level and modality."""
+    """Makes, from the distinct noise levels (M, t), `expand` tensors with a row for every level and modality."""
 
     def __init__(self, t_dim: int, width: int, expand: int, modalities: int, ops: Ops) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class PackedHead(nn.Module):
 
 
 class MiniMaxH3Model(nn.Module):
-    """x: the latents of video (1, C, T, H, W) and sound (1, C', 2, T'). Text comes as wide as the blocks, as the host prepares it."""
+    """Takes the latents of video (1, C, T, H, W) and sound (1, C', 2, T'). Text is as wide as the blocks, as the host prepares it."""
 
     def __init__(self, hidden_size=48, heads=2, num_layers=3, inner=96, latents_dim=8, audio_latents_dim=8, t_dim=16, gate_compress=False,
                  dtype=None, device=None, operations=None, **_more: Any) -> None:  # fmt: skip
@@ -312,7 +312,7 @@ class MiniMaxH3Model(nn.Module):
 
 
 class MiniMaxH3(StandIn):
-    """Latents come packed, (1, 1, numbers). `still`, beside the prompt: a given picture (1, 8, 1, H, W)."""
+    """Takes packed latents, (1, 1, numbers). `still`, beside the prompt, is a given picture (1, 8, 1, H, W)."""
 
     network = MiniMaxH3Model
     shapes = ((1, 8, 2, 4, 6), (1, 8, 2, 5))
@@ -321,6 +321,6 @@ class MiniMaxH3(StandIn):
         out = super().extra_conds(**kwargs)
         out["latent_shapes"] = comfy.conds.CONDConstant(list(self.shapes))
         given = [kwargs["still"]] if kwargs.get("still") is not None else []
-        payload = {"layout": object(), "cond_video_latents": given}  # unlike any other's, so that calls are of one cond
+        payload = {"layout": object(), "cond_video_latents": given}  # unlike any other, so each call has one cond
         out["minimax_payload"] = comfy.conds.CONDConstant(payload)
         return out

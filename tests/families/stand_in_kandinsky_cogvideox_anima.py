@@ -1,7 +1,7 @@
-"""Stand-ins for networks that only hosts newer than 0.3.75 have: Kandinsky 5, CogVideoX, Anima, and how such a stand-in is sampled.
+"""Stand-ins for networks that only hosts newer than 0.3.75 have (Kandinsky 5, CogVideoX, Anima), and what lets the host sample them.
 
 Written for these tests after the structure of comfy/ldm/kandinsky5/model.py, cogvideo/model.py, anima/model.py and cosmos/predict2.py in
-ComfyUI's public source: names of submodules, parameters of forwards, order of sublayers, what is called by position and what by name.
+ComfyUI's public source: names of submodules, parameters of forwards, order of sublayers, what is passed by position and what by name.
 Positions are plain sums, attention is torch's own, and what only concerns a checkpoint is left out.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class StandIn(comfy.model_base.BaseModel):
-    """A network as the host holds it. The config says which, and which parts of the conditioning it is handed, by which names."""
+    """A network as the host holds it. The config names its class, and which parts of the conditioning it gets as which arguments."""
 
     def __init__(self, config: Any, device: Any = None) -> None:
         super().__init__(config, comfy.model_base.ModelType.FLOW, device=device, unet_model=config.network)
@@ -31,7 +31,15 @@ class StandIn(comfy.model_base.BaseModel):
 
 
 def config_of(network: type, channels: int, axes: int, host: type = StandIn, **conds: str) -> type:
-    """A config class for `making.tiny`. axes: of a latent beside its channels. conds: where in the conditioning -> name of an argument."""
+    """Returns a config class for `making.tiny`.
+
+    Args:
+        network: Class of the network.
+        channels: Of the latent.
+        axes: Of the latent, besides its channels.
+        host: Class of the host's model.
+        conds: From a name in the conditioning to the name of an argument.
+    """
 
     class Latent(comfy.latent_formats.LatentFormat):
         latent_channels = channels
@@ -51,17 +59,17 @@ def config_of(network: type, channels: int, axes: int, host: type = StandIn, **c
 
 
 def split(x: Tensor, heads: int) -> Tensor:
-    """(B, L, C) as (B, heads, L, C / heads)."""
+    """Splits (B, L, C) into (B, heads, L, C / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, heads, L, width) to (B, L, heads · width)."""
+    """Attends with q, k and v (B, heads, L, width). Returns (B, L, heads · width)."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def waves(numbers: Tensor, width: int) -> Tensor:
-    """Cosines and sines (…, width) of numbers (…)."""
+    """Returns cosines and sines (…, width) of numbers (…)."""
     rates = 100.0 ** -torch.linspace(0, 1, width // 2, device=numbers.device)
     phases = numbers.float()[..., None] * rates
     return torch.cat((phases.cos(), phases.sin()), -1)
@@ -218,7 +226,7 @@ class CogPatches(nn.Module):
         self.text_proj = ops.Linear(text, width)
 
     def forward(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
-        """Text (B, L, d) and video (B, T, C, H, W) in one sequence."""
+        """Puts text (B, L, d) and video (B, T, C, H, W) into one sequence."""
         rows, depth = image_embeds.shape[0], self.patch_size_t
         if depth is None:
             video = self.proj(image_embeds.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (rows, -1)).flatten(1, 2)
@@ -301,7 +309,7 @@ class CogVideoXTransformer3DModel(nn.Module):
 
 
 class Adapter(nn.Module):
-    """The language model's text as T5's tokens ask for it."""
+    """Turns the language model's text into the tokens that T5's ids ask for."""
 
     def __init__(self, width: int, ops: Any) -> None:
         super().__init__()
@@ -313,7 +321,7 @@ class Adapter(nn.Module):
 
 
 class Block(predict2.Block):
-    """Adds up in the precision of the stream what its sublayers say in that of the modulation."""
+    """Adds results of sublayers, which have the precision of the modulation, in the precision of the stream."""
 
     def forward(
         self, x_B_T_H_W_D, emb_B_T_D, crossattn_emb, rope_emb_L_1_1_D=None, adaln_lora_B_T_3D=None,  # noqa: N803
@@ -344,7 +352,7 @@ class FinalLayer(predict2.FinalLayer):
 
 
 class Anima(predict2.MiniTrainDIT):
-    """The host's own Cosmos-Predict2 with newer blocks, and the adapter. At float16 the stream between blocks is float32."""
+    """The host's own Cosmos-Predict2 with newer blocks and the adapter. In float16, the stream between blocks is float32."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -91,7 +91,7 @@ class AudioPatchifier:
 
 
 class LTXVModel(nn.Module):
-    """What LTX-2's model is a kind of."""
+    """The base class of LTX-2's model."""
 
 
 class LTXAVModel(LTXVModel):
@@ -113,7 +113,7 @@ class LTXAVModel(LTXVModel):
     def forward(
         self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, **kwargs  # noqa: B006
     ):  # fmt: skip
-        video, *sound = x if isinstance(x, list) else (x,)  # newer hosts give a list of one
+        video, *sound = x if isinstance(x, list) else (x,)  # newer hosts pass a list of one
         audio = sound[0] if sound else video.new_zeros(video.shape[0], self.num_audio_channels, 0, 8)
         v_time, a_time = timestep
         vx = self.patchify_proj(video.flatten(2).transpose(1, 2))

@@ -1,8 +1,8 @@
 """A stand-in for Open-Sora 2's MMDiTModel, of which the host has no class: a small model of that structure that the host can sample.
 
 Written for these tests after the structure of opensora/models/mmdit/model.py and layers.py (hpcaitech/Open-Sora): its names of submodules,
-processors that do the blocks' work, fused and separate q, k and v, `cond_in`. Positions and attention are those of the host's FLUX, which
-that model was made from; checkpointing and distribution are left out.
+processors that do the blocks' work, fused and separate q, k and v, and `cond_in`. Positions and attention are those of the host's FLUX,
+from which that model was made. Checkpointing and distribution are left out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
 
 
 def heads_of(parts: Any, heads: int, norm: QKNorm) -> list[Tensor]:
-    """q, k and v as (B, heads, L, D), normed."""
+    """Returns q, k and v as (B, heads, L, D), with the norms applied."""
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
     return [norm.query_norm(q), norm.key_norm(k), v]
 
@@ -145,7 +145,7 @@ class LastLayer(nn.Module):
 
 
 class MMDiTModel(nn.Module):
-    """Called as the host calls a network: video (B, C, T, H, W), of which 2 × 2 numbers of a frame make a token."""
+    """Takes what the host passes: video (B, C, T, H, W), in which 2 × 2 numbers of a frame make a token."""
 
     def __init__(self, hidden_size, num_heads, depth, in_channels, context_in_dim, fused_qkv, dtype=None, operations=None, **_kwargs):
         super().__init__()
@@ -179,7 +179,7 @@ class MMDiTModel(nn.Module):
 
 
 class OpenSora2(comfy.model_base.BaseModel):
-    """As a node pack would hold it: the pooled text comes with the conditioning."""
+    """Holds the network as a node pack would: the pooled text comes with the conditioning."""
 
     def __init__(self, config: Any, device: Any = None) -> None:
         super().__init__(config, comfy.model_base.ModelType.FLUX, device=device, unet_model=MMDiTModel)

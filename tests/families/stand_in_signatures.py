@@ -1,8 +1,8 @@
-"""Networks of the host as hosts newer than 0.3.75 call their blocks: LTX-Video, Qwen-Image, Lumina 2 and Z-Image.
+"""The host's LTX-Video, Qwen-Image, Lumina 2 and Z-Image with blocks that are called as in hosts newer than 0.3.75.
 
 They are the host's own classes with another forward, written for these tests after the structure of comfy/ldm/lightricks/model.py,
-qwen_image/model.py and lumina/model.py in ComfyUI's public source: the parameters of a block's forward, what is called by position and what
-by name, where reference pictures lie and how they are modulated. Class names are the host's: families go by them.
+qwen_image/model.py and lumina/model.py in ComfyUI's public source: the parameters of a block's forward, what is passed by position and what
+by name, where reference pictures are and how they are modulated. Class names are the host's, as families look at them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 def as_newer(cls: type, **more: Any) -> Any:
-    """Makes an existing network one of `cls`, in place. more: attributes that its constructor would have set."""
+    """Returns a function that makes a network an instance of `cls`, in place. `more`: attributes that its constructor would set."""
 
     def convert(network: Any) -> None:
         network.__class__ = cls
@@ -35,7 +35,7 @@ def as_newer(cls: type, **more: Any) -> Any:
 
 
 class BasicTransformerBlock(lightricks.BasicTransformerBlock):
-    """cross_attention_adaln: whether what asks the text, and the text, are modulated too."""
+    """Modulates the text and the queries about it as well, if `cross_attention_adaln` is set."""
 
     cross_attention_adaln = False
 
@@ -89,11 +89,11 @@ class LTXVModel(lightricks.LTXVModel):
 
 
 class LTXVImageModel(LTXVModel):
-    """A picture alone; text comes projected, by no layer at all in some checkpoints."""
+    """Takes pictures only. Text comes projected; some checkpoints have no layer for that."""
 
 
 def calls_ltxv_so() -> bool:
-    """Whether the host itself calls the blocks of LTX-Video so: then its own class is tried instead."""
+    """Returns whether the host itself calls LTX-Video's blocks in this way, so that its own class can be used."""
     return "prompt_timestep" in signature(lightricks.BasicTransformerBlock.forward).parameters
 
 
@@ -102,7 +102,12 @@ def normed(x: Tensor) -> Tensor:
 
 
 def newer_ltxv(network: Any, is_modulated: bool = False, is_image: bool = False) -> None:
-    """is_modulated: as BasicTransformerBlock says. is_image: the model of pictures, which gets text that needs no projection."""
+    """Converts a network in place.
+
+    Args:
+        is_modulated: Whether blocks modulate the text (see BasicTransformerBlock).
+        is_image: Whether it is the model of pictures, which gets text that needs no projection.
+    """
     as_newer(LTXVImageModel if is_image else LTXVModel, caption_proj_before_connector=is_image)(network)
     if is_image:
         del network.caption_projection
@@ -124,7 +129,7 @@ def newer_ltxv(network: Any, is_modulated: bool = False, is_image: bool = False)
 
 
 class FeedForward(lightricks.FeedForward):
-    """Activation and second layer in one kernel, which takes that layer's weights and does not call it."""
+    """Computes the activation and the second layer in one kernel, which takes that layer's weights and does not call it."""
 
     def forward(self, x: Tensor) -> Tensor:
         last = self.net[2]
@@ -132,7 +137,7 @@ class FeedForward(lightricks.FeedForward):
 
 
 class GatedAttention(lightricks.CrossAttention):
-    """A gate for each head, before the last layer: here behind it, where it makes no difference to what is asked of a cache."""
+    """Has a gate for each head. The host applies it before the last layer; here it is after it, which does not matter to a cache."""
 
     def forward(self, x, context=None, mask=None, pe=None, k_pe=None, transformer_options={}):  # noqa: B006
         return super().forward(x, context, mask, pe) * torch.sigmoid(self.to_gate_logits(x)).mean(-1, keepdim=True)
@@ -169,7 +174,7 @@ class QwenImageTransformerBlock(qwen_image.QwenImageTransformerBlock):
 
 
 class QwenImageTransformer2DModel(qwen_image.QwenImageTransformer2DModel):
-    """Reference pictures are always modulated as if they were clean."""
+    """Modulates reference pictures as if they had no noise."""
 
     def forward(
         self,
@@ -215,7 +220,7 @@ class JointTransformerBlock(lumina.JointTransformerBlock):
     def forward(
         self, x, x_mask, freqs_cis, adaln_input=None, timestep_zero_index=None, transformer_options={},  # noqa: B006
     ):  # fmt: skip
-        """timestep_zero_index: which tokens are sampled; all others are taken for clean. The vectors of the clean ones come first."""
+        """Modulates tokens in the ranges `timestep_zero_index` as noisy ones and all others as clean ones, whose vectors come first."""
         if timestep_zero_index is None:
             return super().forward(x, x_mask, freqs_cis, adaln_input, transformer_options=transformer_options)
         clean, noisy = (self.adaLN_modulation(rows)[:, None].expand(-1, x.shape[1], -1) for rows in adaln_input.chunk(2))
@@ -231,7 +236,7 @@ class NextDiT(lumina.NextDiT):
     def _forward(
         self, x, timesteps, context, num_tokens, attention_mask=None, ref_latents=(), ref_frames=(), transformer_options={}, **_kwargs,  # noqa: B006
     ):  # fmt: skip
-        """ref_latents: pictures before the image, each filled up by itself and modulated as clean. ref_frames: behind it, parts of it."""
+        """Puts `ref_latents` before the image, each filled up separately and modulated as clean; `ref_frames` after it, as its parts."""
         are_clean = len(ref_latents) > 0
         vectors = self.t_embedder(
             (1.0 - torch.cat((timesteps * 0, timesteps) if are_clean else (timesteps,))) * self.time_scale, dtype=x.dtype

@@ -1,8 +1,8 @@
 """A stand-in for Open-Sora 1.2's STDiT3, of which the host has no class: a small model of that structure, and what lets the host sample it.
 
-Written for these tests after the structure of opensora/models/stdit/stdit3.py and models/layers/blocks.py (hpcaitech/Open-Sora): its
-names of submodules, the parameters of a block's forward, the order of its sublayers, what is raw and what is flattened. Attention is
-torch's own, the rotation of temporal positions is plain, and sequence parallelism, dropout and training are left out.
+Written for these tests after the structure of opensora/models/stdit/stdit3.py and models/layers/blocks.py (hpcaitech/Open-Sora): its names
+of submodules, the parameters of a block's forward, the order of its sublayers, and what is raw and what is flattened. Attention is torch's
+own and the rotation of temporal positions is plain. Sequence parallelism, dropout and training are left out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 
 def waves(numbers: Tensor, width: int) -> Tensor:
-    """Cosines and sines (…, width) of numbers (…)."""
+    """Returns cosines and sines (…, width) of numbers (…)."""
     rates = torch.exp(-math.log(10000) * torch.arange(width // 2, device=numbers.device) / (width // 2))
     phases = numbers.float()[..., None] * rates
     return torch.cat((phases.cos(), phases.sin()), -1)
 
 
 def frames_of(x: Tensor, x_mask: Tensor, now: Tensor, at_zero: Tensor) -> Tensor:
-    """Per token of x (B, T·S, C): `now` where its frame is sampled, `at_zero` where it is given. x_mask (B, T)."""
+    """Returns, for each token of x (B, T·S, C), `now` if its frame is sampled and `at_zero` if it is given. x_mask is (B, T)."""
     grid = (x.shape[0], x_mask.shape[1], -1, x.shape[2])
     return torch.where(x_mask[:, :, None, None], now.expand_as(x).reshape(grid), at_zero.expand_as(x).reshape(grid)).flatten(1, 2)
 
@@ -69,7 +69,7 @@ class CrossAttention(nn.Module):
         self.q_linear, self.kv_linear, self.proj = ops.Linear(width, width), ops.Linear(width, 2 * width), ops.Linear(width, width)
 
     def forward(self, x: Tensor, cond: Tensor, mask: list[int] | None = None) -> Tensor:
-        """cond: the text of all rows one after the other (1, sum of mask, C). mask: how much of it is each row's."""
+        """Attends from x to `cond`, the texts of all rows one after the other (1, sum of mask, C). `mask` has the length of each row's."""
         lengths = mask or [cond.shape[1]] * x.shape[0]
         q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv_linear(cond)[0].unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
@@ -104,7 +104,7 @@ class STDiT3Block(nn.Module):
             vectors.append(self.scale_shift_table + t0.unflatten(-1, (6, -1)))
 
         def chosen(change, part: slice) -> Tensor:
-            """`change` by this part of the six vectors, of each frame by its own."""
+            """Applies `change` with this part of the six vectors, which each frame has of its own."""
             results = [change(*each[:, part].split(1, dim=1)) for each in vectors]
             return results[0] if x_mask is None else frames_of(x, x_mask, *results)
 
@@ -163,7 +163,7 @@ class FinalLayer(nn.Module):
 
 
 class STDiT3(nn.Module):
-    """Called as the host calls a network: video (B, C, T, H, W), its flow noise minus video as the answer."""
+    """Takes what the host passes: video (B, C, T, H, W). Its flow, noise minus video, is the answer."""
 
     def __init__(self, hidden_size, depth, num_heads, in_channels, caption_channels, dtype=None, operations=None, **_kwargs: Any) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class STDiT3(nn.Module):
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * 2 * in_channels, ops)  # with a variance
 
     def forward(self, x, timestep, context=None, mask=None, x_mask=None, **_kwargs: Any) -> Tensor:
-        """mask: of the text (B, tokens). x_mask: of frames that are sampled (B, T), as numbers where the host has cast them."""
+        """Takes `mask` of the text (B, tokens), and `x_mask` of sampled frames (B, T), which are numbers if the host has cast them."""
         size = [-(-side // patch) for side, patch in zip(x.shape[2:], self.patch_size)]
         frames, places = size[0], size[1] * size[2]
         x_mask = None if x_mask is None else x_mask > 0.5
@@ -196,13 +196,13 @@ class STDiT3(nn.Module):
         return -out[:, : self.in_channels, : x.shape[2], : x.shape[3], : x.shape[4]]
 
     def positions(self, height: int, width: int) -> Tensor:
-        """(1, height · width, C): half of the channels tell the row, half the column."""
+        """Returns (1, height · width, C): half of the channels encode the row, half the column."""
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         return torch.cat([waves(axis.flatten(), self.hidden_size // 2) for axis in (rows, columns)], -1)[None]
 
 
 class OpenSora(comfy.model_base.BaseModel):
-    """As a node pack would hold it: the text's mask and the given frames come with the conditioning."""
+    """Holds the network as a node pack would: the text's mask and the given frames come with the conditioning."""
 
     def __init__(self, config: Any, device: Any = None) -> None:
         super().__init__(config, comfy.model_base.ModelType.FLOW, device=device, unet_model=STDiT3)

@@ -1,4 +1,4 @@
-"""A calibration of a model whose input no file describes: weights, plan and low-rank factors without the correction by the input."""
+"""A model whose input no file describes is calibrated too: weights, plan and low-rank factors, without the correction by the input."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_its_file_is_found_for_the_same_checkpoint(model, calibration, tmp_path,
 
 
 def test_of_a_model_whose_input_was_described_it_is_not_used(model, calibration, monkeypatch):
-    """As after a version of the pack that describes more, or less."""
+    """Another version of the pack may describe more, or less."""
     model_with_input = replace(calibration.forecast.model, uu=torch.zeros(STEPS, STEPS, 3, 3))
     described = replace(calibration, forecast=replace(calibration.forecast, model=model_with_input))
     patched = host.attach(model, Settings(speedup=2.0, calibration=described))

@@ -1,4 +1,4 @@
-"""Conservative evaluations of the image families (and Stable Audio) against references of their blocks, run by the host's own models."""
+"""Conservative evaluations of the image families (and Stable Audio) agree with references of their blocks, run by the host's models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from runs import STEPS, cached, kinds, network, report_of, sample
 from zoo import CASES
 from zoo_image import controlled, hidream, normal, omnigen, with_more
 
-PLAN = "FcacccFc"  # conservative ones after full ones, after one another and after a skip; a skip after one
+PLAN = "FcacccFc"  # conservative ones after a full one, after one another and after a skip; and a skip after one
 SHARES = (0.0, 0.37, 1.0)
 
 
 def _variants() -> dict[str, tuple[Case, Callable]]:
-    """A case, and what is done to its model: the families' own cases, and what may lie beside text and image in the streams."""
+    """Returns cases, each with what is done to its model: the families' own, and what may be beside text and image in the streams."""
     plain = {f"{case.name} {case.make.__name__}": case for case in CASES if case.name in REFERENCES}
     by_name = {case.name: case for case in plain.values()}
     reference = text(7, 24, attention_mask=torch.ones(1, 7, dtype=torch.long), reference_latents=[normal(3, 1, 16, 8, 6)])
@@ -70,23 +70,24 @@ def plain(case, model) -> torch.Tensor:
 
 
 class Dense:
-    """What the references' sublayers go on with, by the plan: everything new, or attention as it was kept and the rest of some tokens new.
+    """Gives the references' sublayers the value that the plan's kind goes on with.
 
-    Of a skip, the last block's result is the last one that it had, whatever the others say.
+    That is the new value in full and skipped evaluations. In conservative ones it is the kept value, except for chosen tokens of
+    the streams that are renewed. In skipped ones the last block returns its last result, whatever the others gave.
     """
 
     def __init__(self, plan: str, share: float) -> None:
         self.plan, self.step = plan, -1
         self.kept: dict[tuple, torch.Tensor] = {}
         self.last: Any = None
-        self.choice = TokenSelection(share, 0)
+        self.selection = TokenSelection(share, 0)
 
-    def forward(self, at: tuple[str, int], blocks: int, is_first: bool, is_last: bool, told: Callable, compute: Callable) -> Callable:
+    def forward(self, at: tuple[str, int], blocks: int, is_first: bool, is_last: bool, by_name: Callable, compute: Callable) -> Callable:
         def answer(*args: Any, **kwargs: Any) -> Any:
             if is_first:
                 self.step += 1
-                self.choice.begin(self.step)
-            result = compute(told(args, kwargs), partial(self.settle, at, blocks))
+                self.selection.begin(self.step)
+            result = compute(by_name(args, kwargs), partial(self.settle, at, blocks))
             if is_last and self.plan[self.step] != "a":
                 self.last = result
             if not is_last:
@@ -100,7 +101,7 @@ class Dense:
             return value
         if self.plan[self.step] == "c":
             mask = torch.zeros(value.shape[1], dtype=torch.bool)
-            tokens = self.choice.tokens(stream, at[1], blocks, value.shape[1], value.device) if stream else None
+            tokens = self.selection.tokens(stream, at[1], blocks, value.shape[1], value.device) if stream else None
             if tokens is not None:
                 mask[tokens] = True
             value = torch.where(mask[None, :, None], value, self.kept[(*at, name)])
@@ -110,12 +111,12 @@ class Dense:
 
 @contextmanager
 def written_out(case: Case, model, plan: str, share: float) -> Iterator[Dense]:
-    """The references in the places of the host's blocks."""
+    """Puts the references in the places of the host's blocks."""
     dense, placed = Dense(plan, share), REFERENCES[case.name].blocks(network(model))
     for number, (path, i, blocks, block, reference) in enumerate(placed):
         ends = number == 0, number == len(placed) - 1
-        told, compute = partial(arguments, block.forward), partial(reference, block)
-        block.__dict__["forward"] = dense.forward((path, i), blocks, *ends, told, compute)
+        by_name, compute = partial(arguments, block.forward), partial(reference, block)
+        block.__dict__["forward"] = dense.forward((path, i), blocks, *ends, by_name, compute)
     try:
         yield dense
     finally:
@@ -135,7 +136,7 @@ def test_the_references_are_the_hosts_blocks(case, model, plain):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_conservative_evaluations_are_those_of_the_references(case, model, plain, share):
-    """No token, some, all of them. At share 0 nothing but gates and shifts is new, at share 1 all but self-attention."""
+    """No token, some and all of them are chosen. At share 0 only gates and shifts are new; at share 1 everything but self-attention is."""
     patched = cached(model, PLAN, share=share)
     result = sample(case, patched)
     assert kinds(patched) == PLAN and not report_of(patched).notices
@@ -164,7 +165,7 @@ def test_the_paper_mode_samples(case, model, plain):
 
 
 def computed_in_full(case: Case, model, plain: torch.Tensor) -> str:
-    """Its conservative evaluations are full ones; returns what the user is told."""
+    """Asserts that conservative evaluations are computed in full. Returns the notices."""
     patched = cached(model, PLAN.replace("a", "c"), share=0.37)
     assert torch.equal(sample(case, patched), plain)
     assert kinds(patched) == "F" * STEPS
@@ -173,7 +174,7 @@ def computed_in_full(case: Case, model, plain: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("name", ["qwen_image make", "lumina z_image"])
 def test_pictures_modulated_apart_are_computed_in_full(name, monkeypatch):
-    """As newer hosts tell the blocks; here the blocks do nothing with it."""
+    """Newer hosts pass the blocks what says so. Here the blocks ignore it."""
     case, model = VARIANTS[name][0], VARIANTS[name][0].make()
     plain = sample(case, model)
     block_type = type(case.last(network(model)))
@@ -184,7 +185,7 @@ def test_pictures_modulated_apart_are_computed_in_full(name, monkeypatch):
 
 
 def test_a_sublayer_that_the_host_goes_past_is_computed_in_full(monkeypatch):
-    """As newer hosts do for some formats of weights: one kernel instead of the module."""
+    """Newer hosts use one kernel instead of the module for some formats of weights."""
     case, _ = VARIANTS["lumina z_image"]
     model = case.make()
     plain = sample(case, model)
@@ -194,19 +195,19 @@ def test_a_sublayer_that_the_host_goes_past_is_computed_in_full(monkeypatch):
 
 
 def test_gates_of_stable_audio_are_computed_in_full():
-    """No released checkpoint has them."""
+    """No released checkpoint has such gates."""
     case, _ = VARIANTS["stable_audio make"]
     model = case.make()
     inner = network(model)
     inner.global_cond_type = "adaLN"
     for i, layer in enumerate(inner.transformer.layers):
-        layer.global_cond_dim, layer.has_global_cond = layer.dim, True  # as older and newer hosts ask
+        layer.global_cond_dim, layer.has_global_cond = layer.dim, True  # older and newer hosts ask in these ways
         layer.to_scale_shift_gate = lambda given, weight=normal(i, layer.dim, 6 * layer.dim) / layer.dim: given @ weight
     assert "gates" in computed_in_full(case, model, sample(case, model))
 
 
 def test_what_overflows_in_half_precision_is_clipped_between_the_norms():
-    """As newer hosts do it for Z-Image."""
+    """Newer hosts do so for Z-Image."""
     kept = {"x.attn": torch.full((1, 2, 4), float("inf")).half(), "x.mlp": torch.full((1, 2, 4), -float("inf")).half()}
     cached = SimpleNamespace(all_tokens=kept.get, choose=lambda _stream, _length: None)
     halved = SimpleNamespace(ffn_norm2=lambda x: x / 2)

@@ -1,4 +1,4 @@
-"""Conservative evaluations of video families against the host's own blocks, all of which run in full while sublayers are exchanged."""
+"""Conservative evaluations of video families agree with the host's own blocks, which all run in full while results are exchanged."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo_video import seeded, wan_case
 from zoo_video_variants import VARIANTS, vace
 
-PLAN = "FcacccFc"  # from full ones and from one another, skips from either
+PLAN = "FcacccFc"  # conservative ones after a full one, after one another and after a skip; and a skip after one
 SHARES = (0.0, 0.37, 1.0)
 
 
 class Structure(NamedTuple):
-    """blocks: the model's list of them. kept: modules of one whose results stay as they were. renewed: module -> the stream whose chosen
-    tokens it is asked about. batch: its axis in these results."""
+    """What is exchanged in a model's blocks.
+
+    Args:
+        blocks: Path of the list of blocks.
+        kept: Modules of a block whose results stay as they were.
+        renewed: From a module to the stream whose chosen tokens are new in its result.
+        batch: Axis of the batch in these results.
+    """
 
     blocks: str
     kept: tuple[str, ...]
@@ -89,14 +95,14 @@ def plain(name, model) -> torch.Tensor:
 
 
 class Dense:
-    """The same evaluations by hooks on the host's blocks: what a sublayer says of tokens not chosen is exchanged for what was kept."""
+    """Hooks on the host's blocks that replace a sublayer's result by the kept one, except for chosen tokens."""
 
     def __init__(self, net: Any, structure: Structure, share: float) -> None:
         found = attrgetter(structure.blocks)(net)
         blocks = list(found.values() if isinstance(found, torch.nn.ModuleDict) else found)
         self.kept: dict[Any, list[torch.Tensor]] = {}
         self.step, self.batch, self.blocks = -1, structure.batch, len(blocks)
-        self.choice = TokenSelection(share, 0)
+        self.selection = TokenSelection(share, 0)
         self.handles = [blocks[0].register_forward_pre_hook(self.begin)]
         for i, block in enumerate(blocks):
             modules = dict(block.named_modules())
@@ -112,7 +118,7 @@ class Dense:
 
     def begin(self, *_args: Any) -> None:
         self.step += 1
-        self.choice.begin(self.step)
+        self.selection.begin(self.step)
 
     def exchange(self, key: tuple, stream: str | None, _module: Any, _args: tuple, result: Any) -> Any:
         values = result if isinstance(result, tuple) else (result,)
@@ -126,16 +132,16 @@ class Dense:
         return values if isinstance(result, tuple) else values[0]
 
     def mask(self, block: int, stream: str, value: torch.Tensor) -> torch.Tensor:
-        """Which tokens are new, in the shape of a sublayer's result."""
+        """Returns which tokens are new, in the shape of a sublayer's result."""
         shape = [1 if axis in (self.batch, value.ndim - 1) else size for axis, size in enumerate(value.shape)]
         mask = torch.zeros(shape, dtype=torch.bool)
-        tokens = self.choice.tokens(stream, block, self.blocks, mask.numel(), value.device)
+        tokens = self.selection.tokens(stream, block, self.blocks, mask.numel(), value.device)
         if tokens is not None:
             mask.view(-1)[tokens] = True
         return mask
 
     def hidden(self, _module: Any, _args: tuple, result: Any) -> Any:
-        """Skips repeat the last block's, of which only the video is read behind it."""
+        """Repeats the last block's result in skips. Only its video is read after it."""
         values = result if isinstance(result, tuple) else (result,)
         if PLAN[self.step] != "a":
             self.kept["hidden"] = [value.clone() for value in values]
@@ -156,7 +162,7 @@ def densely(case: Case, model, structure: Structure, share: float) -> torch.Tens
 
 @pytest.fixture(scope="module")
 def expected(name, model) -> dict[float, torch.Tensor]:
-    """By share."""
+    """Returns the latents that the hooks give, by share."""
     case, structure = CASES[name]
     return {share: densely(case, model, structure, share) for share in SHARES}
 
@@ -167,7 +173,7 @@ def conservatively(model, plan: str, share: float):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_conservative_evaluations_are_those_of_the_hosts_blocks(name, model, plain, expected, share):
-    """All of what is kept with no token chosen, new cross-attention and feed-forward with all of them."""
+    """With no token chosen all of what is kept is used; with all of them, cross-attention and feed-forward are new."""
     patched = conservatively(model, PLAN, share)
     result = sample(CASES[name][0], patched)
     assert kinds(patched) == PLAN and not report_of(patched).notices
@@ -183,7 +189,7 @@ def test_the_share_matters(expected):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_their_cost_is_what_torch_counts(name, model, share):
-    """Counted in the first one, by what runs, and taken for the last."""
+    """The cost is counted in the first one, by what runs, and used for the last."""
     patched, flops = conservatively(model, "FFccFFcc", share), []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sample(CASES[name][0], patched, callback=lambda *_: flops.append(counter.get_total_flops()))
@@ -191,7 +197,7 @@ def test_their_cost_is_what_torch_counts(name, model, share):
 
 
 def test_modulated_cross_attention_of_newer_hosts_is_computed_in_full():
-    """An older host only bears the flag."""
+    """Older hosts have the flag and ignore it."""
     case = ZOO["ltxv"]
     is_newer = hasattr(network(case.make()).transformer_blocks[0], "cross_attention_adaln")
     model = zoo_video.ltxv(cross_attention_adaln=True) if is_newer else case.make()

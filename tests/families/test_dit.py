@@ -1,4 +1,4 @@
-"""The pack's own DiT: its network against a plain one, its sampling against DDIM by hand, and its nodes."""
+"""The pack's own DiT: its network agrees with a plain one and its sampling with DDIM by hand, and its nodes work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_checkpoints_own_places_are_used_where_they_fit():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_small_weights_are_cast_by_the_host(dtype):
-    """Weights are rounded when loaded, the arithmetic stays float32; the table of places is not rounded."""
+    """Weights are rounded when they are loaded and arithmetic stays in float32. The table of positions is not rounded."""
     exact = network_of(dit())
     config = DiTConfig({"shape": SHAPE})
     config.set_inference_dtype(dtype, torch.float32)
@@ -95,7 +95,7 @@ def test_memory_is_estimated_in_proportion_to_pixart():
 
 
 def ddim(network: DiT, noise: torch.Tensor, steps: int, guidance: float, label: int) -> torch.Tensor:
-    """DDIM without noise (eta 0) in float64, from betas in equal steps; the times are those of the host's ddim_uniform."""
+    """Samples DDIM without noise (eta 0) in float64, with betas in equal steps and the times of the host's ddim_uniform."""
     plain, kept = plain_of(network), torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     times = list(range(1, 1000, 1000 // steps))[::-1]
     x = (1 - kept[times[0]]).sqrt() * noise.double()
@@ -138,7 +138,7 @@ def test_the_null_class_is_the_last_of_the_table():
 
 
 def test_classes_are_scheduled_and_masked_as_prompts_are():
-    """3 at first, then 5; and 5 in the left half only."""
+    """The class is 3 at first and then 5; or 5 in the left half only."""
     first, second = (host_nodes.ConditioningSetTimestepRange().set_range(class_conditioning(y), *part)[0]
                      for y, part in ((3, (0.0, 0.5)), (5, (0.5, 1.0))))  # fmt: skip
     masked = host_nodes.ConditioningSetMask().append(class_conditioning(5), torch.eye(2)[:1].repeat_interleave(64, 1), "default", 1.0)[0]
@@ -154,7 +154,7 @@ def test_classes_are_scheduled_and_masked_as_prompts_are():
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch) -> Path:
-    """Model folders of the host's own kinds, empty."""
+    """Makes model folders of the host's own kinds, empty."""
     known = {kind: ([str(tmp_path / kind)], folder_paths.supported_pt_extensions) for kind in ("diffusion_models", "checkpoints")}
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths, **known})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})

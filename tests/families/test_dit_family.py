@@ -1,10 +1,10 @@
-"""The DiT family: conservative evaluations against an independent dense reference, and the public ExtraModels pack's models."""
+"""Conservative evaluations of DiT agree with an independent dense reference, and models of the public ExtraModels pack are served."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
+from checks import assert_incremental_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfyui_duca.cache_core import CacheRun, Kind, ModelCall, RunStart, Settings, Timeline, find_family
 from comfyui_duca.cache_core.engine import TokenSelection
 from comfyui_duca.cache_core.families.dit import DIT
@@ -41,14 +41,14 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
         return run.model_call(call, lambda: network(x, TIMES[step].repeat(2), LABELS))
 
 
-def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor], choice: TokenSelection | None) -> torch.Tensor:
-    """A whole evaluation of the plain network. With a choice, attention is that in `kept`, and so is the MLP but for the chosen tokens."""
+def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor], selection: TokenSelection | None) -> torch.Tensor:
+    """Evaluates the plain network. With a selection, attention is taken from `kept`, and so is the MLP of tokens that are not selected."""
 
     def settling(key: tuple[int, str], module: torch.nn.Module):
         def forward(x: torch.Tensor) -> torch.Tensor:
             fresh = type(module).forward(module, x)
-            if choice is not None:
-                tokens = choice.tokens("img", key[0], SHAPE.depth, x.shape[1], torch.device("cpu")) if key[1] == "mlp" else None
+            if selection is not None:
+                tokens = selection.tokens("img", key[0], SHAPE.depth, x.shape[1], torch.device("cpu")) if key[1] == "mlp" else None
                 mask = torch.zeros(x.shape[1], 1, dtype=torch.bool)
                 mask[[] if tokens is None else tokens] = True
                 fresh = torch.where(mask, fresh, kept[key])
@@ -64,14 +64,14 @@ def dense(plain: PlainDiT, step: int, kept: dict[tuple[int, str], torch.Tensor],
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_conservative_evaluations_match_the_dense_reference(share):
-    """Two in a row: the second must build on what the first wrote into the cache. No token, some and all of them."""
+    """Two follow each other, as the second must use what the first wrote into the cache. No token, some and all of them are chosen."""
     network, run, kept = network_of(dit()), make_run(share), {}
     plain = plain_of(network, 10, 12)
     assert_near(evaluate(run, network, 0), dense(plain, 0, kept, None))
     for step in (1, 2):
-        choice = TokenSelection(share, 7)
-        choice.begin(step)
-        result, expected = evaluate(run, network, step), dense(plain, step, kept, choice)
+        selection = TokenSelection(share, 7)
+        selection.begin(step)
+        result, expected = evaluate(run, network, step), dense(plain, step, kept, selection)
         assert_near(result, expected)
         assert (expected - dense(plain_of(network, 10, 12), step, {}, None)).abs().max() / expected.abs().max() > 1e-3
     assert [e.kind for e in run.report.evaluations] == [Kind.FULL, Kind.CONSERVATIVE, Kind.CONSERVATIVE]
@@ -94,7 +94,7 @@ def test_models_of_extra_models_are_served_by_the_same_families(case):
     assert find_family(net).name == case.name and find_family(net).is_conservative
     assert_skips_repeat(case, model, plain)
     assert_the_input_is_kept(case, model, net.blocks[0].mlp.fc2.out_features)
-    assert f"blocks.{len(net.blocks) - 1}.attn.qkv" in assert_calibrated_is_exact(case, model, plain)
+    assert f"blocks.{len(net.blocks) - 1}.attn.qkv" in assert_incremental_is_exact(case, model, plain)
     assert torch.equal(sample(case, model), plain)
 
 

@@ -1,4 +1,4 @@
-"""Which files are taken for a DiT, and why the others are refused."""
+"""Files of a DiT are recognised, and others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_files_in_all_layouts_are_loaded(tmp_path, layout, suffix):
     if suffix == ".safetensors":
         content = content if layout in ("plain", "ComfyUI") else {f"ema.{name}": weight for name, weight in weights.items()}
     loaded = network_of(load_dit(saved(tmp_path / f"a{suffix}", content)))
-    # 64 wide has one head of 64 by the rule; the zoo's has two
+    # the rule gives a width of 64 one head of 64; the zoo's model has two heads
     assert loaded.shape == SHAPE._replace(heads=1)
     assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
 
@@ -71,7 +71,7 @@ def test_files_of_old_pytorch_are_loaded(tmp_path):
 
 
 def saved_by_comfyui(model) -> dict[str, torch.Tensor]:
-    """Newer hosts have the patcher gather the weights."""
+    """Returns the weights as ComfyUI saves them. Newer hosts let the patcher gather them."""
     return (model if hasattr(model, "state_dict_for_saving") else model.model).state_dict_for_saving()
 
 
@@ -149,7 +149,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, what):
 
 def test_a_program_in_a_file_of_torch_is_refused(tmp_path):
     torch.save({"ema": weights_of(), "args": Program()}, tmp_path / "a.pt")
-    with pytest.raises(SystemExit, match="it ran"):  # it is a real one
+    with pytest.raises(SystemExit, match="it ran"):  # the program is a real one
         torch.load(tmp_path / "a.pt", weights_only=False)
     with pytest.raises(ValueError, match=r"holds more than weights \([\w.]*exec\)"):
         load_dit(tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""ERNIE-Image, Helios, HiDream-O1 and MiniMax H3 on stand-ins: what is no such model, and the traps of each."""
+"""What is particular to ERNIE-Image, Helios, HiDream-O1 and MiniMax H3, on stand-ins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.mark.parametrize("name", ["ernie", "helios"])
 def test_kinds_that_were_never_described_are_found_too(name):
-    """ERNIE-Image without a projection of text, and Helios with a history that looks at the text."""
+    """These are ERNIE-Image without a projection of text, and Helios with a history that attends to the text."""
     case = BY_NAME[name]._replace(cond=text(7, 48)) if name == "ernie" else BY_NAME[name]
     assert_right(
         case, tiny(config_of(Ernie, 16), text_in_dim=48) if name == "ernie" else tiny(config_of(Helios, 16, 3), guidance_cross_attn=False)
@@ -27,7 +27,7 @@ def test_kinds_that_were_never_described_are_found_too(name):
 
 
 def test_the_history_of_a_video_is_not_kept():
-    """It lies before 36 tokens of the video."""
+    """The history precedes 36 tokens of the video."""
     past = {"short": (2, 8, 6), "mid": (2, 8, 8), "long": (4, 8, 8)}  # 24, 4 and 1 tokens
     latents = {f"latents_history_{name}": normal(i, 1, 16, *shape) for i, (name, shape) in enumerate(past.items())}
     case = BY_NAME["helios"]._replace(cond=text(7, 24, **latents))
@@ -57,7 +57,7 @@ def test_patches_of_references_are_seen():
 
 
 def test_a_run_that_fills_the_hosts_cache_of_the_text_is_cached_once_it_is_filled():
-    """Cold, the first evaluation has all tokens, later ones have not: the second is computed in full too."""
+    """If the host's cache is empty, the first evaluation has all tokens and later ones have not, so the second is computed in full too."""
     case, model = BY_NAME["hidream_o1"], hidream_o1()
     expected = sample(case, cached(model, "FFFaFaFa"))
     network(model).clear_kv_cache()
@@ -67,7 +67,7 @@ def test_a_run_that_fills_the_hosts_cache_of_the_text_is_cached_once_it_is_fille
 
 
 def test_a_place_is_found_although_the_host_fills_its_cache_first():
-    """Both conds do so in the first evaluation."""
+    """The host does so for both conds in the first evaluation."""
     case, model = BY_NAME["hidream_o1"], hidream_o1()
     network(model).clear_kv_cache()
     report = cached_run(case, model)
@@ -75,7 +75,7 @@ def test_a_place_is_found_although_the_host_fills_its_cache_first():
 
 
 def test_an_evaluation_in_which_the_host_fills_its_cache_is_not_skipped():
-    """As after a third prompt has pushed one out: with blocks left out, keys and values of nothing would be kept."""
+    """A third prompt may have pushed one out of the host's cache. A skip would store keys and values of blocks that did not run."""
     case, model = BY_NAME["hidream_o1"], hidream_o1()
     expected = sample(case, cached(model, "FaFFFaFa"))
     patched, done = cached(model, PLAN), []
@@ -95,14 +95,14 @@ def test_an_evaluation_in_which_the_host_fills_its_cache_is_not_skipped():
 
 
 def test_video_and_sound_are_kept_together():
-    """In one sequence without rows: there are no calibrated evaluations."""
+    """They are one sequence without rows, so there are no incremental evaluations."""
     for model in (minimax_h3(), minimax_h3(gate_compress=True)):
-        assert_right(BY_NAME["minimax_h3"], model, last=lambda m: m.blocks[-1], calibrates=False)
+        assert_right(BY_NAME["minimax_h3"], model, last=lambda m: m.blocks[-1], has_incremental=False)
 
 
 def test_a_given_picture_is_seen():
     case, model = BY_NAME["minimax_h3"]._replace(cond=text(7, 48, still=normal(3, 1, 8, 1, 4, 6))), minimax_h3()
-    assert_right(case, model, last=lambda m: m.blocks[-1], calibrates=False)
+    assert_right(case, model, last=lambda m: m.blocks[-1], has_incremental=False)
     assert not torch.equal(sample(case, model), sample(BY_NAME["minimax_h3"], model))
 
 
@@ -117,7 +117,7 @@ def test_a_batch_of_two_is_each_of_them(name):
 
     def sampled(noise: torch.Tensor) -> torch.Tensor:
         latent, patched = torch.zeros_like(noise), cached(model, PLAN)
-        for _ in range(2):  # the host's own cache of the text may be filled in the first
+        for _ in range(2):  # the first run may fill the host's own cache of the text
             result = comfy.sample.sample(patched, noise, 8, 2.0, "euler", "simple", case.cond(1), case.cond(2), latent, disable_pbar=True)
         assert kinds(patched) == PLAN
         return result

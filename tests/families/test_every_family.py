@@ -1,4 +1,4 @@
-"""What holds for every model of the zoo, described by a file or not: small random ones of the host's own classes."""
+"""What holds for every model of the zoo, whether a file describes it or not. They are small and random, of the host's own classes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import comfy.utils
 import pytest
 import torch
 from checks import (
-    assert_calibrated_is_exact,
     assert_costs_are_what_torch_counts,
+    assert_incremental_is_exact,
     assert_listening_changes_nothing,
     assert_skips_repeat,
     assert_the_family_is_known_once,
@@ -40,7 +40,7 @@ def plain(case, model) -> torch.Tensor:
 
 
 def state_of(model) -> tuple:
-    """What a run must leave as it is."""
+    """Returns what a run must leave as it is."""
     modules = list(network(model).modules())
     hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
     return [module.__dict__.get("forward") for module in modules], hooks, [id(weight) for weight in network(model).parameters()]
@@ -51,7 +51,7 @@ def test_the_family_is_known_once(case, model):
 
 
 def test_a_place_inside_is_found_and_proved(case, model):
-    """Of a network that was not seen before, in its first full evaluation; then the report says so, and nothing is said to the user."""
+    """The network was not seen before. The place is found in its first full evaluation; the report says so, and there is no notice."""
     place = known_of(case, model).place
     assert place is not None and not place.is_whole_output and place.text.startswith("found and proved: skips ")
     assert case.last(network(model)) is place.block(network(model), place.last), "the block that answers"
@@ -63,11 +63,11 @@ def test_a_place_inside_is_found_and_proved(case, model):
 
 
 def test_a_family_file_adds_nothing_to_what_is_skipped(case, model, monkeypatch):
-    """With all of them disabled the pictures are the same, no more is kept and no more computed."""
+    """With all files disabled the pictures are the same, and no more is kept or computed."""
     reports, results = [], []
     for described in (FAMILIES, ()):
         monkeypatch.setattr("comfyui_duca.cache_core.families.FAMILIES", described)
-        monkeypatch.setattr(starting, "_places", Places())  # nothing is known from before
+        monkeypatch.setattr(starting, "_places", Places())  # nothing is known from earlier tests
         patched = cached(model, "FaFaFaFa")
         results.append(sample(case, patched))
         reports.append(report_of(patched))
@@ -93,7 +93,7 @@ def test_conds_in_calls_of_their_own_give_the_same(case, model, plain, monkeypat
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_a, **_k: 0)
     try:
         alike = torch.allclose(sample(case, model), plain, atol=1e-3 * max(1.0, float(plain.std())), rtol=1e-3)
-    except ValueError:  # it takes its batch in halves
+    except ValueError:  # the model takes its batch in halves
         alike = False
     if not alike:
         pytest.skip(f"the host itself cannot sample {case.name} so, or samples something else")
@@ -103,16 +103,16 @@ def test_conds_in_calls_of_their_own_give_the_same(case, model, plain, monkeypat
     torch.testing.assert_close(apart, together, atol=1e-4 * max(1.0, float(together.std())), rtol=1e-4)
 
 
-def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
+def test_incremental_evaluations_at_full_rank_are_the_uncached_ones(case, model, plain):
     known = known_of(case, model)
     if known.place.kept[0].rows is None:
         assert not known.layer_calls, "tokens have no axis of the batch"
         pytest.skip(f"{case.name} has no calibrated evaluation")
-    assert assert_calibrated_is_exact(case, model, plain)
+    assert assert_incremental_is_exact(case, model, plain)
 
 
 def test_the_input_is_kept_for_calibrated_forecasts(case, model):
-    """Of width d and as many tokens as the hidden state; how the embedding sees it is no business of ours."""
+    """It has width d and as many tokens as the hidden state. What the embedding makes of it does not matter here."""
     if not find_family(network(model)).embed:
         pytest.skip(f"{case.name} has no calibrated forecast")
     patched = cached(model, "F" * STEPS, Innovating(torch.zeros(0)))

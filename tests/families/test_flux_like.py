@@ -1,4 +1,4 @@
-"""What is special in families of FLUX's blocks: conservative evaluations, modulation per token, reference latents, ControlNets, heads."""
+"""What is particular to families of FLUX's blocks: conservative evaluations, modulation by token, reference latents, ControlNets, heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
+from checks import assert_incremental_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfy.ldm.flux.layers import SingleStreamBlock
 from comfyui_duca.cache_core import find_family
 from dense_flux import assert_conservative_is_dense
@@ -48,9 +48,9 @@ def test_no_more_is_kept_than_the_image(variant, model):
     assert variant.tokens <= tokens <= variant.tokens + variant.beside and channels == network(model).double_blocks[0].hidden_size
 
 
-def test_calibrated_evaluations_at_full_rank_are_the_uncached_ones(variant, model, plain):
-    """Of all layers of the blocks but their modulations, which see one vector a row."""
-    answering = assert_calibrated_is_exact(variant.case, model, plain)
+def test_incremental_evaluations_at_full_rank_are_the_uncached_ones(variant, model, plain):
+    """All layers of the blocks are incremental except modulations, which get one vector for a row."""
+    answering = assert_incremental_is_exact(variant.case, model, plain)
     layers = {name for name, layer in network(model).named_modules() if hasattr(layer, "in_features") and "mod" not in name}
     blocks = ("double_blocks.", "single_blocks.")
     assert {name for name in answering if name.startswith(blocks)} == {name for name in layers if name.startswith(blocks)}
@@ -68,7 +68,7 @@ def test_calibrated_forecasts_need_the_input_of_all_tokens(variant, model, plain
 
 
 def test_kept_inputs_become_the_embedded_tokens(variant, model):
-    """What the family calls the input, times the embedding's weights, is what enters the blocks: the same tokens in the same order."""
+    """The tokens that the family calls the input, times the embedding's weights, are those that enter the blocks, in the same order."""
     if not variant.has_input:
         pytest.skip("it has no calibrated forecast")
     net, seen = network(model), {}
@@ -92,7 +92,7 @@ def test_kept_inputs_become_the_embedded_tokens(variant, model):
 
 @pytest.mark.parametrize("head", ["linear", "conv"])
 def test_the_head_of_radiance_is_the_hosts_on_every_evaluation(head):
-    """It sees the current pixels also on skips. That of a run's proof, whose place was found before, is one more."""
+    """It gets the current pixels in skips too. The proof, in a run whose place is known, is one more evaluation."""
     model, variant = chroma_radiance(nerf_final_head_type=head), VARIANTS["radiance"]
     calls = {"nerf_blocks": 0, "double_blocks": 0}
 
@@ -115,7 +115,7 @@ def test_the_head_of_radiance_is_the_hosts_on_every_evaluation(head):
 
 
 def test_gated_layers_are_two_matrices():
-    """FLUX.2's MLPs make gate and value in one layer; together the parts cover it once."""
+    """FLUX.2's MLPs make gate and value in one layer. The two parts together cover the layer once."""
     model = flux2()
     sites = {site.name: site for site in layers_of(VARIANTS["flux2"].case, model)}
     parts = {
@@ -129,13 +129,13 @@ def test_gated_layers_are_two_matrices():
 
 @pytest.mark.parametrize("make", [hunyuan_15, hunyuan_image])
 def test_kin_of_hunyuan_video_is_found_by_the_hosts_loader(make):
-    """The structure that a checkpoint's own keys lead to is the one described."""
+    """The host's detection from a checkpoint's keys gives the structure that the case describes."""
     model = loaded(make())
     assert find_family(network(model)).name == "hunyuan_video"
 
 
 def ovis() -> Any:
-    """Blocks with a gated MLP of their own kind; a host that does not know it computes as always and only bears the flag."""
+    """Returns a model whose blocks have another kind of gated MLP. On a host that does not know that kind, they only have its flag."""
     if "yak_mlp" in signature(SingleStreamBlock).parameters:
         return flux2(mlp_silu_act=False, yak_mlp=True)
     model = flux2()

@@ -1,4 +1,4 @@
-"""Calibrated evaluations where layers are called in ways of their own: tokens before the batch, chosen for experts, in pieces."""
+"""Incremental evaluations where layers are called in particular ways: tokens before the batch, tokens chosen for experts, or pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import stand_in_kandinsky_cogvideox_anima as kandinsky
 import torch
 import torch.nn.functional as F  # noqa: N812
-from checks import assert_calibrated_is_exact, assert_costs_are_what_torch_counts
+from checks import assert_costs_are_what_torch_counts, assert_incremental_is_exact
 from comfy.model_patcher import ModelPatcher
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
 from comfyui_duca.cache_core.discovery.places import Places
@@ -43,7 +43,7 @@ def model(case):
 
 
 def small_rank(case: Case, model: ModelPatcher) -> Factors:
-    """Factors which lose most of the increments."""
+    """Returns factors that lose most of the increments."""
     sites = sites_of(model, known_of(case, model))
     factors, _ = factorise_sites(sites, RANK, "svd", None, torch.float32, torch.device("cpu"), exact=True)
     return factors
@@ -55,12 +55,12 @@ def factors(case, model) -> Factors:
 
 
 def test_costs_are_those_that_torch_counts(case, model, factors):
-    """Of every evaluation on its own; layers that are left to the host cost what they do in a full one. And the bytes."""
+    """Every evaluation is compared separately, and so are the bytes. Layers that are left to the host cost as in a full evaluation."""
     patched, totals = cached(model, "FiaFiF", factors=factors), []
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the counter does not know the CPU's fused attention
         sample(case, patched, 6, callback=lambda *_args: totals.append(counter.get_total_flops() // 2))
     report = report_of(patched)
-    counted = [after - before for before, after in pairwise(totals)]  # the first evaluation has its proof beside it
+    counted = [after - before for before, after in pairwise(totals)]  # the first evaluation includes the proof
     assert kinds(patched) == "FiaFiF"
     assert [evaluation.macs for evaluation in report.evaluations[1:]] == pytest.approx(counted, rel=0.03)
     assert counted[0] < 0.9 * counted[2] and counted[1] < 0.9 * counted[0]
@@ -68,11 +68,11 @@ def test_costs_are_those_that_torch_counts(case, model, factors):
 
 
 def test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, factors, monkeypatch):
-    """Two pictures each: what is kept of a layer is kept row by row, wherever the batch lies. Once both forms of call are known: the first
-    of its form in the process is computed in full.
+    """With two pictures for each cond, layers are kept row by row, wherever the batch axis is. Both forms of call are known by then:
+    the first of a form in the process is computed in full.
     """
     latent = torch.zeros(2, *case.latent)
-    monkeypatch.setattr(starting, "_places", Places())  # nothing is known from before
+    monkeypatch.setattr(starting, "_places", Places())  # nothing is known from earlier tests
 
     def run(is_apart, plan: str = "FiFiiFii") -> torch.Tensor:
         patched, step = cached(model, "FiFiiFii", factors=factors), [0]
@@ -137,11 +137,11 @@ def test_the_host_computes_what_is_no_layer_of_tokens_and_nothing_else(name, hos
     assert by_step[1] == {path for path in layers if any(f".{part}." in path for part in hosts)}
 
 
-_TOLD = {"pooled_output": (1, 32), "conditioning_llama3": (1, 3, 5, 20)}
+_CONDS = {"pooled_output": (1, 32), "conditioning_llama3": (1, 3, 5, 20)}
 
 
 def without_experts() -> ModelPatcher:
-    """As the host's class allows it: every feed-forward is a plain one."""
+    """Returns a model whose feed-forwards are all plain ones, as the host's class allows."""
     return tiny(
         models.HiDream, image_model="hidream", patch_size=2, in_channels=16, out_channels=16, num_layers=2, num_single_layers=2,
         attention_head_dim=16, num_attention_heads=2, caption_channels=[24, 20], text_emb_dim=32, num_routed_experts=0,
@@ -153,9 +153,9 @@ def without_experts() -> ModelPatcher:
     ("make", "more"), [(hidream, {"concat_latent_image": (1, 16, 12, 16)}), (without_experts, {})], ids=["edit", "without experts"]
 )
 def test_other_models_of_hidream_at_full_rank(make, more):
-    case = Case("hidream", make, (16, 12, 16), with_more(text(5, 24), **_TOLD, **more), lambda m: m.single_stream_blocks[-1])
+    case = Case("hidream", make, (16, 12, 16), with_more(text(5, 24), **_CONDS, **more), lambda m: m.single_stream_blocks[-1])
     model = make()
-    assert assert_calibrated_is_exact(case, model, sample(case, model))
+    assert assert_incremental_is_exact(case, model, sample(case, model))
     assert_costs_are_what_torch_counts(case, model)
 
 
@@ -165,7 +165,7 @@ def in_pieces(layer, x: torch.Tensor, count: int) -> torch.Tensor:
 
 @pytest.fixture
 def dividing(monkeypatch) -> None:
-    """Kandinsky 5 as the host runs it above 8192 tokens: query and key of self-attention in two pieces, the feed-forward in four."""
+    """Divides Kandinsky 5's tokens as the host does above 8192: query and key of self-attention in two, the feed-forward in four."""
 
     def attention(self, x, context=None, freqs=None):
         if context is not None:
@@ -183,7 +183,7 @@ def dividing(monkeypatch) -> None:
 
 
 def test_layers_that_get_their_tokens_in_pieces(dividing, monkeypatch):
-    """45 of them, which come out uneven. The text's feed-forward is divided here too: it is the host's in any case."""
+    """45 tokens make uneven pieces. The text's feed-forward is divided here too, but it is left to the host in any case."""
     case = next(case for case in CASES if case.name == "kandinsky5")._replace(latent=(4, 3, 6, 10))
     model, lengths = case.make(), []
     network(model).visual_transformer_blocks[0].feed_forward.in_layer.register_forward_hook(
@@ -191,7 +191,7 @@ def test_layers_that_get_their_tokens_in_pieces(dividing, monkeypatch):
     )
     plain = sample(case, model)
     assert lengths[:4] == [12, 12, 12, 9]
-    assert assert_calibrated_is_exact(case, model, plain)
+    assert assert_incremental_is_exact(case, model, plain)
     factors = small_rank(case, model)
     test_costs_are_those_that_torch_counts(case, model, factors)
     test_conds_may_be_called_apart_or_together_from_one_evaluation_to_the_next(case, model, factors, monkeypatch)
@@ -213,7 +213,7 @@ def test_tokens_divided_in_another_way_are_computed_in_full(dividing, monkeypatc
 
 @pytest.mark.parametrize("name", ["cosmos", "cosmos_predict2", "anima", "kandinsky5"])
 def test_magnitudes_are_heard_wherever_batch_and_tokens_lie(name, dividing, monkeypatch):
-    """Cosmos' and Anima's feed-forward gets a grid, some of Kandinsky's layers get pieces, each to be compared with itself."""
+    """Feed-forwards of Cosmos and Anima get a grid, and some of Kandinsky's layers get pieces, each of which is compared with itself."""
     case = next(case for case in CASES if case.name == name)
     model = case.make()
     sites, seen = sites_of(model, known_of(case, model)), {}

@@ -1,11 +1,11 @@
-"""Traps of the image families: what lies beside text and image in their streams, sizes that are filled up, residuals of a ControlNet."""
+"""What is particular to image families: what is beside text and image in their streams, padded sizes, a ControlNet's residuals."""
 
 from __future__ import annotations
 
 import comfy.sample
 import pytest
 import torch
-from checks import assert_calibrated_is_exact, assert_skips_repeat, assert_the_input_is_kept
+from checks import assert_incremental_is_exact, assert_skips_repeat, assert_the_input_is_kept
 from comfyui_duca.cache_core import find_family
 from making import Case, text
 from runs import PLAN, cached, cached_run, kept_of, kinds, network, report_of, sample
@@ -15,17 +15,17 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def assert_right(case: Case, model, channels: int) -> None:
-    """channels: of the hidden state."""
+    """Checks a model whose hidden state has `channels`."""
     plain = sample(case, model)
     assert find_family(network(model)).name == case.name
     assert_skips_repeat(case, model, plain)
     assert_the_input_is_kept(case, model, channels)
-    assert assert_calibrated_is_exact(case, model, plain)
+    assert assert_incremental_is_exact(case, model, plain)
 
 
 @pytest.mark.parametrize("name", ["lumina", "sd3", "hidream", "aura", "omnigen", "hydit"])
 def test_odd_sizes_are_filled_up_to_patches(name):
-    """PixArt is left out: there the host itself fails."""
+    """PixArt is left out, as the host itself fails there."""
     case = BY_NAME[name]._replace(latent=(BY_NAME[name].latent[0], 11, 13))
     model = case.make()
     (kept,) = kept_of(cached_run(case, model))
@@ -37,7 +37,7 @@ def test_tokens_that_z_image_adds_are_not_taken_for_image():
     case = Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1])
     model = case.make()
     report = cached_run(case, model)
-    assert kept_of(report) == [(48, 256)]  # beside 32 of text and 16 that fill up the picture
+    assert kept_of(report) == [(48, 256)]  # beside 32 tokens of text and 16 that pad the picture
     assert report.peak_bytes == 2 * 48 * 256 * 4  # two conds, nothing but the picture
 
 
@@ -53,7 +53,7 @@ def test_texts_of_unequal_length_come_in_calls_of_their_own():
 
 
 def test_a_node_that_keeps_the_refined_text_changes_nothing(monkeypatch):
-    """Nobody sees how many of the joint tokens are text, or need see it."""
+    """How many of the joint tokens are text cannot be seen, and need not be."""
     case, model = BY_NAME["lumina"], z_image()
     plain = sample(case, model)
     inner, kept = network(model), {}
@@ -63,7 +63,7 @@ def test_a_node_that_keeps_the_refined_text_changes_nothing(monkeypatch):
 
 
 class KeepsText(torch.nn.ModuleList):
-    """Gives out one module that answers for the blocks; they are still found by their numbers."""
+    """Yields one module that answers for all blocks. They are still found by their numbers."""
 
     def __init__(self, blocks, kept: dict) -> None:
         super().__init__(blocks)
@@ -84,7 +84,7 @@ def test_omnigen_takes_reference_pictures_for_no_part_of_the_image():
     case = Case("omnigen", omnigen, (16, 12, 16), cond, lambda m: m.layers[-1])
     model = case.make()
     (kept,) = kept_of(cached_run(case, model))
-    assert kept[0] == 48  # beside 7 of text and 12 of the reference
+    assert kept[0] == 48  # beside 7 tokens of text and 12 of the reference
     assert_right(case, model, kept[1])
     assert not torch.equal(sample(case, cached(model, PLAN)), sample(BY_NAME["omnigen"], cached(model, PLAN)))
 
@@ -96,13 +96,13 @@ def test_hidream_edits_a_picture_beside_the_image():
     case = Case("hidream", hidream, (16, 12, 16), cond, lambda m: m.single_stream_blocks[-1])
     model = case.make()
     (kept,) = kept_of(cached_run(case, model))
-    assert kept[0] == 88  # row by row, the picture's right of the image's: nobody sees the last row's 8 of the picture
+    assert kept[0] == 88  # rows of the image, the picture's at their right: all but the last 8
     assert_right(case, model, kept[1])
 
 
 @pytest.mark.parametrize("name, make, width, count", [("sd3", sd3, 128, 3), ("hydit", hydit, 48, 2)])
 def test_residuals_of_a_controlnet_take_effect_once(name, make, width, count):
-    """SD3: after every block, the last one too. HunyuanDiT: in the long skips."""
+    """SD3 adds them after every block, the last one included; HunyuanDiT in the long skips."""
     case, model = BY_NAME[name], make()
     tokens = case.latent[1] * case.latent[2] // 4
     guided = controlled(model, [normal(i, 1, tokens, width) for i in range(count)])
@@ -112,7 +112,7 @@ def test_residuals_of_a_controlnet_take_effect_once(name, make, width, count):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_batch_of_pictures_is_each_of_them(case):
-    """Two pictures in a batch give what each gives alone."""
+    """Two pictures in a batch are those that each gives alone."""
     model = case.make()
     noise = normal(5, 2, *case.latent)
     both = sample_noise(case, cached(model, PLAN), noise)

@@ -1,4 +1,4 @@
-"""Kandinsky 5, CogVideoX, Anima and ACE-Step 1.5 on stand-ins: what is particular to each, and how strictly they are known."""
+"""What is particular to Kandinsky 5, CogVideoX, Anima and ACE-Step 1.5, on stand-ins, and that other blocks of that name are found too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.mark.parametrize("name", ["kandinsky5", "cogvideox", "cogvideox_1_5", "anima", "ace_step15"])
 def test_blocks_that_take_other_arguments_are_found_by_watching_them(name):
-    """They keep the model's name. A conservative evaluation of them is not known."""
+    """The blocks keep the model's name, but have no conservative evaluations."""
     case = BY_NAME[name]
     model = case.make()
     for block in case.last(network(model)), next(iter(case.last(network(model)).children())):
@@ -32,7 +32,7 @@ def test_blocks_that_take_other_arguments_are_found_by_watching_them(name):
 def test_skipped_evaluations_leave_out_the_text_blocks_of_kandinsky():
     case = BY_NAME["kandinsky5"]
     model, seen = case.make(), []
-    cached_run(case, model)  # in which the place is looked for
+    cached_run(case, model)  # finds the place
     for block in network(model).text_transformer_blocks:
         block.self_attention.register_forward_hook(lambda *_args: seen.append(1))
     full, skipped, *_ = cached_run(case, model).evaluations
@@ -47,7 +47,7 @@ def test_cogvideox_fills_odd_frame_counts_up(name):
 
 
 def test_anima_at_16_bit_has_its_hidden_state_in_32():
-    """That is what the host adds up in; layers inside the blocks still say what they say in 16 bit."""
+    """The host adds in float32, while layers inside the blocks compute in 16 bits."""
     case = BY_NAME["anima"]
     model = case.make()
     network(model).half().dtype = torch.float16
@@ -58,7 +58,8 @@ def test_anima_at_16_bit_has_its_hidden_state_in_32():
     assert [kept.dtype for kept in report.shape.known.place.kept] == [torch.float32]
     patched = cached(model, PLAN, Innovating(0.01 * torch.ones(17 * 4, 48)))
     sample(case, patched)
-    assert kinds(patched) == PLAN and report.peak_bytes < report_of(patched).peak_bytes < report_of(patched).predicted_bytes  # 16 bit input
+    # the input has 16 bits
+    assert kinds(patched) == PLAN and report.peak_bytes < report_of(patched).peak_bytes < report_of(patched).predicted_bytes
     factors = exact_factors(layers_of(case, model))
     for plan, more in (("FiiFiiFi", {"factors": factors}), ("FcFcFcFc", {})):
         patched = cached(model, plan, **more)
@@ -68,7 +69,7 @@ def test_anima_at_16_bit_has_its_hidden_state_in_32():
 
 
 def test_skipped_evaluations_leave_out_what_ace_step_makes_of_lyrics_and_timbre():
-    """And of its hints, which enter where the latent does. The layer for lyrics is too little here to be looked at."""
+    """So are its hints, which enter beside the latent. The lyrics' layer is too small here to be looked at."""
     case = BY_NAME["ace_step15"]
     model, seen = case.make(), []
     cached_run(case, model)
@@ -81,7 +82,7 @@ def test_skipped_evaluations_leave_out_what_ace_step_makes_of_lyrics_and_timbre(
 
 @pytest.mark.parametrize("frames", [98, 99])
 def test_ace_step_makes_its_hints_of_the_reference_where_there_are_no_codes(frames):
-    """A last frame alone is filled up to a token."""
+    """A last frame that is alone is padded to a token."""
     of_codes = BY_NAME["ace_step15"]
 
     def cond(seed: int) -> list:

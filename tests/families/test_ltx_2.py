@@ -1,4 +1,4 @@
-"""LTX-2 on a stand-in: video and sound side by side."""
+"""LTX-2 keeps video and sound side by side, on a stand-in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pair_model():
 
 
 def test_video_and_sound_of_ltx_2_are_kept_side_by_side(pair_model):
-    """24 tokens of video, 32 wide, and 5 of sound, 16 wide, for two conds and one anchor."""
+    """These are 24 tokens of video (32 wide) and 5 of sound (16 wide), for two conds and one anchor."""
     assert find_family(network(pair_model)).name == "ltxav"
     assert_right(LTX_2, pair_model)
     report = cached_run(LTX_2, pair_model)

@@ -1,4 +1,4 @@
-"""Families of older hosts as newer ones call them."""
+"""Families of older hosts are served as newer hosts call them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ltx_video_with_modulated_text_has_no_conservative_evaluations():
 
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_qwen_image_as_newer_hosts_call_it(with_reference):
-    """With a reference modulated as clean, which comes with twice as many vectors as pictures."""
+    """A reference that is modulated as clean comes with twice as many vectors as pictures."""
     case = BY_NAME["qwen_image"]
     if with_reference:
         case = case._replace(cond=text(7, 24, reference_latents=[normal(6, 1, 16, 1, 6, 8)]))
@@ -80,7 +80,7 @@ def with_pictures(**pictures: list[torch.Tensor]) -> tuple[Case, object]:
 
 
 def test_pictures_behind_the_image_are_not_needed():
-    """48 tokens are kept. 32 of text before them, and 12 and 4 of pictures behind them, are not read from the last block."""
+    """48 tokens are kept. 32 of text before them, and 12 and 4 of pictures after them, are not read from the last block."""
     case, model = with_pictures(ref_frames=[normal(6, 1, 16, 6, 8), normal(7, 1, 16, 4, 4)])
     plain = assert_right(case, model)
     assert kept_tokens(cached_run(case, model)) == [48]
@@ -88,7 +88,7 @@ def test_pictures_behind_the_image_are_not_needed():
 
 
 def test_pictures_modulated_apart_from_the_image_have_no_conservative_evaluation():
-    """Filled up one by one before the image: 32 tokens of text and 32 of the picture."""
+    """Each is padded separately before the image: 32 tokens of text and 32 of the picture."""
     case, model = with_pictures(ref_latents=[normal(6, 1, 16, 6, 8)])
     plain = assert_right(case, model)
     patched = cached(model, "FcFcFcFc")

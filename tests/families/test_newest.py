@@ -1,4 +1,4 @@
-"""Classes that only newer hosts have, as they are there: what is special in each. Stand-ins are tested in files named by them."""
+"""What is particular to classes that only newer hosts have, on those hosts. Files named by a model test its stand-in."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def last_of_h3(model: Any) -> Any:
 
 
 def test_h3_keeps_video_and_sound_together():
-    """12 tokens of video and 10 of sound, behind 7 of text: a sequence without rows, of which no part is left out."""
+    """12 tokens of video and 10 of sound follow 7 of text. It is a sequence without rows, of which no part is left out."""
     case = case_of("MiniMaxH3", "minimax_h3")
     model = case.make()
     assert find_family(network(model)).name == "minimax_h3"
-    assert_right(case, model, last_of_h3, calibrates=False)
+    assert_right(case, model, last_of_h3, has_incremental=False)
     assert kept_tokens(cached_run(case, model)) == [29]
 
 
 def test_h3_with_a_table_of_noise_levels():
-    """As the checkpoints are that ship a curve and no network for it."""
+    """Some checkpoints have a curve in place of a network for it."""
     case = case_of("MiniMaxH3", "minimax_h3")
-    assert_right(case, minimax_h3(adaln_curve_grid=9), last_of_h3, calibrates=False)
+    assert_right(case, minimax_h3(adaln_curve_grid=9), last_of_h3, has_incremental=False)
 
 
 def test_h3_with_a_given_picture_and_a_given_sound():
@@ -50,7 +50,7 @@ def test_h3_with_a_given_picture_and_a_given_sound():
     frames = [given | {"latent": normal(3, 1, 24, 1, 4, 6)}, given | {"audio_latent": normal(4, 1, 32, 2, 2)}]
     more = case._replace(cond=text(7, 24, minimax_keyframes=frames))
     model = case.make()
-    assert_right(more, model, last_of_h3, calibrates=False)
+    assert_right(more, model, last_of_h3, has_incremental=False)
     assert not torch.equal(sample(more, model), sample(case, model))
 
 
@@ -63,7 +63,7 @@ def last_of_ltx(model: Any) -> Any:
 
 @pytest.mark.parametrize("sizes", [{}, {"cross_attention_adaln": True}, {"apply_gated_attention": True}], ids=["2", "2.3", "gated"])
 def test_kinds_of_ltx_2(sizes):
-    """24 tokens of video and 5 of sound."""
+    """They keep 24 tokens of video and 5 of sound."""
     case = case_of("LTXAV", "ltxav")
     model = ltxav(**sizes)
     assert find_family(network(model)).name == "ltxav"
@@ -81,7 +81,7 @@ def test_ltx_2_without_sound_is_cached_too():
 
 
 def test_hidream_o1_with_a_reference_is_computed_in_full():
-    """The host fills its own cache of the text anew in every evaluation: it is seen to remember, and left alone."""
+    """The host fills its cache of the text anew in every evaluation. That is state, so the model is not cached."""
     case = case_of("HiDreamO1", "hidream_o1")._replace(cond=ids(reference_latents=[normal(3, 1, 96, 128, 3).sigmoid()]))
     model = hidream_o1()
     plain, patched = sample(case, model), cached(model, PLAN)
@@ -94,7 +94,7 @@ def test_hidream_o1_with_a_reference_is_computed_in_full():
 
 @pytest.mark.parametrize("is_differential", [True, False])
 def test_projections_of_stable_audio_3(is_differential):
-    """Two attentions, one subtracted from the other, make five and three matrices of what were three and two."""
+    """Two attentions, one subtracted from the other, have five and three matrices in place of three and two."""
     case = case_of("StableAudio3", "stable_audio")
     sites = {site.layer: site for site in layers_of(case, stable_audio3(differential=is_differential))}
     names = {layer: [part.name for part in sites[layer].parts] for layer in ("self_attn.to_qkv", "cross_attn.to_q", "cross_attn.to_kv")}
@@ -113,7 +113,7 @@ def test_stable_audio_3_without_a_second_attention():
 
 
 def test_a_mean_over_frames_is_computed_in_full():
-    """What the host adds of it to an attention is of all frames, not of chosen ones."""
+    """The host adds it to an attention's result. It is a mean over all frames, not over chosen ones."""
     case, model = case_of("StableAudio3", "stable_audio"), stable_audio3(feat_scale=True)
     patched = cached(model, "FcFcFcFc")
     assert torch.equal(sample(case, patched), sample(case, model)) and kinds(patched) == "F" * STEPS
@@ -124,14 +124,14 @@ def test_a_mean_over_frames_is_computed_in_full():
 
 
 def guided(model: Any) -> Any:
-    """Both of the host's guidance nodes: a pass with a block's self-attention passing through, one with sound and video apart."""
+    """Adds both of the host's guidance nodes: one pass skips a block's self-attention, in the other sound and video are apart."""
     nodes = import_module("comfy_extras.nodes_lt")
     model = nodes.LTXVSpatioTemporalGuidance.execute(model, 1.0, "1", 0.0, 1.0).args[0]
     return nodes.LTXVModalityGuidance.execute(model, 3.0, 0.0, 1.0).args[0]
 
 
 def repeated_by_pass(case: Case, model: Any, plan: str) -> torch.Tensor:
-    """The same without the pack: what the last block gave last in each pass of each cond, by the flags it was called with."""
+    """Samples without the pack: the last block repeats its last result of the same pass and cond, which are known by the call's flags."""
     kept: dict[tuple, Any] = {}
     now: dict[str, Any] = {}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_calibrated_is_exact, assert_right, repeated
+from checks import assert_incremental_is_exact, assert_right, repeated
 from comfyui_duca.cache_core import CacheRun, ModelCall, Plan, RunStart, Settings, Timeline, find_family
 from comfyui_duca.cache_core.discovery.places import Places
 from comfyui_duca.cache_core.engine import TokenSelection
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo_opensora import CASES, LATENT, caption, opensora
 
 FRAMES, PLACES, SEED = 3, 16, 7
-STEPS = 10  # that the timeline has; plans here are shorter
+STEPS = 10  # of the timeline; plans here are shorter
 SUBLAYERS = ("attn", "cross_attn", "mlp")
 TEXT_MASK = torch.ones(2, 7)
 TEXT_MASK[0, 5:] = 0
@@ -48,7 +48,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def inputs(step: int, given: bool) -> dict[str, Any]:
-    """Videos for two conds, the time, their texts of 5 and 7 tokens, and which frames are sampled: the first never, the second later on."""
+    """Returns videos for two conds, time, texts of 5 and 7 tokens, and which frames are sampled: never the first, the second later on."""
     x_mask = torch.tensor([[0.0, step > 0, 1.0], [0.0, step > 1, 1.0]])
     x, time = normal(step, 2, *LATENT), torch.full((2,), 900.0 - 90 * step)
     return {"x": x, "timestep": time, "context": normal(99, 2, 7, 24), "mask": TEXT_MASK, "x_mask": x_mask if given else None}
@@ -69,7 +69,7 @@ def evaluate(run: CacheRun, net, step: int, given: bool = False) -> Tensor:
 
 
 class Exchanging:
-    """The same evaluations on the model's own code: it computes everything, and hooks give out what was kept of a sublayer instead."""
+    """Runs the model's own code, which computes everything, with hooks that return what was kept of a sublayer instead."""
 
     def __init__(self, net) -> None:
         self.net = net
@@ -104,13 +104,13 @@ class Exchanging:
 
 
 def masks(share: float, evaluation: int, blocks: int) -> Callable[[int], Tensor]:
-    """Which tokens a block recomputes, as a boolean mask, from the same seeded choice."""
-    choice = TokenSelection(share, SEED)
-    choice.begin(evaluation)
+    """Returns, for a block, a boolean mask of the tokens that it recomputes, from the same seeded selection."""
+    selection = TokenSelection(share, SEED)
+    selection.begin(evaluation)
 
     def fresh(block: int) -> Tensor:
         mask = torch.zeros(FRAMES * PLACES, dtype=torch.bool)
-        tokens = choice.tokens("img", block, blocks, FRAMES * PLACES, torch.device("cpu"))
+        tokens = selection.tokens("img", block, blocks, FRAMES * PLACES, torch.device("cpu"))
         if tokens is not None:
             mask[tokens] = True
         return mask
@@ -125,7 +125,7 @@ def distance(result: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("given", [False, True], ids=["all frames sampled", "frames given"])
 @pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
 def test_conservative_evaluations_are_those_of_exchanged_sublayers(net, share, given):
-    """Two in a row: the second builds on what the first wrote. At share 1 attentions are kept and every MLP is computed anew."""
+    """Two follow each other, as the second uses what the first wrote. At share 1 attentions are kept and every MLP is computed."""
     run, reference = make_run("Fcc", share), Exchanging(net)
     for step, kind in enumerate("Fcc"):
         call = inputs(step, given)
@@ -136,7 +136,7 @@ def test_conservative_evaluations_are_those_of_exchanged_sublayers(net, share, g
     assert [e.kind.value for e in run.report.evaluations] == list("Fcc") and not run.report.notices
 
 
-PLAN = "FFcFcFcFFc"  # cross-attention rests at 3 and, computed at 5, again at 7; what is full after a full one is exact
+PLAN = "FFcFcFcFFc"  # cross-attention rests at 3 and, after it was computed at 5, at 7; a full evaluation after a full one is exact
 RESTING = (3, 7)
 
 
@@ -149,7 +149,7 @@ def test_cross_attention_is_computed_in_every_other_full_evaluation(net):
 
 
 def test_a_resting_module_does_not_run_and_is_not_counted(net):
-    """In a second run: in the first, what was found is proved in a later evaluation too."""
+    """A second run is measured, as the first proves its place again in a later evaluation."""
     places, macs = Places(), []
     before, run = make_run("FF", 0.37, places), make_run(PLAN, 0.37, places)
     for step in range(2):
@@ -172,7 +172,7 @@ def test_nothing_rests_where_no_conservative_evaluation_is_planned(net):
 
 
 def test_conds_in_calls_of_their_own_rest_alike(net):
-    """Each with a text of its own length, one after the other instead of together."""
+    """Each cond has a text of its own length. They are called one after the other instead of together."""
     together, apart = make_run("FcFc", 0.37), make_run("FcFc", 0.37)
     for step in range(4):
         expected = evaluate(together, net, step, True)
@@ -188,7 +188,7 @@ def test_conds_in_calls_of_their_own_rest_alike(net):
 
 
 def test_paper_mode_rests_after_the_warm_up(model):
-    """Bytes as predicted, and every full evaluation but each cycle's second as costly as the first."""
+    """Bytes are as predicted. Every full evaluation costs as much as the first, except each cycle's second."""
     patched = host.attach(model, Strategy(DucaCycle(3, warmup=2), Reuse(), 0.1))
     sample(CASES[0], patched, 12)
     report = report_of(patched)
@@ -205,17 +205,17 @@ def test_given_frames_are_sampled_as_without_the_cache(model):
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), plain) and not report_of(patched).notices
     patched = cached(model, "FaFaaFaa")
     assert torch.equal(sample(FIRST_FRAME_GIVEN, patched), repeated(FIRST_FRAME_GIVEN, model, "FaFaaFaa"))
-    assert_calibrated_is_exact(FIRST_FRAME_GIVEN, model, plain)
+    assert_incremental_is_exact(FIRST_FRAME_GIVEN, model, plain)
 
 
-def test_every_layer_is_calibrated_but_that_of_the_flat_text(model):
+def test_every_layer_is_incremental_but_that_of_the_flat_text(model):
     names = {site.name for site in layers_of(CASES[0], model)}
     layers = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
     assert names == {f"{path}.{i}.{layer}" for path in ("spatial_blocks", "temporal_blocks") for i in range(3) for layer in layers}
 
 
 class OtherBlock(STDiT3Block):
-    """As one that is told more, such as where in a schedule it is."""
+    """A block that gets more arguments, such as its place in a schedule."""
 
     def forward(self, x, y, t, mask=None, x_mask=None, t0=None, T=None, S=None, timestep=None):  # noqa: N803
         return super().forward(x, y, t, mask, x_mask, t0, T, S)

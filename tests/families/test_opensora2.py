@@ -1,4 +1,4 @@
-"""Open-Sora 2's blocks in both forms, with q, k and v in one layer and apart: conservative evaluations, layers, what is left alone."""
+"""Open-Sora 2's blocks in both forms, with q, k and v in one layer or apart: conservative evaluations, layers, and what is not replayed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def case(fused) -> Case:
 
 
 class KeepingAll(Dense):
-    """Where no token is chosen: all of a sublayer is kept."""
+    """Keeps all of a sublayer, as no token is chosen."""
 
     def refreshed(self, value, key, *_about):
         return self.whole(value, key)
@@ -40,7 +40,7 @@ class KeepingAll(Dense):
 
 @pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
 def test_conservative_evaluations_are_those_of_the_models_blocks(case, model, share):
-    """Against hooks on blocks that all run: attention kept, some tokens' MLP new. Skips from conservative ones too."""
+    """The reference has hooks on blocks that all run: attention is kept and some tokens' MLP is new. Skips follow conservative ones."""
     assert_conservative_is_dense(case, model, sample(case, model), share, Dense if share else KeepingAll)
 
 
@@ -54,7 +54,7 @@ def test_what_a_conservative_evaluation_costs_is_what_torch_counts(case, model):
 
 
 def test_every_matrix_of_a_block_is_a_part(model, fused):
-    """The MLP's input is cut off from what it shares a layer with, and each layer is covered once."""
+    """The MLP's input is a separate part of the layer that it shares, and each layer is covered once."""
     sites = {site.name: site for site in layers_of(CASES[1], model)}
     parts = {name: [part.name for part in site.parts] for name, site in sites.items() if name.startswith("single_blocks.0.")}
     own = {"linear1": ["q", "k", "v", "mlp"]} if fused else {"q_proj": ["all"], "k_proj": ["all"], "v_mlp": ["v", "mlp"]}

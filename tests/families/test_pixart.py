@@ -1,4 +1,4 @@
-"""PixArt's evaluations against an independent dense reference, and its flattened text."""
+"""PixArt's evaluations agree with an independent dense reference, and its flattened text is served."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_run(share: float) -> CacheRun:
 
 
 def inputs(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A picture for each of two conds, the time, the conds' text."""
+    """Returns a picture for each of two conds, the time, and the conds' texts."""
     return normal(step, 2, 4, 32, 40), TIMES[step].repeat(2), normal(99, 2, TEXT, 24)
 
 
@@ -55,13 +55,13 @@ def evaluate(run: CacheRun, network, step: int) -> torch.Tensor:
 
 
 def masks(share: float, blocks: int, length: int, evaluation: int):
-    """The reference's view of which tokens are recomputed: boolean masks from the same seeded choice."""
-    choice = TokenSelection(share, 7)
-    choice.begin(evaluation)
+    """Returns, for the reference, the boolean masks of recomputed tokens from the same seeded selection."""
+    selection = TokenSelection(share, 7)
+    selection.begin(evaluation)
 
     def fresh(block: int) -> torch.Tensor:
         mask = torch.zeros(length, dtype=torch.bool)
-        tokens = choice.tokens("img", block, blocks, length, torch.device("cpu"))
+        tokens = selection.tokens("img", block, blocks, length, torch.device("cpu"))
         if tokens is not None:
             mask[tokens] = True
         return mask
@@ -94,7 +94,7 @@ def test_full_evaluation_keeps_what_the_reference_computes(network, reference):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_conservative_evaluations_match_the_dense_reference(network, reference, share):
-    """Two in a row: the second must build on what the first wrote into the cache. No token, some and all of them."""
+    """Two follow each other, as the second must use what the first wrote into the cache. No token, some and all of them are chosen."""
     run = make_run(share)
     evaluate(run, network, 0)
     results = [(*reference(*inputs(0)), None)]
@@ -117,8 +117,8 @@ def test_the_cost_of_a_conservative_evaluation_is_what_torch_counts(network, sha
     assert run.report.evaluations[2].macs == pytest.approx(counter.get_total_flops() / 2, rel=0.001)
 
 
-def test_the_text_is_left_to_the_host_in_calibrated_evaluations(network):
-    """It comes to the blocks as one row of 2 · 60 tokens, in which conds cannot be told apart."""
+def test_the_text_is_left_to_the_host_in_incremental_evaluations(network):
+    """It reaches the blocks as one row of 2 · 60 tokens, in which conds cannot be separated."""
     run = make_run(0.25)
     evaluate(run, network, 0)
     inside = {key[2] for key in run.report.shape.known.layer_calls}

@@ -1,4 +1,4 @@
-"""Prompts of unequal lengths, which the host calls apart: each has a place of its own in a stream of text and image."""
+"""Prompts of unequal lengths, which the host calls separately, each have a place of their own in a stream of text and image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAN = "FaFaFaFa"
 
 
 def short(case: Case, seed: int, tokens: int) -> Case:
-    """With the prompt of this seed cut to so many tokens."""
+    """Returns the case with the prompt of this seed cut to this number of tokens."""
     return case._replace(
         cond=lambda other: [[text[:, :tokens] if other == seed else text, extra] for text, extra in case.cond(other)], calls=2
     )
@@ -32,7 +32,7 @@ def model(case):
 
 @pytest.mark.parametrize("seed, tokens", [(2, 3), (1, 2)], ids=["negative", "positive"])
 def test_prompts_of_unequal_lengths_in_one_run(case, model, seed, tokens):
-    """So unequal that the host does not fill them up."""
+    """They are so unequal that the host does not pad them."""
     uneven = short(case, seed, tokens)
     patched = cached(model, PLAN)
     result = sample(uneven, patched)
@@ -43,7 +43,7 @@ def test_prompts_of_unequal_lengths_in_one_run(case, model, seed, tokens):
 
 
 def test_a_prompt_of_another_length_in_the_next_run(case, model):
-    """Of one model in one process: what was found out for the first says nothing of the second."""
+    """What was found for the first length is not used for the second, on one model in one process."""
     for tokens in (7, 5, 7):
         other = case._replace(cond=lambda seed, tokens=tokens: [[text[:, :tokens], extra] for text, extra in case.cond(seed)])
         patched = cached(model, PLAN)

@@ -1,4 +1,4 @@
-"""Reference pictures: tokens behind the image's that no answer needs, so that none of them is kept."""
+"""Tokens of reference pictures after the image's are in effect, but none of them is kept, as no answer needs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def edited(name: str, *reference: int) -> Case:
     )
 
 
-# and their image tokens: 6 x 6 of the demo, 6 x 8 of Qwen-Image
+# the number of image tokens: 6 x 6 of the demo, 6 x 8 of Qwen-Image
 EDITS = ((edited("flux", 3, 16, 20), 36), (edited("qwen_image", 16, 1, 8, 12), 48))
 
 
@@ -48,7 +48,7 @@ def test_references_are_seen_and_not_kept(edit, model):
 
 
 def test_the_input_of_what_is_kept_is_the_images(edit, model):
-    """Kept for calibrated forecasts: of the image's tokens alone, which come first."""
+    """Calibrated forecasts keep the input of the image's tokens alone, which come first."""
     case, tokens = edit
     width = known_of(case, model).place.kept[0].shape[-1]
     first = cached(model, "FF", Innovating(torch.zeros(0)))

@@ -1,6 +1,6 @@
 """A sidecar outlives a host: it is found under the names that ComfyUI 0.3.75 and 0.33.0 give to one checkpoint's weights.
 
-One host runs the test; the other's names are put on its models by a table, which is what both hosts' sources say.
+One host runs the test. A table, which follows both hosts' sources, gives its models the names of the other.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ RENAMED = re.compile(
     r"|distilled_guidance_layer\.norms\.\d+"
     r"|nerf_blocks\.\d+\.norm|nerf_final_layer(_conv)?\.norm"
 )
-UNUSED = "norm_final"  # of Lumina and Z-Image: on 0.3.75 only, and in no forward
+UNUSED = "norm_final"  # of Lumina and Z-Image: only on 0.3.75, and used in no forward
 NAMES_DIFFER = ("flux", "hunyuan_video", "chroma", "chroma_radiance", "flux2", "hunyuan3d", "lumina")
 WIDE = next(case for case in CASES if case.name == "chroma_radiance")._replace(
-    make=lambda: chroma_radiance(hidden_dim=64, nerf_hidden_size=64)  # so that all of its norms are large enough to count
+    make=lambda: chroma_radiance(hidden_dim=64, nerf_hidden_size=64)  # all of its norms are then large enough to count
 )
 AFFECTED = [*(case for case in CASES if case.name in NAMES_DIFFER), WIDE]
 
 
 def on_the_other_host(model: ModelPatcher) -> ModelPatcher:
-    """The model with the other host's names for its weights, in place."""
+    """Gives the weights of a model the other host's names, in place."""
     network, changed = model.model.diffusion_model, 0
     for place, module in network.named_modules():
         if RENAMED.fullmatch(place):
@@ -63,7 +63,7 @@ def on_the_other_host(model: ModelPatcher) -> ModelPatcher:
 
 
 def older_fingerprint(named: Iterable[tuple[str, Tensor]]) -> Fingerprint:
-    """As the pack took it before: vectors count, by the host's names."""
+    """Returns the fingerprint of an older version of the pack: vectors count, under the host's names."""
     counted = sorted((name, w.detach()) for name, w in named if w.numel() >= 64)
     structure = hashlib.sha256(json.dumps([[name, list(w.shape)] for name, w in counted]).encode()).hexdigest()
     rows = min(64, len(counted))
@@ -73,7 +73,7 @@ def older_fingerprint(named: Iterable[tuple[str, Tensor]]) -> Fingerprint:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """For sidecars, the only one that the host knows."""
+    """Returns the only folder in which the host looks for sidecars."""
     for name in (sidecars.FOLDER, "diffusion_models", "checkpoints"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
@@ -82,7 +82,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def is_found(path: Path, model: ModelPatcher) -> bool:
-    """By the search, and as one that a user chose."""
+    """Returns whether the search finds it, and whether it is accepted when a user selects it."""
     found, refused = sidecars.find(model), []
     belongs = sidecars.belongs(read(path, ()).fingerprint, model)
     sidecars.find(model, lambda path, reason: refused.append(reason))
@@ -115,7 +115,7 @@ def test_an_older_file_is_found_on_both(case: Case, folder, made_there):
 
 @pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.name)
 def test_files_that_were_made_on_either_host_are_found(folder, path):
-    """By the pack as it was before fingerprints left vectors out."""
+    """The files are by the pack as it was before fingerprints left vectors out."""
     (folder / path.name).write_bytes(path.read_bytes())
     model = load_demo_model()
     calibrations.check(calibrations.load(path), model)

@@ -1,4 +1,4 @@
-"""Small checkpoints in files, through the host's own loader, which finds family and dimensions by itself: DuCa Cache on what it gives."""
+"""DuCa Cache works on small checkpoints in files, read by the host's own loader, which finds family and dimensions itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wan() -> ModelPatcher:
 
 
 def sd3() -> ModelPatcher:
-    """As many heads and blocks as its width has 64s, which is all that the loader looks at."""
+    """Has as many heads and blocks as its width has 64s, which is all that the loader looks at."""
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}}
     model = tiny(
         models.SD3, input_size=None, in_channels=16, out_channels=16, depth=2, adm_in_channels=32, num_patches=256, pos_embed_max_size=16,
@@ -65,7 +65,7 @@ def case(request) -> Case:
 
 
 class Pair(NamedTuple):
-    """The same weights: as they were made, and read from a file of them."""
+    """The same weights in a model as it was made, and in one that was read from a file."""
 
     made: ModelPatcher
     loaded: ModelPatcher
@@ -82,14 +82,14 @@ def pair(case: Case, tmp_path_factory) -> Pair:
 
 
 def test_every_weight_is_that_of_the_file(pair):
-    """What a checkpoint lacks would stay memory as it was found, and what the model lacks would be left over."""
+    """Weights that a checkpoint lacks would be uninitialised memory, and those that the model lacks would be left over."""
     weights, written = network(pair.loaded).state_dict(), network(pair.made).state_dict()
     assert weights.keys() == written.keys()
     assert all(torch.equal(weights[name], value) for name, value in written.items())
 
 
 def test_a_cache_on_it(case, pair):
-    """The family is known, listening changes no bit, and what is skipped is what is skipped of the model as it was made."""
+    """The family is known, listening changes no bit, and skips give what they give on the model as it was made."""
     assert_the_family_is_known_once(case, pair.loaded)
     plain = sample(case, pair.loaded, len(PLAN))
     assert torch.isfinite(plain).all() and plain.std() > 0.05

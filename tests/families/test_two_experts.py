@@ -1,6 +1,6 @@
-"""Wan 2.2's two experts: two models in two KSampler (Advanced), each with a DuCa Cache. And context windows, which split a video's frames.
+"""Wan 2.2's two experts, which are two models in two KSampler (Advanced), each with a DuCa Cache; and context windows, which split frames.
 
-Through the host's own nodes, on small models of its classes.
+Runs the host's own nodes on small models of its classes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_LATENT = {"samples": torch.zeros(1, *WAN_LATENT)}
 
 @pytest.fixture(scope="module")
 def experts() -> tuple[Any, Any]:
-    """High noise, low noise: of one structure, with other weights."""
+    """Returns the experts for high and low noise: of one structure, with different weights."""
     high, low = zoo_video.wan_t2v(), zoo_video.wan_t2v()
     for weight in network(high).parameters():
         weight.data *= 1.1
@@ -41,7 +41,7 @@ def experts() -> tuple[Any, Any]:
 
 
 def sample(model, latent: dict, start: int, end: int, is_first: bool) -> dict:
-    """KSampler (Advanced): the first adds noise and leaves some, the second adds none and leaves none."""
+    """Runs KSampler (Advanced). The first adds noise and leaves some; the second adds none and leaves none."""
     [made] = host_nodes.KSamplerAdvanced().sample(
         model, "enable" if is_first else "disable", 5, STEPS, 2.0, "euler", "simple", WAN.cond(1), WAN.cond(2), latent, start, end,
         "enable" if is_first else "disable",
@@ -50,7 +50,7 @@ def sample(model, latent: dict, start: int, end: int, is_first: bool) -> dict:
 
 
 def both(high, low) -> tuple[dict, dict]:
-    """What the first half leaves, and the result."""
+    """Returns what the first half leaves, and the result."""
     noisy = sample(high, NO_LATENT, 0, SWITCH, is_first=True)
     return noisy, sample(low, noisy, SWITCH, 10000, is_first=False)
 
@@ -85,7 +85,7 @@ def test_each_half_plans_its_own_steps(experts, plain, settings):
 
 
 def test_a_half_is_planned_as_a_run_of_as_many_steps(experts):
-    """The plan depends on the steps that are left, not on where they lie."""
+    """The plan depends on the number of steps that are left, not on where they are."""
     high, low = (host.attach(model, Settings(speedup=2.0)) for model in experts)
     both(high, low)
     alone = host.attach(experts[0], Settings(speedup=2.0))
@@ -98,22 +98,22 @@ def levels(model) -> list[float]:
 
 
 class Watched(CacheRun):
-    """Notes, whenever a run begins, what the runs before it still hold."""
+    """Notes, whenever a run starts, what the runs before it still hold."""
 
-    begun: list[Watched]
+    started: list[Watched]
     held: list[int]
     kept: list[weakref.ref]
     alive: list[int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.held.append(sum(run.store.bytes for run in self.begun))
+        self.held.append(sum(run.store.bytes for run in self.started))
         self.alive.append(sum(tensor() is not None for tensor in self.kept))
         super().__init__(*args, **kwargs)
-        self.begun.append(self)
+        self.started.append(self)
 
 
 def test_the_first_half_is_freed_before_the_second_begins(experts, monkeypatch):
-    Watched.begun, Watched.held, Watched.kept, Watched.alive = [], [], [], []
+    Watched.started, Watched.held, Watched.kept, Watched.alive = [], [], [], []
     put = FeatureStore.put
 
     def noted(store: FeatureStore, tensor: torch.Tensor):
@@ -124,9 +124,9 @@ def test_the_first_half_is_freed_before_the_second_begins(experts, monkeypatch):
     monkeypatch.setattr(FeatureStore, "put", noted)
     monkeypatch.setattr(cached_model, "CacheRun", Watched)
     both(*(host.attach(model, Settings(speedup=2.0)) for model in experts))
-    assert len(Watched.begun) == 2 and all(run.report.peak_bytes > 0 for run in Watched.begun)
+    assert len(Watched.started) == 2 and all(run.report.peak_bytes > 0 for run in Watched.started)
     assert len(Watched.kept) > 4 and Watched.held == [0, 0] and Watched.alive == [0, 0]
-    assert not any(tensor() is not None for tensor in Watched.kept) and not any(run.store.bytes for run in Watched.begun)
+    assert not any(tensor() is not None for tensor in Watched.kept) and not any(run.store.bytes for run in Watched.started)
 
 
 def words_of(samples: dict, model) -> str:
@@ -142,7 +142,7 @@ def test_the_reports_tell_each_half(experts):
 
 
 def test_one_cache_for_both_halves_of_one_model(experts):
-    """One DuCa Cache, two samplers: two runs, each found by its latent; the second knows nothing of the first."""
+    """There are one DuCa Cache and two samplers, hence two runs. Each is found by its latent, and the second does not use the first."""
     model = experts[0]
     shared, apart = host.attach(model, Settings(speedup=2.0)), [host.attach(model, Settings(speedup=2.0)) for _ in range(2)]
     noisy, done = both(shared, shared)
@@ -174,12 +174,12 @@ def test_a_second_half_that_is_cancelled_leaves_nothing(experts, plain):
 
 # --- context windows
 
-FRAMES, WINDOW, OVERLAP = 6, 3, 1  # of latents; the node counts frames of the video
+FRAMES, WINDOW, OVERLAP = 6, 3, 1  # latents; the node counts frames of the video
 LONG = {"samples": torch.zeros(1, 16, FRAMES, 4, 4)}
 
 
 def windowed(model, schedule: str = "standard_static"):
-    """What a node of this host does with its own defaults, but no noise shuffled where it knows that."""
+    """Returns a model with the host's node for windows, with its defaults, but without shuffled noise if the node has that option."""
     values = {given.id: given.default for given in WanContextWindowsManualNode.define_schema().inputs if given.id != "model"}
     values |= {"context_length": 4 * (WINDOW - 1) + 1, "context_overlap": 4 * (OVERLAP - 1) + 1, "context_schedule": schedule}
     values |= {name: False for name in values if name == "freenoise"}
@@ -188,7 +188,7 @@ def windowed(model, schedule: str = "standard_static"):
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What the user is told."""
+    """Returns a list that collects the notices."""
     texts: list[str] = []
     monkeypatch.setattr(cached_model, "say", lambda text, _node=None: texts.append(text))
     return texts
@@ -209,7 +209,7 @@ def test_context_windows_are_computed_in_full_and_said_once(experts, said, order
 
 
 def test_a_video_of_one_window_is_cached(experts, said):
-    """Also on a model that has sampled with windows before."""
+    """Also on a model that was sampled with windows before."""
     short = {"samples": torch.zeros(1, 16, WINDOW, 4, 4)}
     patched = windowed(host.attach(experts[0], Settings(speedup=2.0)))
     sample(patched, LONG, 0, 10000, is_first=True)

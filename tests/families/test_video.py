@@ -11,7 +11,7 @@ import comfy.supported_models
 import pytest
 import torch
 import zoo_video
-from checks import assert_calibrated_is_exact, assert_right, assert_skips_repeat, repeated
+from checks import assert_incremental_is_exact, assert_right, assert_skips_repeat, repeated
 from comfyui_duca.cache_core import find_family
 from comfyui_duca.cache_core.predictors import Reuse
 from helpers.predictors import Innovating
@@ -29,7 +29,7 @@ def test_variants_are_cached_as_their_family_is(name):
 
 
 def test_calibrated_forecasts_do_not_know_added_tokens():
-    """The predictor that needs no input serves instead."""
+    """The predictor that needs no input takes over."""
     case = VARIANTS["Wan HuMo with a reference"]
     model = case.make()
     patched = cached(model, "FaFaFaFa", Innovating(torch.ones(64, 48)))
@@ -46,7 +46,7 @@ def calls_of(module: torch.nn.Module) -> list:
 
 
 def test_skipped_evaluations_leave_control_out():
-    """In a second run: in the first, the place is looked for."""
+    """In a second run, as the first looks for the place."""
     case, model = vace(1), zoo_video.wan_vace()
     sample(case, cached(model, "FaaFaaaa"))
     calls = [calls_of(block.ffn[0]) for block in network(model).vace_blocks]
@@ -55,16 +55,16 @@ def test_skipped_evaluations_leave_control_out():
 
 
 def test_two_control_videos():
-    """Skipped like one. VACE blocks are run for each, and so are no stack that can be left out; their layers are the host's."""
+    """It is skipped as with one. VACE blocks run for each video, so a skip cannot leave their list out, and their layers are the host's."""
     case, model = vace(2), zoo_video.wan_vace()
     plain = sample(case, model)
     assert not torch.allclose(plain, sample(vace(1), model), atol=1e-3)
     assert_skips_repeat(case, model, plain, "FaaFaaFa")
-    assert not any(name.startswith("vace_blocks") for name in assert_calibrated_is_exact(case, model, plain))
+    assert not any(name.startswith("vace_blocks") for name in assert_incremental_is_exact(case, model, plain))
 
 
 def test_control_behind_the_last_block_is_not_lost():
-    """Control that comes in behind the last block runs in a skip too: VACE blocks are not left out then."""
+    """Control that is added after the last block is computed in skips too: VACE blocks are not left out then."""
     model = wan_model(comfy.supported_models.WAN21_Vace, "vace", num_layers=2, vace_layers=2, vace_in_dim=96)
     case = vace(1)
     assert_right(case, model)
@@ -74,7 +74,7 @@ def test_control_behind_the_last_block_is_not_lost():
 
 
 def test_faces_of_animate(monkeypatch):
-    """What encodes them is left out of the small model; here it says something of the brightness."""
+    """The small model lacks the encoder of faces. Here its result depends on the brightness."""
     model = animate()
     net = network(model)
     vectors = seeded(1, 512)
@@ -88,13 +88,13 @@ def test_faces_of_animate(monkeypatch):
     faces = calls_of(net.face_adapter.fuser_blocks[0].linear1_q)
     plain = sample(case, model)
     assert len(faces) == 8
-    assert_calibrated_is_exact(case, model, plain)
+    assert_incremental_is_exact(case, model, plain)
     expected = repeated(case, model, "FaaaFaaa")
     assert torch.equal(sample(case, cached(model, "FaaaFaaa")), expected)
 
 
 def test_the_last_sound_of_s2v_is_heard_in_a_skip():
-    """It comes in behind the last block."""
+    """The sound is added after the last block."""
     case = VARIANTS["Wan S2V with sound and a reference"]
     model = case.make()
     sample(case, cached(model, "FaaFaaaa"))
@@ -109,9 +109,9 @@ def test_the_last_sound_of_s2v_is_heard_in_a_skip():
     ids=[*(case.name for case in zoo_video.CASES if case.name != "ace_step"), "a reference before the video"],
 )
 def test_the_input_is_kept_token_by_token(case):
-    """Where the embedding is a matrix E: history without E·x, less E times what x moved by, and E·x anew is history again.
+    """With a matrix E as embedding, the hidden state minus E·x is kept. Minus E times the change of x, plus the new E·x, it is what it was.
 
-    Of a reference before the video nothing is kept. Some hosts note things on a model the first time, which is looked at anew then.
+    Nothing is kept of a reference before the video. Some hosts change a model in its first run, which is then looked at again.
     """
     model = case.make()
     sample(case, model)
@@ -127,7 +127,7 @@ def test_the_input_is_kept_token_by_token(case):
 
 @pytest.mark.parametrize("name", ["wan", "wan_i2v", "wan_vace"])
 def test_a_checkpoint_is_recognised(name):
-    """Through the host's loader, which reads the dimensions from the weights."""
+    """The host's loader reads the dimensions from the weights."""
     unet = {"dim": 128, "num_heads": 1, "freq_dim": 256, "text_dim": 4096, "num_layers": 2}
     if name == "wan_vace":
         made = wan_model(comfy.supported_models.WAN21_Vace, "vace", vace_layers=1, vace_in_dim=96, **unet)

@@ -1,4 +1,4 @@
-"""Networks in which no place is proved: what is forecast of their output, what is never skipped, what the user is told."""
+"""Networks in which no place is proved: what is forecast of their output, what is never skipped, and what the user reads."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model():
-    """Known already: a place inside is looked for in two evaluations before it is given up."""
+    """Returns a model that is known already: a place inside is looked for in two evaluations before the whole output is used."""
     made = CASE.make()
     sample(CASE, cached(made, "FF"), 2)
     return made
 
 
 def watched(model, patched) -> list[tuple[float, torch.Tensor]]:
-    """Of every evaluation the model's time and the output that it gave, cond and uncond together."""
+    """Returns a list of the model's time and output in every evaluation, cond and uncond together."""
     seen, top = [], model.get_model_object("model_sampling")
     noisiest = float(top.timestep(torch.as_tensor(top.sigma_max)))
 
@@ -54,7 +54,7 @@ def watched(model, patched) -> list[tuple[float, torch.Tensor]]:
 
 
 def test_a_head_that_reads_an_early_block_too_is_refused_inside():
-    """At first it is computed in full: some hosts compute something else in the first evaluation."""
+    """It is computed in full at first, as some hosts compute something else in the first evaluation."""
     model = CASE.make()
     for expected in ("FFFaFaFa", PLAN):
         patched = cached(model, PLAN)
@@ -64,7 +64,7 @@ def test_a_head_that_reads_an_early_block_too_is_refused_inside():
 
 
 def test_a_line_through_the_last_two_outputs(model):
-    """First-order Taylor by hand: y + (y - x)·(t - t_y)/(t_y - t_x)."""
+    """First-order Taylor by hand is y + (y - x)·(t - t_y)/(t_y - t_x)."""
     seen = watched(model, cached(model, "FFaaFFFa", Taylor(1)))
     for now, before, last in ((2, 0, 1), (3, 0, 1), (7, 5, 6)):
         (t, answer), (t0, x), (t1, y) = seen[now], seen[before], seen[last]
@@ -73,7 +73,7 @@ def test_a_line_through_the_last_two_outputs(model):
 
 
 def test_a_ridge_fit_of_polynomials_to_all_outputs(model):
-    """Chebyshev by hand: T_0 … T_3 written out, least squares with the ridge as rows of its own, half of a line added."""
+    """Chebyshev by hand: T_0 … T_3 are written out, the ridge is rows of the least squares, and half of a line is added."""
     seen = watched(model, cached(model, "FFFFaFFF", Chebyshev(degree=3, ridge=0.1, taylor_share=0.5)))
     times, outputs = [t for t, _ in seen[:4]], torch.stack([y for _, y in seen[:4]]).flatten(1).double().numpy()
 
@@ -104,7 +104,7 @@ def test_nothing_of_the_model_runs_in_a_skipped_evaluation(model):
 
 
 def test_only_the_output_is_kept(model):
-    """Two conds of 12 x 16 latents with 16 numbers in float32, at one time or, for a line, at two."""
+    """That is two conds of 12 x 16 latents with 16 numbers in float32, at one time or, for a line, at two."""
     for predictor, anchors in ((Reuse(), 1), (Taylor(1), 2)):
         patched = cached(model, PLAN, predictor)
         sample(CASE, patched)
@@ -140,7 +140,7 @@ def test_a_batch_of_two_is_each_of_them(model):
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
 
     def sampled(noise: torch.Tensor) -> torch.Tensor:
-        for _ in range(2):  # then it is known of both sizes
+        for _ in range(2):  # then both sizes are known
             result = comfy.sample.sample(
                 cached(model, PLAN), noise, 8, 2.0, "euler", "simple", CASE.cond(1), CASE.cond(2), torch.zeros_like(noise),
                 disable_pbar=True,
@@ -156,7 +156,7 @@ def test_a_batch_of_two_is_each_of_them(model):
 
 
 class Control(comfy.controlnet.ControlBase):
-    """Gives something in the first `calls` calls of a sampling, then nothing."""
+    """Returns residuals in the first `calls` calls of a sampling, then none."""
 
     def __init__(self, calls: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ SIGMAS = (1.0, 0.8, 0.5)
 
 
 def forecast(network, compute, places: Places, predictor: Predictor = Taylor(1), order=(("a", "b"),) * 3):
-    """Two full evaluations and a skipped one, of what `compute` answers at a time. The conds of each in this order."""
+    """Makes two full evaluations and a skipped one. `compute` answers at a time; `order` has the conds of each."""
     run = CacheRun(
         Strategy(Given(Plan.parse("FFa")), predictor),
         RunStart(network, find_family(network), Timeline([*SIGMAS, 0.0]), range(3), places=places),
@@ -208,7 +208,7 @@ def forecast(network, compute, places: Places, predictor: Predictor = Taylor(1),
 @pytest.mark.parametrize("grid", [(7,), (3, 4), (2, 3, 4)], ids=lambda grid: f"{len(grid)} axes")
 def test_the_output_may_have_any_grid_and_other_channels_than_the_input(grid):
     network, x, places = EarlyReader(6, 4), torch.randn(2, 6, *grid), Places()
-    for _ in range(2):  # known after the first run
+    for _ in range(2):  # the place is known after the first run
         outputs, report = forecast(network, lambda t: network(x, torch.full((2,), t)), places)
     assert [e.kind.value for e in report.evaluations] == ["F", "F", "a"]
     assert report.place == f"whole output ({WHY})" and outputs[2].shape == (2, 4, *grid)
@@ -220,7 +220,7 @@ def test_the_output_may_have_any_grid_and_other_channels_than_the_input(grid):
 
 
 def test_lists_of_latents_are_kept_whole():
-    """Video and sound, which the host packs one behind the other: (y, z) are forecast each by its own line."""
+    """The host packs video and sound into one tensor. Here (y, z) are forecast separately."""
     network, places = VideoAndSound(), Places()
     video, sound = torch.randn(2, 4, 2, 3), torch.randn(2, 3, 5)
     for _ in range(2):
@@ -240,7 +240,7 @@ def test_a_cond_gets_its_own_output_wherever_in_the_batch_it_is():
 
 
 def test_a_model_that_swaps_its_halves_has_one_slot_for_both_conds():
-    """Hunyuan3D 2.1, inside of which a place is proved. What is kept is of both in their order: in the other one it is no use."""
+    """A place is proved inside Hunyuan3D 2.1. Both conds are kept together in their order, and are of no use in the other order."""
     network = network_of(hunyuan3d_2_1())
     x, context, places = torch.randn(2, 64, 24), torch.randn(2, 9, 24), Places()
     for order, kind in ((("a", "b"), "a"), (("b", "a"), "F")):

@@ -1,4 +1,4 @@
-"""Small models with random weights, through the host's own classes where it has them: one entry each, described by a file or not."""
+"""Lists small models with random weights, of the host's own classes where it has them: one entry each, described by a file or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _qwen_image() -> Case:
 
 
 _REAL = {case.name for case in CASES_NEWEST}
-_STAND_INS = [case for case in CASES_STAND_INS if case.name not in _REAL]  # of classes that this host has not
+_STAND_INS = [case for case in CASES_STAND_INS if case.name not in _REAL]  # of classes that this host does not have
 CASES = (
     _flux(), _qwen_image(), *CASES_FLUX_LIKE, *CASES_VIDEO, *CASES_IMAGE, *CASES_DIT, *CASES_OPENSORA, *CASES_NEWEST, *_STAND_INS,
     *CASES_UNDESCRIBED,

@@ -1,8 +1,8 @@
-"""A small class-conditional DiT for zoo.py, through the pack's own classes, as no host class of it is there.
+"""Makes a small class-conditional DiT for zoo.py with the pack's own classes, as the host has none.
 
-Below it stand-ins for the `DiT`, `PixArt` and `PixArtMS` of the public ExtraModels pack, written from the structure of its DiT/model.py,
-PixArt/models/PixArt.py and PixArtMS.py: the same names of modules in plain torch layers, blocks called as they are called there. The one of
-DiT is also what the pack's own network is compared with.
+Below it are stand-ins for the `DiT`, `PixArt` and `PixArtMS` of the public ExtraModels pack, written after the structure of its
+DiT/model.py, PixArt/models/PixArt.py and PixArtMS.py: the same names of modules in plain torch layers, and blocks that are called as there.
+The pack's own network is compared with the stand-in of DiT.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPE = DiTShape(width=64, depth=3, heads=2, mlp_width=256, patch=2, in_channels
 
 
 def dit(**changes: int) -> ModelPatcher:
-    """With the published table of places; everything else is random."""
+    """Returns a DiT with the published table of positions and random weights."""
     shape = SHAPE._replace(**changes)
     model = tiny(DiTConfig, shape=shape)
     if shape.grid:
@@ -46,7 +46,7 @@ CASES = (Case("dit", dit, (4, 12, 16), class_conditioning, lambda m: m.blocks[-1
 
 @cache
 def table(rows: int, columns: int, width: int, scale: float = 1.0) -> Tensor:
-    """Places (1, rows · columns, width), one by one in float64."""
+    """Returns positions (1, rows · columns, width), each computed in float64."""
     result = torch.zeros(rows * columns, width, dtype=torch.float64)
     for token in range(rows * columns):
         for part, place in enumerate((token % columns, token // columns)):
@@ -62,7 +62,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, C) -> (B, heads, L, C / heads)."""
+    """Splits (B, L, C) into (B, heads, L, C / heads)."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """All rows in one, with a mask that keeps each to its own text; its number of tokens is taken from the queries."""
+    """Attends with all rows in one, masked so that each sees its own text. The number of a row's tokens is read from the queries."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class PixArtBlock(Block):
 
 
 class Head(nn.Module):
-    """The final layer: of DiT with a projection of its own, of PixArt with a table."""
+    """The final layer. DiT's has a projection of its own, PixArt's a table."""
 
     def __init__(self, width: int, outputs: int, is_dit: bool) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Head(nn.Module):
 
 
 class DiT(nn.Module):
-    """What both are; `raw` gives all output channels of a latent (B, 4, H, W)."""
+    """The DiT, and what PixArt shares with it. `raw` returns all output channels for a latent (B, 4, H, W)."""
 
     def __init__(self, shape: DiTShape = SHAPE) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class DiT(nn.Module):
 
 
 class PixArt(DiT):
-    """Of one size."""
+    """PixArt for one size."""
 
     def __init__(self, rows: int = 6, columns: int = 8, width: int = 48) -> None:
         nn.Module.__init__(self)
@@ -236,7 +236,7 @@ class PixArt(DiT):
 
 
 class PixArtMS(PixArt):
-    """Of any size, which it is told."""
+    """PixArt for any size, which it gets as an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class _Config(comfy.supported_models_base.BASE):
 
 
 def extra_model(network: nn.Module) -> ModelPatcher:
-    """A stand-in with random weights as ExtraModels makes a MODEL: the host's BaseModel with the network put in."""
+    """Returns a stand-in with random weights as ExtraModels makes a MODEL: the host's BaseModel with the network put in."""
     for i, (name, weight) in enumerate(network.named_parameters()):
         weight.data = normal(i, *weight.shape) * (weight[0].numel() ** -0.5 if weight.ndim > 1 and "table" not in name else 0.1)
     model = comfy.model_base.BaseModel(_Config({}))
@@ -285,7 +285,7 @@ def network_of(model: ModelPatcher) -> nn.Module:
 
 
 def plain_of(network: nn.Module, rows: int = SHAPE.grid, columns: int = SHAPE.grid) -> DiT:
-    """The same weights in plain layers and float64, for latents of so many tokens."""
+    """Returns the same weights in plain layers and float64, for latents of this many tokens."""
     plain = DiT(network.shape).double()
     weights = {name: weight.double() for name, weight in network.state_dict().items() if name != "pos_embed"}
     places = network.pos_embed if rows == columns == network.shape.grid else table(rows, columns, network.shape.width)

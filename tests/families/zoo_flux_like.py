@@ -1,4 +1,4 @@
-"""Small models of FLUX's blocks: HunyuanVideo and its kin, Chroma, FLUX.2, Hunyuan3D."""
+"""Makes small models of FLUX's blocks: HunyuanVideo and its kin, Chroma, FLUX.2, Hunyuan3D."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def hunyuan3d() -> ModelPatcher:
 
 
 def loaded(model: ModelPatcher) -> ModelPatcher:
-    """The same weights through the host's loader, which finds the dimensions by itself."""
+    """Loads the same weights through the host's loader, which finds the dimensions itself."""
     return comfy.sd.load_diffusion_model_state_dict(model.model.diffusion_model.state_dict())
 
 

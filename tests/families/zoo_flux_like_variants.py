@@ -1,4 +1,4 @@
-"""Models of FLUX's blocks in other forms than the zoo has: references, ControlNets, masks, kin of Hunyuan Video."""
+"""Lists models of FLUX's blocks in other forms than the zoo's: references, ControlNets, masks, kin of Hunyuan Video."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noise(*shape: int, seed: int = 3, scale: float = 1.0) -> torch.Tensor:
 
 
 class Control(comfy.controlnet.ControlBase):
-    """A ControlNet whose residuals are constants, for every block and image token."""
+    """A ControlNet with constant residuals for every block and image token."""
 
     def __init__(self, tokens: int, channels: int) -> None:
         super().__init__()
@@ -32,8 +32,13 @@ class Control(comfy.controlnet.ControlBase):
 
 
 class Variant(NamedTuple):
-    """tokens: of the image. beside: tokens of references in the image's stream, which may be kept with it. has_input: whether a calibrated
-    forecast can be had.
+    """A case with its numbers of tokens.
+
+    Args:
+        case: The case.
+        tokens: Of the image.
+        beside: Tokens of references in the image's stream, which may be kept with it.
+        has_input: Whether calibrated forecasts are possible.
     """
 
     case: Case

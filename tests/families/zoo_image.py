@@ -1,4 +1,4 @@
-"""Small models of the image families beside FLUX and Qwen-Image, for zoo.py."""
+"""Makes small models of the image families besides FLUX and Qwen-Image, for zoo.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def with_more(cond: Callable[[int], list], **shapes: tuple[int, ...]) -> Callable[[int], list]:
-    """Conditioning with random tensors of these shapes beside the text."""
+    """Returns a function that makes conditioning with random tensors of these shapes beside the text."""
 
     def more(seed: int) -> list:
         tensors = {name: normal(seed + 10 * i, *shape) for i, (name, shape) in enumerate(shapes.items(), start=1)}
@@ -25,7 +25,7 @@ def with_more(cond: Callable[[int], list], **shapes: tuple[int, ...]) -> Callabl
 
 
 def pixart(**more: Any):
-    """Alpha, which unlike Sigma is also told the picture's size by vectors."""
+    """Makes PixArt-alpha, which unlike Sigma also gets vectors for the picture's size."""
     return tiny(
         models.PixArtAlpha, image_model="pixart_alpha", num_heads=2, hidden_size=48, in_channels=4, depth=3, caption_channels=24,
         model_max_length=8, micro_condition=True, **more,
@@ -48,7 +48,7 @@ def z_image():
 
 
 def sd3():
-    """With a second attention in the first block, as SD3.5-medium has."""
+    """Makes an SD3 with a second attention in the first block, as SD3.5-medium has."""
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}}
     model = tiny(
         models.SD3, input_size=None, in_channels=16, out_channels=16, depth=2, num_blocks=3, adm_in_channels=32, num_patches=256,
@@ -88,7 +88,7 @@ def hydit():
 
 
 def _of_hydit(seed: int) -> list:
-    """Some of both texts are padding."""
+    """Returns conditioning of which some tokens of both texts are padding."""
     clip, t5 = torch.ones(1, 7), torch.ones(1, 9)
     clip[:, 5:], t5[:, 4:] = 0, 0
     extra = {"attention_mask": clip, "conditioning_mt5xl": normal(seed + 10, 1, 9, 32), "attention_mask_mt5xl": t5}
@@ -96,7 +96,7 @@ def _of_hydit(seed: int) -> list:
 
 
 def controlled(model, residuals: list[torch.Tensor]):
-    """As the host hands a ControlNet's residuals over: anew in every call, as HunyuanDiT takes them off the list."""
+    """Passes a ControlNet's residuals as the host does: anew in every call, as HunyuanDiT takes them off the list."""
     clone = model.clone()
 
     def call(apply_model, given):
@@ -110,7 +110,7 @@ def controlled(model, residuals: list[torch.Tensor]):
 CASES = (
     Case("pixart", pixart, (4, 24, 48), text(7, 24), lambda m: m.blocks[-1]),  # smaller pictures divide by zero in the host
     Case("lumina", lumina2, (16, 12, 16), text(7, 24), lambda m: m.layers[-1]),
-    Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1]),  # 48 and 7 tokens, each filled up to a multiple of 32
+    Case("lumina", z_image, (16, 12, 16), text(7, 24), lambda m: m.layers[-1]),  # 48 and 7 tokens, each padded to a multiple of 32
     Case("sd3", sd3, (16, 24, 32), with_more(text(7, 24), pooled_output=(1, 32)), lambda m: m.joint_blocks[-1]),
     Case(
         "hidream",

@@ -1,4 +1,4 @@
-"""Small models of classes that only newer hosts have. Which of them this host has is in `CASES`; for the others there are stand-ins."""
+"""Makes small models of classes that only newer hosts have. `CASES` has those that this host has; for the others there are stand-ins."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def ltxav(**more: Any) -> ModelPatcher:
 
 
 def hidream_o1() -> ModelPatcher:
-    """Sampled once, so that the host's own cache of the text is filled: runs after that are alike to the last bit."""
+    """Returns a model that has sampled once, which fills the host's own cache of the text. Later runs are then equal to the last bit."""
     model = tiny(
         _config("HiDreamO1"), image_model="hidream_o1",
         text_config_overrides={
@@ -100,7 +100,7 @@ def hidream_o1() -> ModelPatcher:
 
 
 def ids(**more: Any) -> Callable[[int], list]:
-    """Prompts of HiDream-O1: token numbers, of unequal number, the last one for the noise level."""
+    """Returns a function that makes HiDream-O1's prompts: token ids of unequal number, the last one for the noise level."""
 
     def cond(seed: int) -> list:
         tokens = torch.randint(3, 32, (1, 5 + 2 * (seed % 2)), generator=torch.Generator().manual_seed(seed))
@@ -111,7 +111,7 @@ def ids(**more: Any) -> Callable[[int], list]:
 
 
 def stable_audio3(**attention: Any) -> ModelPatcher:
-    """With embedders of the seconds that need no checkpoint."""
+    """Makes a model whose embedders of the seconds need no checkpoint."""
 
     class Config(_config("StableAudio3")):  # type: ignore[misc]
         def get_model(self, state_dict: dict, prefix: str = "", device: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Small models of the structure of Open-Sora 1.2 and 2, for zoo.py."""
+"""Makes small models of the structure of Open-Sora 1.2 and 2, for zoo.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from making import Case, text, tiny
 from stand_in_mmdit import OpenSora2Config
 from stand_in_stdit import OpenSoraConfig
 
-LATENT = (4, 3, 8, 7)  # the last column of patches is filled up with zeros
+LATENT = (4, 3, 8, 7)  # the last column of patches is padded with zeros
 
 
 def opensora() -> ModelPatcher:
@@ -16,7 +16,7 @@ def opensora() -> ModelPatcher:
 
 
 def caption(seed: int) -> list:
-    """Texts of different lengths in the same number of tokens."""
+    """Returns texts of different lengths in the same number of tokens."""
     mask = torch.ones(1, 7)
     mask[:, 5 + 2 * (seed % 2) :] = 0
     return text(7, 24, attention_mask=mask)(seed)

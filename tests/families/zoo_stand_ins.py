@@ -1,4 +1,4 @@
-"""Small stand-ins of models that only newer hosts have, and Hunyuan3D 2.1, for zoo.py."""
+"""Makes small stand-ins of models that only newer hosts have, and Hunyuan3D 2.1, for zoo.py."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ltxav() -> ModelPatcher:
 
 
 def hunyuan3d_2_1() -> ModelPatcher:
-    """Two of its blocks have a long skip, two have experts."""
+    """Makes a model in which two blocks have a long skip and two have experts."""
     return tiny(
         comfy.supported_models.Hunyuan3Dv2_1, image_model="hunyuan3d2_1", in_channels=64, context_dim=24, hidden_size=32, depth=5,
         num_heads=2, qkv_bias=False, num_moe_layers=2, num_experts=4, guidance_cond_proj_dim=None,
@@ -80,7 +80,7 @@ def minimax_h3(**more: Any) -> ModelPatcher:
 
 
 def hidream_o1() -> ModelPatcher:
-    """Sampled once, so that the host's own cache of the text is filled: runs after that are alike to the last bit."""
+    """Returns a model that has sampled once, which fills the host's own cache of the text. Later runs are then equal to the last bit."""
     model, latent = tiny(config_of_ernie(HiDreamO1, 3)), torch.zeros(1, 3, 24, 32)
     noise = comfy.sample.prepare_noise(latent, 5)
     comfy.sample.sample(model, noise, 1, 2.0, "euler", "simple", ids()(1), ids()(2), latent, seed=5, disable_pbar=True)
@@ -88,7 +88,7 @@ def hidream_o1() -> ModelPatcher:
 
 
 def ids(**more: Any) -> Callable[[int], list]:
-    """Prompts of HiDream-O1: token numbers, of unequal number, the last one for the noise level."""
+    """Returns a function that makes HiDream-O1's prompts: token ids of unequal number, the last one for the noise level."""
 
     def cond(seed: int) -> list:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Small models that no file describes, of the classes that this host has: what a new model costs is an entry here."""
+"""Makes small models that no file describes, of this host's classes. A new model costs no more than an entry here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _config(name: str) -> Any:
 
 
 def _of_any_size(name: str) -> Any:
-    """The host puts some sizes of its own over what it is given."""
+    """Returns a config that keeps the given sizes, where the host's own replaces some of them."""
     return type(name, (_config(name),), {"unet_extra_config": {}})
 
 

@@ -1,4 +1,4 @@
-"""Small video and audio models."""
+"""Makes small video and audio models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAN_LATENT = (16, 3, 8, 6)
 
 
 def smaller(module: Any, name: str, **sizes: int) -> AbstractContextManager[Any]:
-    """While models are made: a class of the host with other sizes than those that are hard-coded where it is used."""
+    """Replaces, while models are made, a class of the host by one with other sizes than those that are hard-coded where it is used."""
     original = getattr(module, name)
     return patch.object(module, name, lambda *args, **kwargs: original(*args, **kwargs | sizes))
 
@@ -35,7 +35,7 @@ def wan_model(config: type, model_type: str, **more: Any) -> ModelPatcher:
 
 
 def clip_picture(tokens: int = 5) -> Any:
-    """What a CLIP vision node gives."""
+    """Returns what a CLIP vision node gives."""
     return SimpleNamespace(penultimate_hidden_states=torch.randn(1, tokens, 1280, generator=torch.Generator().manual_seed(3)))
 
 
@@ -60,7 +60,7 @@ def wan_vace() -> ModelPatcher:
 
 
 def wan_animate() -> ModelPatcher:
-    """Without the encoder of faces, which comes in one size: the real one."""
+    """Makes a model without the encoder of faces, whose size is fixed."""
     with patch.object(comfy.ldm.wan.model_animate, "Generator", lambda **_sizes: torch.nn.Identity()):
         return wan_model(comfy.supported_models.WAN22_Animate, "animate", in_dim=36, num_layers=5)
 
@@ -129,7 +129,7 @@ def _ace_step() -> Case:
 
 
 class _StableAudio(comfy.supported_models.StableAudio):
-    """With embedders of the seconds that need no checkpoint."""
+    """Has embedders of the seconds that need no checkpoint."""
 
     def get_model(self, state_dict: dict, prefix: str = "", device: Any = None) -> Any:
         weights = comfy.ldm.audio.embedders.NumberConditioner(768, 0, 512).state_dict()

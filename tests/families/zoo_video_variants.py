@@ -1,4 +1,4 @@
-"""Models of the video families in other forms than the zoo has: another modulation, references, control, sound."""
+"""Lists models of the video families in other forms than the zoo's: another modulation, references, control, sound."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def _wan22_5b():
 
 
 def _camera():
-    """Of enough blocks for them to be most of it: there are convolutions over pixels before them."""
+    """Makes enough blocks to outweigh the convolutions over pixels before them."""
     return wan_model(comfy.supported_models.WAN22_Camera, "camera_2.2", in_dim=36, num_layers=8)
 
 
 def animate():
-    """As in zoo_video, but so wide that what looks at faces, which comes in one size, does not outweigh the blocks."""
+    """Makes the model of zoo_video so wide that its attention to faces, whose size is fixed, does not outweigh the blocks."""
     with patch.object(comfy.ldm.wan.model_animate, "Generator", lambda **_sizes: torch.nn.Identity()):
         return wan_model(comfy.supported_models.WAN22_Animate, "animate", in_dim=36, num_layers=5, dim=192, num_heads=8, ffn_dim=384)
 

@@ -1,1 +1,1 @@
-"""What several rooms of tests share. A module here imports ComfyUI only if it is for tests that have it."""
+"""Helpers that several rooms of tests use. A module here imports ComfyUI only if it is for rooms that have it."""

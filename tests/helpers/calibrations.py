@@ -1,4 +1,4 @@
-"""Calibrations made up for tests, of features that are smooth paths."""
+"""Makes calibrations for tests, from features that are smooth paths."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from comfyui_duca.cache_core.calibration.statistics import ForecastModel, Moment
 N, K, TOKENS, D, C, R = 7, 9, 60, 3, 8, 5
 
 
-TIMES = (1.0, 0.9, 0.75, 0.55, 0.4, 0.2, 0.1)  # recorded
+TIMES = (1.0, 0.9, 0.75, 0.55, 0.4, 0.2, 0.1)  # recorded times
 
 
-STEP_TIMES = tuple(1 - i / 10 for i in range(K))  # of the calibrated schedule
+STEP_TIMES = tuple(1 - i / 10 for i in range(K))  # of the calibrated noise levels
 
 
 CPU = torch.device("cpu")
 
 
 def features():
-    """u (n, T, d) and z (n, T, C), float64: smooth paths, z partly a linear image of u."""
+    """Returns u (n, T, d) and z (n, T, C), both float64. They are smooth paths, and z is partly a linear image of u."""
     random = np.random.default_rng(5)
     u = random.normal(size=(N, TOKENS, D)).cumsum(0)
     return u, u @ random.normal(size=(D, C)) + 0.4 * random.normal(size=(N, TOKENS, C)).cumsum(0)
@@ -36,7 +36,7 @@ def orthonormal(random=7):
 
 
 def model_of(sensitivity=(1.0, 3.0, 2.0, 5.0, 0.5, 1.5, 4.0)) -> ForecastModel:
-    """The statistics of `features`, summed up token by token."""
+    """Returns the statistics of `features`, summed up token by token."""
     u, z = features()
     gram = np.einsum("atc,btc->ab", z, z) / TOKENS
     uu, uz = np.einsum("atd,bte->abde", u, u) / TOKENS, np.einsum("atd,btc->abdc", u, z) / TOKENS
@@ -54,7 +54,7 @@ def forecast_of(model=None, *tried: TriedPlan) -> Forecast:
 
 
 def some_factors() -> Factors:
-    """Of three layers, in an order that is not that of their names."""
+    """Returns factors of three layers, in an order that differs from that of their names."""
     random = torch.Generator().manual_seed(3)
     tensors = {}
     for part, rank in (("s.1.l.p", 2), ("d.0.l.q", 3), ("d.0.l.k", 1)):
@@ -72,7 +72,7 @@ def calibration_of(forecast: Forecast | None, factors: Factors | None) -> Calibr
 
 
 def random_forecast(seed: int, nodes: int = 12):
-    """Of made-up trajectories."""
+    """Returns a forecast model of random trajectories."""
     moments, generator = Moments(), torch.Generator().manual_seed(seed)
     z = torch.randn(nodes, 40, 6, generator=generator).cumsum(0)
     moments.add(torch.randn(nodes, 40, 3, generator=generator).cumsum(0), z)

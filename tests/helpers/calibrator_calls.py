@@ -1,4 +1,4 @@
-"""The calibration nodes called as the host does, and what their tests share."""
+"""Calls the calibration nodes as the host does, for their tests."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SMALL = {"steps": 6, "size": (16, 16)}
 
 
 def calibrator(model: ModelPatcher, *, prompts=PROMPTS, negatives=("",), latent=None, is_plotted=False, **given) -> io.NodeOutput:
-    """The node as the host calls it: every input is a list."""
+    """Runs SVD Calibrator as the host does: every input is a list."""
     values = {
         "sampler_name": "euler", "scheduler": "simple", "steps": 6, "cfg": 2.5, "what": "forecast", "icc_method": "cd_svd", "rank": 8,
         "first_seed": 100, "name": "", "recalibrate": False, **given,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
-        if not is_plotted:  # which takes a second
+        if not is_plotted:  # the plot takes a second
             patched.setattr(svd_calibrator, "calibration_plot", lambda calibration: torch.zeros(1, 8, 8, 3))
         return as_called(SvdCalibrator, "5").execute(
             model=[model] * len(prompts),
@@ -62,7 +62,7 @@ def made_file(folder: Path) -> bytes:
 
 
 def cache(model: ModelPatcher, calibration: Calibration | None = None, **given) -> ModelPatcher:
-    """What DuCa Cache gives out."""
+    """Returns the model that DuCa Cache gives out."""
     values = {
         "mode": "auto", "speedup": 2.0, "predictor": "chebyshev", "cycle_length": 0, "token_share": 0.1, "warmup": -1, "tail": 0,
         "start_percent": 0.0, "end_percent": 1.0, "store_device": "auto", "store_dtype": "model dtype", "token_seed": 0, "verbose": False,
@@ -72,7 +72,7 @@ def cache(model: ModelPatcher, calibration: Calibration | None = None, **given) 
 
 
 def setting(model: ModelPatcher, **given) -> str:
-    """What the report of a sampling with DuCa Cache calls it."""
+    """Samples with DuCa Cache and returns the name of the setting in its report."""
     cached = cache(model, **given)
     sample(cached, **SMALL)
     return last_report(cached).setting

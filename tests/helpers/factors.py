@@ -1,4 +1,4 @@
-"""Factors of linear layers that lose nothing."""
+"""Makes factors of linear layers that lose nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def exact_factors(sites: Iterable[LinearSite]) -> dict[str, Tensor]:
-    """Of every part of every layer its matrix itself, and the identity."""
+    """Returns, for every part of every layer, the layer's matrix as A and the identity as B."""
     factors = {}
     for site in sites:
         for part in site.parts:

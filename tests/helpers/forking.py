@@ -1,4 +1,4 @@
-"""Runs pieces of code in processes of their own that begin quickly: what they all import is imported once, in the one they fork from."""
+"""Runs pieces of code in new processes that start quickly: they are forked from one that has done the imports."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ for _line in _sys.stdin:
 
 
 class Forked:
-    """setting: code that every piece begins after. A piece has a process without threads, which the tests' own may have."""
+    """A process that runs pieces of code, each in a fork.
+
+    Forks are made from a process without threads; the tests' own process may have some.
+
+    Args:
+        setting: Code that runs once, before every piece.
+    """
 
     def __init__(self, setting: str) -> None:
         command = [sys.executable, "-u", "-c", setting + _SERVE]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, body: str, **names: str) -> str:
-        """What it prints. names: strings that it finds by name."""
+        """Runs a piece of code and returns what it prints. `names` are strings that the code can use as variables."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output"

@@ -1,4 +1,4 @@
-"""Importing this loads the real ComfyUI and the pack (as `comfyui_duca`), once for all tests of the process."""
+"""Loads ComfyUI and the pack (as `comfyui_duca`) when it is imported, once for all tests of the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of the host that are no diffusion transformers."""
+"""Makes networks of the host that are no diffusion transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def patcher(config) -> ModelPatcher:
 
 
 def unet() -> ModelPatcher:
-    """The host's UNet as SD 1.5 configures it, narrow."""
+    """Returns the host's UNet as SD 1.5 configures it, but narrow."""
     return patcher(
         comfy.supported_models.SD15(
             {

@@ -1,4 +1,4 @@
-"""A predictor that uses the input as a calibrated forecast does, with a matrix that a test says."""
+"""A predictor that uses the input as a calibrated forecast does, with a given matrix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 
 class Innovating(Predictor):
-    """Reuse, and what the input moved by since, times `matrix` (d, C): the input is kept beside every hidden state.
+    """Forecasts the last hidden state plus the input's change since then times `matrix` (d, C). Inputs are kept beside hidden states.
 
-    history: of how many hidden states.
+    Args:
+        matrix: The matrix, (d, C).
+        history: Number of hidden states that are kept.
     """
 
     uses_input = True

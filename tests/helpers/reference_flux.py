@@ -1,7 +1,7 @@
-"""FLUX's forward written out densely from its weights, independent of the host's blocks and of the pack.
+"""FLUX's forward, written out densely from its weights, independent of the host's blocks and of the pack.
 
-Every sublayer is computed for all tokens. `kept` holds sublayer results of an earlier evaluation; `fresh` says
-which tokens take the newly computed MLP (all others keep the old one).
+Every sublayer is computed for all tokens. `kept` holds sublayer results of an earlier evaluation, and `fresh` says which tokens use the
+newly computed MLP (all others keep the old one).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 class ReferenceFlux:
     def __init__(self, model) -> None:
-        # older hosts call the weight of a norm its scale
+        # older hosts call a norm's weight its scale
         self.w = {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor.double() for name, tensor in model.state_dict().items()}
         p = model.params
         self.depth, self.depth_single, self.heads, self.C = p.depth, p.depth_single_blocks, p.num_heads, p.hidden_size
@@ -29,7 +29,7 @@ class ReferenceFlux:
         return self.linear(f"{name}.out_layer", F.silu(self.linear(f"{name}.in_layer", x)))
 
     def rope(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q (B, heads, L, D); positions (L, axes). Rotates pairs of channels by position · theta^(-2i/dim)."""
+        """Rotates pairs of channels by position · theta^(-2i/dim). q is (B, heads, L, D), positions are (L, axes)."""
         angles = []
         for axis, dim in enumerate(self.axes):
             rates = self.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -64,9 +64,14 @@ class ReferenceFlux:
         return self.linear(name, F.silu(vec))[:, None].chunk(count, -1)
 
     def __call__(self, x, t, context, y, kept: dict | None = None, fresh=None, guidance=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output (B, C, H, W) and this evaluation's sublayer results by name.
+        """Computes an evaluation.
 
-        kept: use these attention results instead of new ones. fresh(stream, block) -> bool mask (L,) of tokens whose MLP is new.
+        Args:
+            kept: Attention results that are used in place of new ones.
+            fresh: From (stream, block) to a bool mask (L,) of the tokens whose MLP is new.
+
+        Returns:
+            The output (B, C, H, W), and this evaluation's sublayer results by name.
         """
         x, context, y, t = x.double(), context.double(), y.double(), t.double()
         _, _, height, width = x.shape
@@ -88,7 +93,7 @@ class ReferenceFlux:
         results: dict[str, Tensor] = {}
 
         def settle(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
-            """The new value, or the old one where the mask is False (None: nowhere)."""
+            """Returns the new value, or the old one where the mask is False (everywhere, without a mask)."""
             if kept is not None:
                 value = kept[name] if mask is None else torch.where(mask[None, :, None], value, kept[name])
             results[name] = value

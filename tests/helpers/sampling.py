@@ -1,6 +1,6 @@
-"""Shared by tests on the host: the demo model, sampling through ComfyUI's own functions, a picture distance.
+"""Samples the demo model through ComfyUI's own functions, and reads what a run reports.
 
-The last part is where what a test asks of the host is asked differently on different ones.
+The last part has functions for what tests must ask differently of different hosts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from comfyui_duca.nodes.demo_flux import encode_prompt
 
 def sample(model: ModelPatcher, *, prompt="red apple", negative="", steps=12, cfg=2.5, sampler="euler", scheduler="simple",
            seed=0, size=(48, 48), batch=1, positive=None, latent=None, **more) -> torch.Tensor:  # fmt: skip
-    """What KSampler does: a latent (batch, 3, *size)."""
+    """Samples as KSampler does and returns the latent (batch, 3, *size)."""
     latent = torch.zeros(batch, 3, *size) if latent is None else latent
     noise = comfy.sample.prepare_noise(latent, seed)
     positive = encode_prompt(prompt) if positive is None else positive
@@ -39,7 +39,7 @@ def sample(model: ModelPatcher, *, prompt="red apple", negative="", steps=12, cf
 
 
 def cached(model: ModelPatcher, **settings) -> ModelPatcher:
-    """The model with a cache of these `Settings`."""
+    """Returns the model with a cache of these `Settings`."""
     return host.attach(model, Settings(**settings))
 
 
@@ -50,18 +50,18 @@ def last_report(model: ModelPatcher) -> RunReport:
 
 
 def kinds(report: RunReport) -> str:
-    """The kinds of a run's evaluations as a plan is written."""
+    """Returns the kinds of a run's evaluations, written as a plan is."""
     return "".join(e.letter for e in report.evaluations)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean over the batch, in dB, of latents in -1..1."""
+    """Returns the PSNR in dB of latents in -1..1, as the mean over the batch."""
     error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().flatten(1).mean(1)
     return float((10 * torch.log10(4 / error)).mean())
 
 
 def known_of(network: torch.nn.Module, size=(48, 48), conds: int = 1) -> Known:
-    """What a full evaluation of the demo network shows: where its hidden state and its linear layers are."""
+    """Returns what a full evaluation of the demo network shows: where its hidden state and its linear layers are."""
     places = Places()
     run = CacheRun(Strategy(FixedInterval(2)), RunStart(network, find_family(network), Timeline([1.0, 0.0]), range(1), places=places))
     context, extra = encode_prompt("red apple")[0]
@@ -76,12 +76,12 @@ def known_of(network: torch.nn.Module, size=(48, 48), conds: int = 1) -> Known:
 
 
 def linear_sites_of(network: torch.nn.Module, size=(48, 48)) -> list[LinearSite]:
-    """The demo network's linear layers that are given tokens."""
+    """Returns the linear layers of the demo network that get tokens."""
     return linear_sites(find_family(network), known_of(network, size).layer_calls, network)
 
 
 def perturbed(model: ModelPatcher) -> ModelPatcher:
-    """Every weight moved by 1 %, in place, as another checkpoint in the same network."""
+    """Changes every weight by 1 %, in place, so that the network holds another checkpoint."""
     g = torch.Generator().manual_seed(4)
     for w in model.model.diffusion_model.parameters():
         w.data.mul_(1 + 0.01 * torch.randn(w.shape, generator=g))
@@ -95,7 +95,7 @@ def patcher_of(network: torch.nn.Module) -> ModelPatcher:
 
 
 def change_for_all(model: ModelPatcher) -> dict:
-    """A LoRA's patches, which move every weight by several percent."""
+    """Returns the patches of a LoRA that changes every weight by several percent."""
     g = torch.Generator().manual_seed(3)
     named = model.model.diffusion_model.named_parameters()
     return {f"diffusion_model.{name}": ("diff", (0.05 * torch.randn(w.shape, generator=g),)) for name, w in named}
@@ -109,24 +109,26 @@ def with_lora(model: ModelPatcher) -> ModelPatcher:
 
 @torch.no_grad()
 def load(model: ModelPatcher) -> None:
-    """As the host does before it samples."""
+    """Loads the model as the host does before it samples."""
     comfy.model_management.load_models_gpu([model])
 
 
-# -- the same question to every host ---------------------------------------------------------------------
+# -- what is asked differently of each host ---------------------------------------------------------------
 
 
 def as_called(node: type[io.ComfyNode], unique_id: str) -> type[io.ComfyNode]:
-    """The node as the host has it while it executes: told who it is, bare or among other data."""
+    """Returns the node class as the host has it while it executes: it knows its id, which hosts pass alone or among other data."""
     hidden = {io.Hidden.unique_id: unique_id}
     is_bare = "hidden_inputs" in inspect.signature(node.PREPARE_CLASS_CLONE).parameters
     return node.PREPARE_CLASS_CLONE(hidden if is_bare else {"hidden_inputs": hidden})
 
 
 def split_calls(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool] = lambda call: True) -> None:
-    """Makes the host send cond and uncond in calls of their own, as it does when memory is short.
+    """Makes the host send cond and uncond in separate calls, as it does when memory is short.
 
-    when: whether it is at the nth question. The patched function is the one behind every way in which hosts ask.
+    Args:
+        when: Says for the nth time that the host asks for free memory whether it is short. Hosts ask in several ways; all call the
+            function that is patched here.
     """
     asked: list[int] = []
 
@@ -138,7 +140,7 @@ def split_calls(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool] = l
 
 
 def flux_1(depth: int, depth_single: int) -> Flux:
-    """FLUX.1's shapes without memory for its weights. The host itself names the fields, by the weights of a checkpoint."""
+    """Returns a network with FLUX.1's shapes and no memory for weights. The host detects its fields from a checkpoint's weights."""
     shapes = {
         "img_in.weight": (3072, 64), "txt_in.weight": (3072, 4096), "vector_in.in_layer.weight": (3072, 768),
         "guidance_in.in_layer.weight": (3072, 256), "double_blocks.0.img_attn.norm.key_norm.scale": (128,),

@@ -1,4 +1,4 @@
-"""A sidecar made up for tests: its parts, and whether two are the same."""
+"""Makes a sidecar for tests, and compares two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small calibrations and recorded runs of the demo model, for the tests of cache_core.tuning."""
+"""Runs small calibrations and records runs of the demo model, for the tests of cache_core.tuning."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ QUICK = Wishes(speedups=(1.5, 2.5), directions=32)
 
 
 def drawn(model, prompt: int, **more) -> torch.Tensor:
-    """What every run of a prompt begins with, so that all end alike."""
+    """Samples a prompt. Every run of a prompt starts with the same noise, so equal computations end in equal latents."""
     return sample(model, **{"prompt": PROMPTS[prompt], "seed": 100 + prompt, "steps": STEPS, "size": (24, 24), **more})
 
 
 def sampler_of(model, **more):
-    """What a Calibrator is given. more: of `sample`; a list has one for each prompt."""
+    """Returns the sampling function that a Calibrator takes. `more` goes to `sample`; a list has one value for each prompt."""
 
     def sampled(prompt, make):
         clone = model.clone()
@@ -40,11 +40,11 @@ def calibrator(model, wishes=QUICK, on_progress=lambda *_: None, prompts=range(l
 
 
 def taped(model, strategy, before=None, until=0, **more):
-    """The latent of the first prompt and its run."""
+    """Samples the first prompt with a recorded run. Returns the latent and the run."""
     runs = []
 
-    def make(opening):
-        runs.append(TapedRun(strategy, opening, before, until))
+    def make(start):
+        runs.append(TapedRun(strategy, start, before, until))
         return runs[-1]
 
     return sampler_of(model, **more)(0, make), runs[-1]

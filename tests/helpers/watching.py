@@ -1,4 +1,4 @@
-"""Runs a prompt on a server and listens as the page does."""
+"""Runs a prompt on a server and listens to it as the page does."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ _TEXT_UNDER_A_NODE = 3  # the host's number for this kind of binary message
 
 
 def watch(url: str, prompt: dict, node: str | None = None, interrupt_at: str | None = None) -> tuple[list[str], list[dict], float]:
-    """Texts shown under `node`, all messages up to the prompt's end, and the seconds from an interrupt to that.
+    """Runs a prompt to its end.
 
-    interrupt_at: beginning of the text at which the prompt is interrupted.
+    Args:
+        node: The node whose texts are collected.
+        interrupt_at: Start of the text at which the prompt is interrupted.
+
+    Returns:
+        The texts shown under `node`, all messages up to the prompt's end, and the seconds from the interrupt to the end.
     """
     return asyncio.run(_watch(url, prompt, node, interrupt_at))
 

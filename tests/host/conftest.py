@@ -1,4 +1,4 @@
-"""ComfyUI in the tests' process, and its demo model."""
+"""Loads ComfyUI into the tests' process, and its demo model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from helpers.sampling import linear_sites_of
 
 @pytest.fixture(scope="module")
 def network():
-    """The demo model's transformer, a fresh one for every test file."""
+    """Returns the demo model's transformer, a new one for every test file."""
     return load_demo_model().model.diffusion_model
 
 
 @pytest.fixture(scope="module")
 def sites(network):
-    """Its linear layers, as a call of 192 image and 12 text tokens shows them."""
+    """Returns its linear layers, as a call with 192 image and 12 text tokens shows them."""
     return linear_sites_of(network, size=(48, 64))
 
 
@@ -29,7 +29,7 @@ def of_demo():
 
 @pytest.fixture
 def computed(monkeypatch) -> list:
-    """Grows with every fingerprint that is computed and not remembered."""
+    """Returns a list that grows with every fingerprint that is computed and not remembered."""
     compute, calls = fingerprints._fingerprint, []
     monkeypatch.setattr(fingerprints, "_fingerprint", lambda weights: calls.append(1) or compute(weights))
     return calls

@@ -1,4 +1,4 @@
-"""Bytes, multiply-adds and reports: predictions against what is allocated, counted and measured."""
+"""Predicted bytes, counted multiply-adds and reports agree with what is allocated, counted by torch and measured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model():
 
 
 class Flux1024:
-    """FLUX.1 at 1024x1024 with 512 text tokens, in shapes alone: the arithmetic of engine and host runs, no number is computed."""
+    """FLUX.1 at 1024x1024 with 512 text tokens, as shapes only: the arithmetic of engine and host runs, but computes no numbers."""
 
     LENGTH, TEXT, WIDTH = 4608, 512, 3072
 
@@ -54,7 +54,7 @@ class Flux1024:
 
     @torch.inference_mode()
     def macs(self, engine: AbstractContextManager) -> float:
-        """Of an evaluation inside this context."""
+        """Returns the multiply-adds of an evaluation inside this context."""
         shapes = (1, 16, 128, 128), (1,), (1, self.TEXT, 4096), (1, 768), (1,)
         with engine, FlopCounterMode(display=False) as counter:
             self.network(*(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
@@ -62,7 +62,7 @@ class Flux1024:
 
     @property
     def shape(self) -> CallShape:
-        """What a run would know of it: written down by hand."""
+        """Returns what a run would know of the model, written down by hand."""
         image, text, joint = ((tokens, self.WIDTH) for tokens in (self.LENGTH - self.TEXT, self.TEXT, self.LENGTH))
         return CallShape(Known(self.place, "", 1, 1, 0.0, sublayers=(image, text) * (2 * 19) + (joint,) * (2 * 38)), 1)
 
@@ -74,7 +74,7 @@ def strategy_of(settings: Settings, steps: int) -> tuple[Strategy, Plan]:
 
 
 def test_flux_at_1024_by_hand():
-    """Per cond, bf16: one image hidden is 4096·3072·2 = 24 MiB; all sublayers of 19 + 38 blocks are 3 GiB."""
+    """Per cond in bf16, one image hidden state is 4096·3072·2 bytes = 24 MiB, and all sublayers of 19 + 38 blocks are 3 GiB."""
     flux, mib = Flux1024(), 2**20
     auto, plan = strategy_of(Settings(speedup=3.5), 28)
     hidden = slot_bytes(auto, plan, flux.shape)
@@ -87,7 +87,7 @@ def test_flux_at_1024_by_hand():
 
 
 def test_flux_at_1024_costs_and_keeps_what_papers_count():
-    """50 evaluations of FLUX.1-dev at 1024² are published as 3719.5 TFLOPs, two to a multiply-add."""
+    """50 evaluations of FLUX.1-dev at 1024² are published as 3719.5 TFLOPs, with two operations for a multiply-add."""
     flux = Flux1024()
     full = flux.macs(listening(flux.call(keeps_sublayers=True)))
     assert 2 * full / 1e12 == pytest.approx(3719.5 / 50, rel=0.001)
@@ -97,7 +97,7 @@ def test_flux_at_1024_costs_and_keeps_what_papers_count():
 
 
 def test_flux_at_1024_allocates_what_is_predicted():
-    """The final-hidden mode with real widths and token counts: the store's memory after more full evaluations than it keeps."""
+    """With only the hidden state kept, the store's memory is compared after more full evaluations than it keeps, at real widths."""
     strategy, plan = strategy_of(Settings(speedup=3.5), 28)
     store = FeatureStore(strategy.storage)
     slot = Slot(store, strategy.predictor.history)
@@ -121,7 +121,7 @@ def test_predicted_bytes_are_allocated_and_then_freed(model, mode, dtype, split,
 
 
 def test_features_go_to_system_memory_where_the_device_is_short(model):
-    """The choice is made once, with the bytes of both conds in view."""
+    """Where features go is decided once, from the bytes of both conds."""
     asked = []
 
     def choose(needed):
@@ -143,7 +143,7 @@ def test_features_go_to_system_memory_where_the_device_is_short(model):
 
 
 def test_no_room_for_the_cache_is_survived(model, monkeypatch):
-    """Out of memory while keeping a feature: the run goes on in full, says so, and gives the uncached image."""
+    """If memory ends while a feature is kept, the run goes on in full, says so, and gives the uncached picture."""
     patched, puts = cached(model, mode="paper", cycle_length=4), []
 
     def failing(self, tensor, device):
@@ -161,7 +161,7 @@ def test_no_room_for_the_cache_is_survived(model, monkeypatch):
 
 
 def flops_of(work) -> int:
-    """Multiply-adds as torch counts them, an independent count of what really ran."""
+    """Returns the multiply-adds that torch counts, which are independent of the pack's count."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() // 2
@@ -169,7 +169,7 @@ def flops_of(work) -> int:
 
 @pytest.mark.parametrize(("kind", "share"), [("F", 0.0), ("c", 0.0), ("c", 0.25), ("c", 1.0), ("a", 0.0)])
 def test_counted_macs_are_those_torch_sees(model, kind, share):
-    """Of every kind, embedding and head included, with attention through the plain math kernel. The first run does the counting."""
+    """For every kind, with embedding and head, and attention in the plain math kernel. The first run does the pack's counting."""
     network, places = model.model.diffusion_model, Places()
     strategy = Strategy(DucaCycle(9, "a" if kind == "a" else "c", warmup=1), Reuse(), share)
     (context, extra), x = encode_prompt("pizza")[0], torch.randn(2, 3, 48, 48)
@@ -205,7 +205,7 @@ def test_counted_macs_are_those_torch_sees(model, kind, share):
     ids=str,
 )
 def test_costs_shown_before_a_run_are_those_counted_after_it(model, settings):
-    """What the page's preview shows once the model was sampled: the share of multiply-adds, and the bytes."""
+    """The page's preview, once the model was sampled, shows the share of multiply-adds and the bytes."""
     if "plan" in settings:
         factors = exact_factors(linear_sites_of(model.model.diffusion_model))
         settings = {"chosen": Strategy(Given(Plan.parse(settings["plan"])), Reuse(), factors=factors)}
@@ -219,7 +219,7 @@ def test_costs_shown_before_a_run_are_those_counted_after_it(model, settings):
 
 
 def test_the_report_counts_evaluations_and_measures_time(model):
-    """Heun: 23 evaluations for 12 steps; times add up to no more than the run took; the words say it."""
+    """Heun makes 23 evaluations in 12 steps. Their times add up to no more than the run took, and the text names them."""
     import time
 
     patched = cached(model, speedup=3.0)
@@ -249,18 +249,18 @@ def test_the_plot_shows_something(model):
 
 def test_token_choice_is_the_same_for_every_cond_and_differs_between_evaluations():
     a, b = TokenSelection(0.2, 3), TokenSelection(0.2, 3)
-    for choice in (a, b):
-        choice.begin(4)
+    for selection in (a, b):
+        selection.begin(4)
     first = a.tokens("img", 1, 3, 100, torch.device("cpu"))
     assert torch.equal(first, b.tokens("img", 1, 3, 100, torch.device("cpu")))
     assert len(set(first.tolist())) == 20
-    assert not torch.equal(first, a.tokens("img", 2, 3, 100, torch.device("cpu")))  # other blocks choose others
+    assert not torch.equal(first, a.tokens("img", 2, 3, 100, torch.device("cpu")))  # other blocks choose other tokens
     a.begin(5)
     assert not torch.equal(first, a.tokens("img", 1, 3, 100, torch.device("cpu")))
 
 
 def test_free_memory_is_the_patchers_where_it_knows(monkeypatch):
-    """Dynamic patchers count weights that they would give back; others leave it to the host."""
+    """Dynamic patchers count weights that they would give back. For others, the host counts."""
     asked = types.SimpleNamespace(get_free_memory=lambda device: 7)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 3)
     assert host.free_memory(asked, torch.device("cpu")) == 7

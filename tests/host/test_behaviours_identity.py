@@ -1,4 +1,4 @@
-"""What must not change: images with the cache off, later runs, the model itself."""
+"""The cache changes nothing that it should not change: pictures while it is off, later runs, the model itself."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def uncached(model):
 
 @pytest.mark.parametrize("settings", [{"mode": "off"}, {"speedup": 1.0}, {"mode": "paper", "cycle_length": 1}, {"start": 0.0, "end": 0.0}])
 def test_nothing_skipped_is_bit_identical(model, uncached, settings):
-    """Off, and with the hooks in but every evaluation full."""
+    """With mode off, and with the hooks in place while every evaluation is full."""
     assert torch.equal(sample(cached(model, **settings)), uncached)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_depends_on_nothing_before_it(model, uncached, mode):
-    """Again, after another prompt, another resolution and another batch size: bit-identical. And it did skip."""
+    """After another prompt, another resolution and another batch size the picture is bit-identical, and evaluations were skipped."""
     patched = cached(model, **MODES[mode])
     first = sample(patched)
     assert not torch.equal(first, uncached)
@@ -47,7 +47,7 @@ def test_a_run_depends_on_nothing_before_it(model, uncached, mode):
     sample(patched, size=(32, 64), steps=4)
     sample(patched, batch=2, steps=4, cfg=1.0)
     assert torch.equal(sample(patched), first)
-    assert torch.equal(sample(cached(model, **MODES[mode])), first)  # the node executed again
+    assert torch.equal(sample(cached(model, **MODES[mode])), first)  # the node runs again
     assert torch.equal(sample(model), uncached)
 
 
@@ -61,7 +61,7 @@ def _cancel(step, *_):
 
 
 def _fail_in_a_block(monkeypatch, model, error: Exception | None = None, number: int = 0):
-    """Counts the runs of the second single block, which raises `error` in the middle of run `number`."""
+    """Counts the runs of the second single block, and raises `error` in the middle of run `number`."""
     block, calls = model.model.diffusion_model.single_blocks[1], []
     original = block.linear2.forward
 
@@ -86,7 +86,7 @@ def test_cancel_ends_the_run_and_frees_everything(model, mode):
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(patched, callback=callback)
-    assert calls == [0, 1, 2, 3, 4]  # nothing ran again
+    assert calls == [0, 1, 2, 3, 4]  # no step ran again
     assert not last_report(patched).is_complete
     assert torch.equal(sample(patched), expected)
 
@@ -103,19 +103,19 @@ def test_an_error_inside_a_block_propagates(model, mode, error, monkeypatch):
     with monkeypatch.context() as patch:
         calls = _fail_in_a_block(patch, model)
         assert torch.equal(sample(patched, steps=6), expected)
-    last = len(calls)  # in a full evaluation; an earlier one may be in a trial of ours, whose error does not end a run
+    last = len(calls)  # in a full evaluation; an earlier one may be a trial of the pack, whose error does not end a run
     with monkeypatch.context() as patch:
         calls = _fail_in_a_block(patch, model, error, last)
         with pytest.raises(type(error)):
             sample(patched, steps=6)
-        assert len(calls) == last  # the host's error is not ours to retry
+        assert len(calls) == last  # the pack does not retry after the host's error
     assert _forwards(model) == forwards
     assert torch.equal(sample(patched, steps=6), expected)
 
 
 @pytest.mark.parametrize("how", ["finished", "cancelled"])
 def test_no_tensor_outlives_a_run(model, how, monkeypatch):
-    """Every run's store is empty when sampling has ended, and the objects left behind hold no tensors."""
+    """When sampling ends, every run's store is empty and the objects that stay hold no tensors."""
     runs = []
     original = cached_model._Runs.open
     monkeypatch.setattr(cached_model._Runs, "open", lambda *args: runs.append(original(*args)) or runs[-1])
@@ -133,7 +133,7 @@ def test_no_tensor_outlives_a_run(model, how, monkeypatch):
 
 
 def _tensors(thing, seen=None):
-    """Every tensor reachable through attributes, containers and closures of our own objects."""
+    """Yields every tensor that attributes, containers and closures of the pack's objects lead to."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return
@@ -154,13 +154,13 @@ def _tensors(thing, seen=None):
 
 
 def _forwards(model) -> dict[str, object]:
-    """Whatever overrides a module's class: instance attributes that should not be there."""
+    """Returns the forwards that override a module's class, by name: there should be none."""
     return {name: module.__dict__["forward"] for name, module in model.model.named_modules() if "forward" in module.__dict__}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_model_is_left_as_it_was(mode):
-    """State dict keys, weights, module types and forwards, with the node there, after a run and after its removal."""
+    """State dict keys, weights, module types and forwards are unchanged while the node is there, after a run and after its removal."""
     fresh = load_demo_model()
     network = fresh.model.diffusion_model
     before = {key: (value.data_ptr(), value.clone()) for key, value in network.state_dict().items()}
@@ -175,7 +175,7 @@ def test_the_model_is_left_as_it_was(mode):
 
 
 def test_kept_features_are_not_the_live_ones(model, monkeypatch):
-    """Blocks that write into their input must give what blocks that copy it first give."""
+    """Blocks that write into their input give the same as blocks that copy it first."""
     expected = [sample(cached(model, **settings), steps=8) for settings in MODES.values()]
     network = model.model.diffusion_model
     for block in [*network.double_blocks, *network.single_blocks]:
@@ -190,7 +190,7 @@ def test_kept_features_are_not_the_live_ones(model, monkeypatch):
 
 
 def written_to(patched) -> set[str]:
-    """By name, what a sampling or one of its model calls was given and has other values afterwards."""
+    """Returns the names of what a sampling, or one of its model calls, was given and has other values of afterwards."""
     given = {"latent": 0.1 * torch.randn(1, 3, 48, 48), "noise": torch.randn(1, 3, 48, 48)}
     conds = [encode_prompt("castle"), encode_prompt("")]
     for cond, name in zip(conds, ("positive", "negative")):
@@ -221,7 +221,7 @@ def test_inputs_are_not_written_to(model, mode):
 
 
 def test_an_input_that_is_written_to_is_seen(model):
-    """The test above can fail: here something beside the cache writes into what the network is given."""
+    """The test above can fail: here something other than the cache writes into what the network is given."""
 
     def writing(compute, x, timestep, context, *more, **options):
         result = compute(x, timestep, context, *more, **options)
@@ -235,7 +235,7 @@ def test_an_input_that_is_written_to_is_seen(model):
 
 
 def test_two_samplers_on_one_cached_model_do_not_mix(model):
-    """Clones of one cached model in turn, each with its own size: every latent finds its own report."""
+    """Two clones of one cached model sample in turn, each with its own size, and every latent finds its own report."""
     patched = cached(model, **MODES["auto"])
     small, large = sample(patched.clone(), size=(32, 48), steps=5), sample(patched.clone(), steps=7)
     assert torch.equal(sample(patched, size=(32, 48), steps=5), small)
@@ -261,7 +261,7 @@ def test_a_second_node_replaces_the_first(model):
 
 
 def test_other_peoples_hooks_are_called_every_evaluation(model):
-    """Attention override, unet function wrapper, other wrappers and block patches, also beside a skipped evaluation."""
+    """Attention override, unet function wrapper, other wrappers and block patches are called, also in skipped evaluations."""
     count = dict.fromkeys(("unet", "diffusion", "predict", "attention", "block"), 0)
 
     def called(name, value):
@@ -276,19 +276,19 @@ def test_other_peoples_hooks_are_called_every_evaluation(model):
     other.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: called("attention", f(*a, **k))
     patched = cached(other, **MODES["auto"])
     plain = sample(cached(model, **MODES["auto"]))
-    assert torch.equal(sample(patched), plain)  # the first run looks for where the hidden state is, with more calls
+    assert torch.equal(sample(patched), plain)  # the first run looks for the place, with more calls
     count.update(dict.fromkeys(count, 0))
     assert torch.equal(sample(patched), plain)
     report = last_report(patched)
     blocks = len(model.model.diffusion_model.double_blocks) + len(model.model.diffusion_model.single_blocks)
-    proof = 1  # one skip more in a run
+    proof = 1  # one more skip in every run
     assert count == {
         "unet": 12, "diffusion": 12 + proof, "predict": 12, "block": 12 + proof, "attention": blocks * report.count(Kind.FULL)
     }  # fmt: skip
 
 
 def test_a_patch_that_removes_the_last_block_leaves_the_one_before_to_answer(model):
-    """Nothing can be put in where the last block never runs."""
+    """No hidden state can be put into a last block that never runs."""
     other = model.clone()
     last = len(model.model.diffusion_model.single_blocks) - 1
     other.set_model_patch_replace(lambda args, extra: args, "dit", "single_block", last)
@@ -303,7 +303,7 @@ def test_a_patch_that_removes_the_last_block_leaves_the_one_before_to_answer(mod
 
 
 def test_another_cache_beside_ours_is_survived(model):
-    """EasyCache answers some evaluations before our blocks are reached: said, and nothing of it is taken for ours."""
+    """EasyCache answers some evaluations before our blocks are reached. This is noticed, and its answers are not kept."""
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     idle = cached(EasyCacheNode.execute(model, 0.0, 0.1, 0.95, False).args[0], **MODES["auto"])
@@ -314,7 +314,7 @@ def test_another_cache_beside_ours_is_survived(model):
 
 
 def test_lora_before_and_after_the_node_are_the_same(model):
-    """Weight patches reach the evaluations that are computed, whichever node comes first."""
+    """The weight patches are in effect in computed evaluations, whichever node comes first."""
     key = "diffusion_model.single_blocks.0.linear2.weight"
     delta = torch.randn(model.model.state_dict()[key].shape, generator=torch.Generator().manual_seed(1)) * 0.02
 
@@ -332,7 +332,7 @@ def test_lora_before_and_after_the_node_are_the_same(model):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fp8_weights_stay_as_they_are(mode):
-    """Weights in fp8, cast layer by layer by the host: bit-identical when nothing is skipped, near when it is, never touched."""
+    """The host casts fp8 weights layer by layer. Without skips pictures are bit-identical, with skips near, and weights never change."""
     fp8 = load_demo_model(torch.float8_e4m3fn)
     weights = {key: value.clone() for key, value in fp8.model.state_dict().items()}
     plain = sample(fp8)

@@ -1,4 +1,4 @@
-"""Conditioning, samplers, step counts, ControlNet."""
+"""The cache works with all kinds of conditioning, samplers, numbers of steps, and ControlNets."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_batched_and_split_conds_give_the_same(model, settings, when, monkeypatc
     report = last_report(patched)
     assert kinds(report) == plan
     assert max(e.calls for e in report.evaluations) == 2
-    assert psnr(apart, together) > 60  # the same arithmetic in another batch size
+    assert psnr(apart, together) > 60  # the same arithmetic with another batch size
 
 
 def test_conds_of_unequal_length_go_in_calls_of_their_own(model):
-    """As with text encoders that do not pad."""
+    """Text encoders that do not pad give such conds."""
     positive = [[encode_prompt("red apple")[0][0][:, :5], encode_prompt("red apple")[0][1]]]
     patched = cached(model, **AUTO)
     result = sample(patched, positive=positive)
@@ -59,7 +59,7 @@ def two_prompts(**extra):
 
 
 def test_combined_conds_keep_features_apart(model, monkeypatch):
-    """Two positives and a negative: three slots. Each model call's forecast comes from its own history."""
+    """With two positives and a negative there are three slots. Each model call's forecast comes from its own history."""
     patched = cached(model, **AUTO)
     result = sample(patched, positive=two_prompts())
     assert last_report(patched).count(Kind.FULL) == 4
@@ -71,7 +71,7 @@ def test_combined_conds_keep_features_apart(model, monkeypatch):
 
 
 def test_a_cond_that_appears_late_is_computed_first(model):
-    """Its first evaluation falls on a step that the plan would skip."""
+    """Its first evaluation is at a step that the plan would skip."""
     late = node_helpers.conditioning_set_values(encode_prompt("castle"), {"start_percent": 0.5, "end_percent": 1.0})
     positive = encode_prompt("red apple") + late
     patched = cached(model, mode="forecast", cycle_length=20, warmup=2, predictor="reuse")
@@ -93,7 +93,7 @@ def test_an_area_cond_has_its_own_shape(model, settings):
 
 
 def test_scheduled_lora_hooks_start_the_cache_anew(model):
-    """Features of one weight strength are not used at another."""
+    """Features from one LoRA strength are not used at another."""
     import comfy.hooks
 
     key = "diffusion_model.single_blocks.0.linear2.weight"
@@ -110,7 +110,7 @@ def test_scheduled_lora_hooks_start_the_cache_anew(model):
     positive = node_helpers.conditioning_set_values(encode_prompt("red apple"), {"hooks": group})
     patched = cached(model, mode="forecast", cycle_length=20, warmup=2, predictor="reuse")
     sample(patched, positive=positive)
-    assert kinds(last_report(patched)).count("F") == 3  # the two of the plan and the one after the strength changed
+    assert kinds(last_report(patched)).count("F") == 3  # two of the plan, and one after the strength changed
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -120,7 +120,7 @@ def test_few_steps(model, settings, steps):
     result = sample(patched, steps=steps)
     assert torch.isfinite(result).all()
     assert kinds(last_report(patched))[0] == "F"
-    if steps == 1 or (steps == 2 and settings["mode"] == "auto"):  # two steps are both computed
+    if steps == 1 or (steps == 2 and settings["mode"] == "auto"):  # of two steps, both are computed
         assert torch.equal(result, sample(model, steps=steps))
     else:
         assert any("fewer steps" in notice for notice in last_report(patched).notices)
@@ -135,8 +135,8 @@ PLAN = "FFaFaFaa"
     [
         ("euler", [0, 1, 2, 3, 4, 5, 6, 7]),
         ("dpmpp_2m", [0, 1, 2, 3, 4, 5, 6, 7]),
-        ("heun", [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]),  # its second evaluation is at the next step's level
-        ("dpm_2", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]),  # its second one lies between
+        ("heun", [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]),  # its second evaluation is at the next step's noise level
+        ("dpm_2", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]),  # its second evaluation is between two noise levels
     ],
 )
 def test_kinds_by_sampler_against_hand_worked_steps(model, sampler, steps_evaluated, monkeypatch):
@@ -154,7 +154,7 @@ def test_kinds_by_sampler_against_hand_worked_steps(model, sampler, steps_evalua
 
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_every_sampler_is_served_or_told_why_not(model, sampler):
-    """Finite results, the first evaluation full, and fewer full evaluations than all: or a notice."""
+    """Results are finite, the first evaluation is full, and some are skipped; or else there is a notice."""
     patched = cached(model, **AUTO)
     result = sample(patched, sampler=sampler, steps=8)
     report = last_report(patched)
@@ -172,7 +172,7 @@ def test_every_scheduler(model, scheduler):
 
 
 def test_partial_denoise_and_split_samplers_follow_their_own_levels(model):
-    """Half of the schedule, in one run or in two that hand over a latent."""
+    """Half of the noise levels are sampled, in one run or in two of which one hands its latent to the other."""
     image = sample(model)
     patched = cached(model, **AUTO)
     result = sample(patched, latent=image, denoise=0.5, steps=12)
@@ -183,7 +183,7 @@ def test_partial_denoise_and_split_samplers_follow_their_own_levels(model):
 
 
 def test_start_and_end_percent_are_parts_of_the_sampling(model):
-    """Outside 0.25-0.75 of the host's own percentages everything is full."""
+    """Outside 0.25-0.75 of the host's own percentages, every evaluation is full."""
     patched = cached(model, mode="forecast", predictor="reuse", cycle_length=20, warmup=0, start=0.25, end=0.75)
     sample(patched)
     sampling = model.get_model_object("model_sampling")
@@ -194,12 +194,12 @@ def test_start_and_end_percent_are_parts_of_the_sampling(model):
 
 
 class FixedControl(comfy.controlnet.ControlBase):
-    """A ControlNet whose residuals are constants: what the host adds is known exactly."""
+    """A ControlNet with constant residuals, so what the host adds is known exactly."""
 
     def __init__(self, network, scale=0.3):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        shape = (1, 100, network.hidden_size)  # shorter than the image's 144 tokens, as the host allows
+        shape = (1, 100, network.hidden_size)  # shorter than the image's 144 tokens, which the host allows
         self.residuals = {
             "input": [torch.randn(shape, generator=generator) * scale for _ in network.double_blocks],
             "output": [torch.randn(shape, generator=generator) * scale for _ in network.single_blocks],
@@ -230,13 +230,13 @@ def test_controlnet_is_in_effect_on_every_evaluation(model, settings):
     expected = sample(model, positive=positive, cfg=1.0)
     without = sample(cached(model, **settings), cfg=1.0)
     assert last_report(patched).count(Kind.FULL) < 12
-    assert psnr(result, expected) > psnr(without, expected) + 3  # nearer to the controlled image than to none
+    assert psnr(result, expected) > psnr(without, expected) + 3  # nearer to the controlled picture than to the one without
     assert torch.equal(sample(cached(model, speedup=1.0), positive=positive, cfg=1.0), expected)
     assert control.asked == 12 * 3
 
 
 def test_controlnet_is_counted_once_on_a_skip(model):
-    """Heun evaluates each level twice. Reusing the hidden of the same input must repeat the output, residuals included."""
+    """Heun evaluates each noise level twice. A reused hidden state of the same input must repeat the output, residuals included."""
     from comfyui_duca.cache_core import CacheRun, ModelCall, Timeline
     from comfyui_duca.cache_core.families.flux import FLUX
     from comfyui_duca.cache_core.planning.policies import FixedInterval
@@ -265,14 +265,14 @@ def test_controlnet_is_counted_once_on_a_skip(model):
 
 
 def slg(model, start=0.0, end=1.0):
-    """Skip-layer guidance evaluates the model once more per step with layers left out."""
+    """Skip-layer guidance evaluates the model once more in each step, with some layers left out."""
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
     return SkipLayerGuidanceDiT.execute(model, 2.0, start, end, "1", "2").args[0]
 
 
 def test_guidance_with_an_extra_pass_has_a_slot_of_its_own(model, monkeypatch):
-    """Same step, same conditioning, other network: skipped on the same evaluations, never mixed with the plain pass."""
+    """The pass shares step and conditioning but not the network. It is skipped in the same evaluations, never mixed with the plain pass."""
     patched = cached(slg(model), **AUTO)
     result = sample(patched)
     report = last_report(patched)
@@ -290,7 +290,7 @@ def test_an_extra_pass_that_ends_is_freed(model):
 
 
 def test_an_extra_pass_with_a_new_identity_each_time_is_computed(model):
-    """As the old PerpNeg does, which encodes its empty prompt anew on every call."""
+    """The old PerpNeg does this: it encodes its empty prompt anew in every call."""
     import uuid
 
     import comfy.samplers
@@ -306,11 +306,11 @@ def test_an_extra_pass_with_a_new_identity_each_time_is_computed(model):
     assert torch.equal(sample(patched), sample(cached(model, **AUTO)))
     report = last_report(patched)
     assert set(kinds(report)) == {"F"} and report.compute_speedup > 1.3
-    assert report.evaluations[-1].cache_bytes <= 5 * 3 * 144 * 256 * 4  # not one more for every evaluation
+    assert report.evaluations[-1].cache_bytes <= 5 * 3 * 144 * 256 * 4  # memory does not grow with every evaluation
 
 
 def test_reference_latents_take_part(model):
-    """Kontext: reference tokens follow the image's; the result depends on them, cached or not."""
+    """In FLUX Kontext, reference tokens follow the image's. The picture depends on them, with and without a cache."""
     reference = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(5))
     positive = node_helpers.conditioning_set_values(encode_prompt("red apple"), {"reference_latents": [reference]})
     for settings in (AUTO, PAPER):

@@ -1,4 +1,4 @@
-"""Cache Compare on the real host: its numbers and its pictures."""
+"""Cache Compare shows right numbers and pictures."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def model():
 
 @pytest.fixture
 def written(monkeypatch) -> list[str]:
-    """Every text that is drawn."""
+    """Returns a list that collects every text that is drawn."""
     texts, text = [], ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, words, *a, **k: texts.append(words) or text(self, xy, words, *a, **k))
     return texts
 
 
 def flat(*values: float) -> torch.Tensor:
-    """One picture of one grey for each value."""
+    """Returns pictures of one grey each."""
     return torch.tensor(values)[:, None, None, None].expand(-1, 16, 16, 3).clone()
 
 
 def saved(ui: dict) -> list[np.ndarray]:
-    """The previews under a node, from disk."""
+    """Returns the previews under a node, read from disk."""
     return [np.asarray(Image.open(Path(folder_paths.temp_directory) / one["subfolder"] / one["filename"])) for one in ui["images"]]
 
 
@@ -72,7 +72,7 @@ def test_known_distances():
 
 
 def test_a_batch_is_compared_picture_by_picture():
-    """Settings one after the other, each with all pictures in the reference's order."""
+    """Settings come one after the other, each with all its pictures in the reference's order."""
     reference = noise(2)
     others = torch.cat([reference, reference + torch.tensor([0.0, 0.1])[:, None, None, None]])
     rows = cells(CacheCompare.execute(reference, others, "same\nhalf").result[2])
@@ -85,7 +85,7 @@ def test_a_batch_is_compared_picture_by_picture():
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_pictures_of_other_channels(channels):
-    """Grey ones, and ones with an alpha that does not count."""
+    """Grey pictures are compared, and an alpha channel does not count."""
     pictures = noise(2)[..., :1].expand(-1, -1, -1, channels).clone()
     pictures[:, :, :, 3:] = noise(2, seed=5)[..., :1]
     plain = pictures[..., :1].expand(-1, -1, -1, 3)
@@ -165,14 +165,14 @@ def test_labels_that_are_too_long_are_cut(written):
 
 
 def colour(value: float) -> torch.Tensor:
-    """Of the map's colours at 0..1, by matplotlib."""
+    """Returns a colour of the map at 0..1, by matplotlib."""
     return torch.tensor(matplotlib.colormaps["inferno"](value)[:3])
 
 
 def test_differences_are_in_one_scale_that_is_written_below(written):
-    """Greys that are 0, 0.02 and 0.1 away: with a scale up to 0.1 they lie at its start, at a fifth and at its end."""
+    """Greys differ by 0, 0.02 and 0.1. With a scale up to 0.1 they are at its start, at a fifth of it and at its end."""
     difference = CacheCompare.execute(flat(0.5), flat(0.5, 0.52, 0.6)).result[1]
-    factor = 15  # the first that makes 16 pixels wider than 230
+    factor = 15  # the smallest factor that makes 16 pixels wider than 230
     for value in (0.0, 0.2, 1.0):
         assert found(difference, enlarged(colour(value).expand(16, 16, 3), factor)), value
     assert {"0", "0.05", "≥ 0.1"} <= set(written) and "mean 0.0200" in written
@@ -191,7 +191,7 @@ def test_equal_pictures_have_a_map_too(written):
 
 
 def test_the_scale_rises_in_lightness():
-    """So that it is read alike by colour-blind eyes and in grey."""
+    """So it reads the same for colour-blind eyes and in grey."""
     difference = CacheCompare.execute(flat(0.5), flat(0.6)).result[1][0]
     lightness = difference @ torch.tensor([0.2126, 0.7152, 0.0722])
     rising = [line for line in lightness if (line[20:200].diff() >= -1e-3).all() and line[20] < 0.1 and line[200] > 0.5]

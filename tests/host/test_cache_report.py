@@ -1,4 +1,4 @@
-"""Cache Report shows the run that made a latent, and says so where it shows another one."""
+"""Cache Report shows the run that made a latent, and says so if it shows another one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ WORDS = "did not come from any of this model's last runs"
 
 @pytest.fixture(scope="module")
 def runs() -> tuple:
-    """A cached model with its latents of 3 and 4 steps, and another one with its own of 5."""
+    """Returns a cached model with its latents of 3 and 4 steps, and another model with its latent of 5."""
     one, other = cached(load_demo_model(), speedup=2.0), cached(load_demo_model(), speedup=3.0)
     return one, sample(one, steps=3, size=(24, 24)), sample(one, steps=4, size=(24, 24)), other, sample(other, steps=5, size=(24, 24))
 
 
 def report(latent: torch.Tensor, model) -> tuple[str, str]:
-    """The text for other nodes and the one that is shown."""
+    """Returns the text for other nodes and the text that is shown."""
     output = CacheReport.execute({"samples": latent}, model)
     return output.args[0], output.ui["text"][0]
 
@@ -39,6 +39,6 @@ def test_the_latent_of_another_model(runs):
 
 
 def test_what_cannot_be_told_is_not_said(runs):
-    """A latent of several tensors in one."""
+    """A latent of several tensors cannot be assigned to a run."""
     nested = torch.nested.nested_tensor([torch.zeros(3, 2), torch.zeros(2, 2)])
     assert WORDS not in report(nested, runs[0])[0]

@@ -1,4 +1,4 @@
-"""Cache Schedule: nested plans within their budget, and what DuCa Cache does with a schedule on the real host."""
+"""Cache Schedule makes nested plans within their budget, and DuCa Cache follows them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def calibration(model):
-    """Of two prompts and twelve steps."""
+    """Returns a calibration from two prompts and twelve steps."""
     learned = calibrator(model, Wishes(speedups=(2.0, 3.0), directions=16), steps=12).run()
     about = About("flux", "m", "euler", "simple", 12, 2.5, (1.0,) * 13, learned.times, (24, 24), 2, (100, 101), 0, "", {}, "2026-01-02")
     return Calibration(about, fingerprint_of(model), learned.forecast)
@@ -56,17 +56,17 @@ def plan(speedup: float, steps: int, warmup: int = 1, tail: int = 0, window: ran
     ("text", "expected"),
     [
         (plan(1.0, 8), "FFFFFFFF"),
-        (plan(8 / 7, 8), "FFFFFaFF"),  # of 1, 3 and 5 the last
-        (plan(2.0, 8), "FaFaFaaF"),  # 4; 2 and the last; then 6 (its turn 0.75) and 1 (0.81)
+        (plan(8 / 7, 8), "FFFFFaFF"),  # of 1, 3 and 5, the last
+        (plan(2.0, 8), "FaFaFaaF"),  # 4; 2 and the last; then 6 (due at 0.75) and 1 (0.81)
         (plan(8 / 3, 8), "FaaaFaaF"),
         (plan(4.0, 8), "FaaaFaaa"),
-        (plan(8.0, 8), "FaaaFaaa"),  # two at least
+        (plan(8.0, 8), "FaaaFaaa"),  # at least two
         (plan(3.5, 28), "FaFaFaaaFaaaFaaaFaaaFaaaFaaa"),  # 8, 16, 24, 4, 12, 20, then 2
-        (plan(2.0, 28), "FFFFFaFaFaFaFaFaFaaaFaaaFaaF"),  # the last, 6, 1 (its turn 0.29), 10 (0.36), 3 (0.40), 14 (0.50)
+        (plan(2.0, 28), "FFFFFaFaFaFaFaFaFaaaFaaaFaaF"),  # the last, 6, 1 (due at 0.29), 10 (0.36), 3 (0.40), 14 (0.50)
         (plan(8 / 5, 8), "FaFaFaFF"),
         (plan(2.0, 12), "FaFaFaFaFaaF"),
         (plan(2.0, 6), "FaFaFa"),
-        (plan(2.0, 10), "FaFaFaFaFa"),  # the last, right behind the ninth, which came first, has to wait for the seventh
+        (plan(2.0, 10), "FaFaFaFaFa"),  # the last follows the ninth, which was taken first, and so has to wait for the seventh
         (plan(10 / 6, 10), "FaFaFaFaFF"),
         (plan(2.0, 12, warmup=3), "FFFaFaFaaaFa"),  # 6 of 12: three, then distances 8, 4 and 2 from the third
         (plan(1.7, 12, warmup=3), "FFFaFaFaFaFa"),  # and distance 6
@@ -102,7 +102,7 @@ def test_a_higher_speed_only_takes_full_steps_away(steps, speeds, warmup, tail, 
 def test_front_loaded_meets_its_budget_and_gaps_never_shrink(steps, speedup):
     chosen = str(FrontLoaded(speedup).plan(steps, range(steps)))
     assert chosen.count("F") == max(min(2, steps), round(steps / speedup))
-    gaps = [len(gap) for gap in chosen[: 1 + chosen.rstrip("F").rfind("F")].split("F")[1:]]  # up to the last step, which is out of turn
+    gaps = [len(gap) for gap in chosen[: 1 + chosen.rstrip("F").rfind("F")].split("F")[1:]]  # up to the last step, which is not in order
     assert gaps[:-1] == sorted(gaps[:-1])
 
 
@@ -123,27 +123,27 @@ def test_searched_plans_are_nested_too(seed, steps, first):
 
 
 def test_a_run_that_is_too_long_to_search_for(calibration):
-    """A thousand steps would take minutes: the schedule says so and is front-loaded."""
+    """The search would take minutes for a thousand steps, so the schedule says so and is front-loaded."""
     forecast = random_forecast(0)
     times = [1 - i / 301 for i in range(301)]
     with pytest.raises(NotCoveredError, match="301 steps; plans can be searched for up to 300"):
         nested_plan(forecast, times, range(301), 9, True)
-    policy, notices = Schedule("searched", 3.0, calibration=calibration).policy_for(opening(1000), assumed_costs(0.1), None)
+    policy, notices = Schedule("searched", 3.0, calibration=calibration).policy_for(start_of(1000), assumed_costs(0.1), None)
     assert str(policy.plan(1000, range(1000))) == plan(3.0, 1000) and "searched for up to 300" in notices[0]
 
 
 # -- schedules ------------------------------------------------------------------------------------------------------------------
 
 
-def opening(steps: int, window: range | None = None) -> RunStart:
-    """Of a run of a model that no schedule looks at."""
+def start_of(steps: int, window: range | None = None) -> RunStart:
+    """Returns the start of a run, of a model that no schedule looks at."""
     timeline = Timeline([1 - i / steps for i in range(steps + 1)])
     return RunStart(torch.nn.Module(), FLUX, timeline, range(steps) if window is None else window)
 
 
 def planned(steps: int, window: range | None = None, **schedule) -> str:
-    begun = opening(steps, window)
-    return str(Schedule(**schedule).policy_for(begun, assumed_costs(0.1), None)[0].plan(steps, begun.window))
+    start = start_of(steps, window)
+    return str(Schedule(**schedule).policy_for(start, assumed_costs(0.1), None)[0].plan(steps, start.window))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in POLICIES if kind != "searched"])
@@ -184,7 +184,7 @@ def test_bad_schedules_are_refused_before_anything_runs(wrong, words):
     answer = CacheSchedule.validate_inputs(**{**INPUTS, **wrong})
     assert isinstance(answer, str) and answer
     assert CacheSchedule.validate_inputs(**INPUTS) is True
-    assert CacheSchedule.validate_inputs(**{**INPUTS, **wrong, "speedup": None}) is True  # from another node: checked when it is known
+    assert CacheSchedule.validate_inputs(**{**INPUTS, **wrong, "speedup": None}) is True  # a linked value is checked when it is known
 
 
 # -- on the host ----------------------------------------------------------------------------------------------------------------
@@ -202,13 +202,13 @@ def test_the_mode_says_what_fills(model, calibration):
     schedule = Schedule("custom text", text="FF(aF)*")
 
     def predictor(**given):
-        return Settings(schedule=schedule, **given).strategy(opening(8)).predictor
+        return Settings(schedule=schedule, **given).strategy(start_of(8)).predictor
 
     assert predictor(mode="auto") is AUTO and predictor(mode="paper") == Reuse() and predictor(mode="forecast") == Chebyshev()
-    shares = [choice.share for choice in calibration.forecast.tried]
+    shares = [tried.share for tried in calibration.forecast.tried]
     filled = predictor(mode="auto", calibration=calibration)
     assert (filled is AUTO) == (shares[0] is None) and (filled is AUTO or isinstance(filled, Calibrated))
-    assert str(Settings(mode="off", schedule=schedule).strategy(opening(8)).policy.plan(8, range(8))) == "FFFFFFFF"
+    assert str(Settings(mode="off", schedule=schedule).strategy(start_of(8)).policy.plan(8, range(8))) == "FFFFFFFF"
 
 
 def test_a_duca_cycle_of_a_schedule_is_the_nodes_own(model):
@@ -219,7 +219,7 @@ def test_a_duca_cycle_of_a_schedule_is_the_nodes_own(model):
 
 
 def test_a_searched_schedule(model, calibration):
-    """What the search finds in the middle of its order, on the host's Euler sampler with the corrector in mind."""
+    """The plan is the one that the search finds in the middle of its order, on the host's Euler sampler and with the corrector in mind."""
     patched = cached(model, calibration=calibration, schedule=Schedule("searched", 2.0))
     sample(patched, steps=12, size=(24, 24))
     times = calibration.forecast.step_times
@@ -232,7 +232,7 @@ def test_a_searched_schedule(model, calibration):
 
 
 def test_only_the_first_of_several_evaluations_computes(model):
-    """Heun evaluates every noise level but the first twice: its corrector, then the next step's first."""
+    """Heun evaluates every noise level but the first twice: in its second evaluation and in the next step's first."""
     text = {"kind": "custom text", "text": "FFaF"}
     every, first = (cached(model, schedule=schedule_of(**{**INPUTS, **text, "several_evaluations": how}))
                     for how in ("as their step", "first only"))  # fmt: skip
@@ -242,7 +242,7 @@ def test_only_the_first_of_several_evaluations_computes(model):
     assert last_report(first).peak_bytes <= last_report(first).predicted_bytes
 
 
-def test_a_calibrated_letter_without_factors_is_refused_with_a_remedy(model):
+def test_an_incremental_letter_without_factors_is_refused_with_a_remedy(model):
     with pytest.raises(ValueError, match="low-rank factors first"):
         sample(cached(model, schedule=Schedule("custom text", text="FiFa")), steps=8)
 

@@ -1,4 +1,4 @@
-"""Cache Sweep on the real host."""
+"""Cache Sweep samples every setting as the host would, and says what it does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model():
 
 
 def sweep(model, **given) -> io.NodeOutput:
-    """The node as the host calls it."""
+    """Runs the node as the host calls it."""
     values = {
         "positive": encode_prompt("red apple"), "negative": encode_prompt(""), "latent_image": {"samples": torch.zeros(1, 3, 16, 16)},
         "vae": comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), "noise_seed": 3, "steps": 6, "cfg": 2.5, "sampler_name": "euler",
@@ -53,14 +53,14 @@ def sweep(model, **given) -> io.NodeOutput:
 
 
 def drawn(model, **given) -> torch.Tensor:
-    """The picture of a sampling outside the node."""
+    """Returns the picture of a sampling outside the node."""
     latent = sample(model, **{**SMALL, "seed": 3, **given})
     return (latent.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
 
 
 @pytest.fixture
 def shown(monkeypatch) -> list[str]:
-    """What is under the node while it works."""
+    """Returns a list that collects the texts under the node while it works."""
     texts: list[str] = []
     monkeypatch.setattr(notices, "show", lambda text, node_id: node_id == "5" and texts.append(text))
     return texts
@@ -123,7 +123,7 @@ def test_a_batch_with_a_mask_is_sampled_as_by_ksampler(model):
 
 
 def test_an_empty_latent_of_another_kind_is_fitted_as_by_ksampler(model):
-    """Of four channels where the model has three, and, where the host heeds it, made for two pixels per element where it has one."""
+    """The latent has four channels where the model has three, and two pixels per element (which some hosts heed) where it has one."""
     from nodes import common_ksampler  # the host's
 
     latent = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 2}
@@ -133,7 +133,7 @@ def test_an_empty_latent_of_another_kind_is_fitted_as_by_ksampler(model):
 
 
 def test_of_pictures_with_sound_the_pictures_are_shown(model, monkeypatch):
-    """As VAE Decode does with a latent of both."""
+    """VAE Decode does the same with a latent of both."""
     latent, sound = noise(1).movedim(-1, 1) * 2 - 1, torch.zeros(1, 8, 5)
     monkeypatch.setattr(comfy.sample, "sample", lambda *a, **k: NestedTensor([latent, sound]))
     images = sweep(model, fewer_steps=False).result[3]
@@ -141,7 +141,7 @@ def test_of_pictures_with_sound_the_pictures_are_shown(model, monkeypatch):
 
 
 def test_time_is_that_of_the_sampling_alone(model, shown, monkeypatch):
-    """By a clock that ticks at each step: neither the warm-up nor decoding counts."""
+    """The clock ticks at each step, so neither warm-up nor decoding counts."""
     ticks = SimpleNamespace(perf_counter=lambda: sum("step 0 " not in text for text in shown))
     monkeypatch.setattr(sweeping, "time", ticks)
     rows = cells(sweep(model, speedups="2, 3").result[2])
@@ -180,7 +180,7 @@ def test_a_run_whose_cache_stood_aside_says_so(model, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ValueError("for a reason")
 
-    monkeypatch.setattr(cached_model, "opening", refuse)
+    monkeypatch.setattr(cached_model, "run_start", refuse)
     _, _, table, images = sweep(model, fewer_steps=False).result
     assert cells(table)[1][:3] == ["auto 2x (stood aside)", "identical", "1.000"] and cells(table)[1][4] == "-"
     assert torch.equal(images[0], images[1])
@@ -214,7 +214,7 @@ def test_speedups_are_read_as_written():
 )
 def test_wrong_speedups_are_refused_before_sampling(model, shown, text, words):
     assert words in CacheSweep.validate_inputs(speedups=text)
-    with pytest.raises(ValueError, match=words):  # what comes by link is not validated
+    with pytest.raises(ValueError, match=words):  # values that come by a link are not validated
         sweep(model, speedups=text)
     assert not shown
 
@@ -242,7 +242,7 @@ def test_saved_workflows_depend_on_this_order():
 
 
 def test_a_sweep_is_not_run_again_by_itself(tmp_path):
-    """The page randomises an input of this name unless it is told not to; a new calibration is a reason."""
+    """The page randomises an input called `noise_seed` unless it is set not to. A new calibration is a reason to run again."""
     assert CacheSweep.GET_NODE_INFO_V1()["input"]["required"]["noise_seed"][1]["control_after_generate"] is False
     assert CacheSweep.validate_inputs(speedups="1, 2") is True and CacheSweep.validate_inputs() is True
     before = [CacheSweep.fingerprint_inputs(mode=mode, steps=8) for mode in ("auto", "paper", None)]

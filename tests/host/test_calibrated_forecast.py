@@ -1,4 +1,4 @@
-"""The increment-calibrated forecast: statistics, closed form, search and engine against direct computations in float64."""
+"""The increment-calibrated forecast agrees with direct computations in float64: statistics, closed form, search and engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMES = [1 - i / N for i in range(N)]
 
 
 def trajectories(count=2, seed=0):
-    """Smooth paths with noise: u (n, T, d) and z (n, T, C) that depends on u."""
+    """Returns smooth paths with noise: u (n, T, d), and z (n, T, C) that depends on u."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for _ in range(count):
@@ -42,7 +42,7 @@ def model_of(data, rank=C) -> ForecastModel:
 
 
 def direct_fit(data, anchors, i, ridge_w=1e-3, ridge_a=1e-3):
-    """Least squares written out on the pooled tokens, in float64."""
+    """Solves the least squares on the pooled tokens directly, in float64."""
     u = torch.cat([u for u, _ in data], 1).double().numpy()
     z = torch.cat([z for _, z in data], 1).double().numpy()
     count = u.shape[1]
@@ -93,17 +93,17 @@ def test_coverage_ends_one_gap_beyond_the_recorded_times():
     assert not model.covers(TIMES[-1] - 0.15) and not model.covers(1.2)
 
 
-HARM = [0.5 + 0.3 * step for step in range(N)]
+SENSITIVITY = [0.5 + 0.3 * step for step in range(N)]
 
 
 def search_of(data, window=range(N), made_up=0.5) -> PlanSearch:
     model = model_of(data)
-    return PlanSearch(model.products(TIMES), HARM, AUTO.weights, TIMES, window, AUTO.history, made_up)
+    return PlanSearch(model.products(TIMES), SENSITIVITY, AUTO.weights, TIMES, window, AUTO.history, made_up)
 
 
 @pytest.mark.parametrize("made_up", [0.0, 0.4])
 def test_the_cost_of_a_plan_adds_errors_up_with_their_signs(made_up):
-    """Written out on the hidden states themselves: full at 0, 1, 4 and 5, so that the first gap alone has two more behind it."""
+    """The reference uses the hidden states themselves. Full steps are 0, 1, 4 and 5, so only the first gap has two of them after it."""
     data = trajectories(3)
     z = torch.cat([z for _, z in data], 1).double().numpy()
     moved = np.zeros_like(z[0])
@@ -112,12 +112,12 @@ def test_the_cost_of_a_plan_adds_errors_up_with_their_signs(made_up):
         if step < 4:
             line = z[1] + (step - 1) / 3 * (z[4] - z[1])
             forecast = (1 - made_up) * forecast + made_up * line
-        moved += HARM[step] ** 0.5 * (z[step] - forecast)
+        moved += SENSITIVITY[step] ** 0.5 * (z[step] - forecast)
     assert search_of(data, made_up=made_up).cost({0, 1, 4, 5}) == pytest.approx((moved**2).sum() / moved.shape[0], rel=1e-5)
 
 
-def test_the_last_gap_is_not_made_up_for():
-    """With one full evaluation behind it, there is nothing left to correct up to."""
+def test_the_last_gap_is_not_corrected():
+    """With one full evaluation after it, no step is left to correct."""
     data = trajectories(3)
     plain, corrected = search_of(data, made_up=0.0), search_of(data, made_up=1.0)
     assert plain.cost({0, 1, 4}) == pytest.approx(corrected.cost({0, 1, 4}))
@@ -125,15 +125,15 @@ def test_the_last_gap_is_not_made_up_for():
 
 
 def test_noise_levels_of_one_time_are_searched_as_well():
-    """Models with discrete timesteps have one for several small noise levels: no line goes from one to the other."""
+    """Models with discrete timesteps have one time for several small noise levels, between which there is no line."""
     model = model_of(trajectories())
     times = [*TIMES[:4], TIMES[4], TIMES[4], TIMES[4]]
-    search = PlanSearch(model.products(times), HARM, AUTO.weights, times, range(N), AUTO.history, 0.5)
+    search = PlanSearch(model.products(times), SENSITIVITY, AUTO.weights, times, range(N), AUTO.history, 0.5)
     assert all(np.isfinite(search.cost({0, 1, *rest})) for rest in ((4, 6), (4, 5, 6), (3, 5)))
 
 
 def test_the_search_finds_what_trying_everything_finds():
-    """Seven steps: all plans of four full evaluations are few enough to try. The search is greedy, so near is enough."""
+    """With seven steps, all plans with four full evaluations can be tried. The search is greedy, so a near-best plan is enough."""
     for seed in range(5):
         search = search_of(trajectories(3, seed))
         costs = sorted(search.cost({0, *rest}) for rest in itertools.combinations(range(1, N), 3))
@@ -150,7 +150,7 @@ def test_the_search_leaves_steps_outside_the_window_full():
 
 
 def test_an_order_grows_and_shrinks_from_the_best_plan():
-    """One step at a time: the one given up, or taken, is the best one there."""
+    """The step that is dropped, or added, is the best choice at that point."""
     search = search_of(trajectories(3))
     start = Plan.with_full({0, 2, 4}, N)
     order, middle = search.order(start), search.plan(start).steps_of(Kind.FULL)
@@ -165,15 +165,15 @@ def demo():
 
 
 def record(model, steps=6, prompts=("red apple", "castle")):
-    """Tapes of uncached runs, and their images."""
+    """Returns the tapes of uncached runs and their pictures."""
     runs = []
     recorded = model.clone()
 
     def open_run(patcher, sigmas, sampler):
         timeline = Timeline(sigmas.tolist(), host.model_times(patcher.get_model_object("model_sampling"), sigmas))
-        opening = RunStart(patcher.model.diffusion_model, FLUX, timeline, range(timeline.steps), patcher.load_device)
-        # only predictors that use the input make it be kept
-        runs.append(TapedRun(Strategy(AlwaysCompute(), Calibrated(model_of(trajectories()))), opening))
+        start = RunStart(patcher.model.diffusion_model, FLUX, timeline, range(timeline.steps), patcher.load_device)
+        # the input is kept only for predictors that use it
+        runs.append(TapedRun(Strategy(AlwaysCompute(), Calibrated(model_of(trajectories()))), start))
         return runs[-1]
 
     host.listen(recorded, open_run, lambda run, result: run.close(result is not None))
@@ -191,7 +191,7 @@ def demo_model(model, directions=256, **more) -> ForecastModel:
 
 
 def test_recording_changes_nothing_and_keeps_what_the_model_saw(demo):
-    """Against what hooks see: the tokens that enter the embedding, and the last block's output minus the embedding's."""
+    """The reference is what hooks see: the tokens that enter the embedding, and the last block's output minus the embedding's."""
     network, seen = demo.model.diffusion_model, []
     hooks = [
         network.img_in.register_forward_hook(lambda _m, args, out: seen.append([args[0].clone(), out.clone()])),
@@ -204,7 +204,7 @@ def test_recording_changes_nothing_and_keeps_what_the_model_saw(demo):
     assert torch.equal(images[0], plain) and not torch.equal(images[1], plain)
     assert len(tapes[0].times) == 6 and tapes[0].times[0] == 1.0 and tapes[0].times == tapes[1].times
     found = tapes[0].trajectories()
-    assert len(found) == 2  # cond and uncond, which the host calls together
+    assert len(found) == 2  # cond and uncond, which the host puts into one call
     for row, (u, z) in enumerate(found):
         assert torch.equal(u, torch.stack([tokens[row] for tokens, _, _ in seen]))
         assert torch.equal(z, torch.stack([(hidden - embedded)[row] for _, embedded, hidden in seen]))
@@ -214,7 +214,7 @@ def test_recording_changes_nothing_and_keeps_what_the_model_saw(demo):
 @torch.inference_mode()
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
 def test_a_skipped_evaluation_is_the_formula(demo, share):
-    """hidden = h0 + Σ w z + (u - Σ w u) A, written out from tensors that hooks see; w is mixed from both sources."""
+    """hidden = h0 + Σ w z + (u - Σ w u) A, written out from tensors that hooks see. w is mixed from both sources."""
     model = demo_model(demo)
     sigmas = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1]
     predictor = Calibrated(model, share)
@@ -228,11 +228,11 @@ def test_a_skipped_evaluation_is_the_formula(demo, share):
     network.final_layer.register_forward_pre_hook(lambda _m, args: seen[-1].append(args[0].clone()))
     picture = torch.randn(1, 3, 48, 48)
     for sigma in sigmas[:5]:
-        x = 0.6 * picture + 0.8 * torch.randn(1, 3, 48, 48)  # what has nothing in common from step to step is not cached
+        x = 0.6 * picture + 0.8 * torch.randn(1, 3, 48, 48)  # pictures that have nothing in common from step to step are not cached
         with run.evaluation(sigma):
             t = torch.tensor([sigma])
             run.model_call(ModelCall(network, ("a",), 0), lambda x=x, t=t: network(x, t, context, extra["pooled_output"]))
-        firsts.append(seen[0])  # a first full evaluation is followed by skips that prove where the hidden state is
+        firsts.append(seen[0])  # the first full evaluation is followed by skips that prove the place
         seen.clear()
     for hooks in (network.img_in._forward_hooks, network.final_layer._forward_pre_hooks):
         hooks.clear()
@@ -246,7 +246,7 @@ def test_a_skipped_evaluation_is_the_formula(demo, share):
     innovation = u[4] - sum(w * value for w, value in zip(weights, u[:4]))
     correction = innovation @ (model.fit(sigmas[:4], sigmas[4], weights).correction @ model.basis.T)
     expected = seen[4][1] + combined + correction
-    assert correction.abs().max() > 0.1 * combined.abs().max()  # there was something to correct
+    assert correction.abs().max() > 0.1 * combined.abs().max()  # the correction is not small
     assert torch.allclose(seen[4][2], expected, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -260,7 +260,7 @@ def test_bytes_of_a_calibrated_run_are_predicted(demo):
 
 
 def test_no_more_is_kept_than_the_weights_reach_back_to(demo):
-    """Nine full evaluations, of which the prior looks at five."""
+    """There are nine full evaluations, and the prior uses five of them."""
     patched = host.attach(demo, Strategy(FixedInterval(3, warmup=8), Calibrated(demo_model(demo, 64))))
     sample(patched, steps=10)
     report = last_report(patched)

@@ -1,4 +1,4 @@
-"""What a calibration recommends for which run, and what the modes auto and icc make of it."""
+"""What a calibration recommends for a run, and how modes auto and icc use it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch import nn
 
 @pytest.mark.parametrize("steps", [K, 6, 25])
 def test_the_nearest_choice_is_taken(steps):
-    """By share of full evaluations."""
+    """The nearest by share of full evaluations."""
     forecast = forecast_of()
-    shares = [choice.plan.count(Kind.FULL) / K for choice in forecast.tried]
+    shares = [tried.plan.count(Kind.FULL) / K for tried in forecast.tried]
     for full in range(1, steps + 1):
         nearest = int(np.argmin([abs(share - full / steps) for share in shares]))
         assert tried_plan_at(forecast, steps, full) is forecast.tried[nearest]
@@ -34,7 +34,7 @@ def test_the_nearest_choice_is_taken(steps):
 
 @pytest.mark.parametrize("times", [[1.4, 0.8, 0.3], [1.0, 0.5, -0.05]])
 def test_times_outside_the_calibrated_ones_are_not_covered(times):
-    """Recorded from 1 to 0.1, and covered 0.1 further at both ends."""
+    """Recorded times go from 1 to 0.1; 0.1 more is covered at both ends."""
     for asks in (check_covered, lambda forecast, times: searched_plan(forecast, times, range(3), 2, "general", True)):
         with pytest.raises(NotCoveredError, match=r"1 to 0\.1"):
             asks(forecast_of(), times)
@@ -57,7 +57,7 @@ def test_searches_start_with_the_number_of_full_evaluations(start, window, full,
     assert str(origin_plan(start, 10, window, full)) == expected
 
 
-def opening(times, network=None, window=None, is_euler=True) -> RunStart:
+def start_of(times, network=None, window=None, is_euler=True) -> RunStart:
     steps = len(times)
     timeline = Timeline([*times, 0.0], [*times, 0.0])
     return RunStart(network or nn.Module(), FLUX, timeline, range(steps) if window is None else window, is_euler)
@@ -66,30 +66,30 @@ def opening(times, network=None, window=None, is_euler=True) -> RunStart:
 def test_mode_auto_follows_a_calibration():
     forecast = forecast_of()
     settings = Settings(speedup=K / 5, calibration=calibration_of(forecast, None))
-    strategy = settings.strategy(opening(STEP_TIMES))
-    plain = Settings(speedup=K / 5).strategy(opening(STEP_TIMES))
+    strategy = settings.strategy(start_of(STEP_TIMES))
+    plain = Settings(speedup=K / 5).strategy(start_of(STEP_TIMES))
     assert strategy.policy == plain.policy and strategy.predictor.share == 0.5 and not strategy.notices
     assert plain.predictor is AUTO and strategy.name == plain.name + ", calibrated"
-    scheduled = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(opening(STEP_TIMES))
+    scheduled = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(start_of(STEP_TIMES))
     assert scheduled.predictor.share == 0.5 and not scheduled.notices
-    far = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(opening([3.0, 2.0, 1.0, 0.5]))
+    far = replace(settings, schedule=Schedule("fixed interval", cycle_length=2)).strategy(start_of([3.0, 2.0, 1.0, 0.5]))
     assert far.predictor is AUTO and "the calibration is not used" in far.notices[0]
 
 
 @pytest.mark.parametrize("start", ORIGINS)
 def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
-    """From where its search began; the corrector it counts on is for Euler samplers alone."""
+    """The search starts where the calibration's did. It counts on the corrector, so it is for Euler samplers only."""
     forecast, general = forecast_of(), FrontLoaded(K / 4, tail=2)
-    forecast = replace(forecast, tried=tuple(replace(choice, searched_from=start) for choice in forecast.tried))
+    forecast = replace(forecast, tried=tuple(replace(tried, searched_from=start) for tried in forecast.tried))
     settings = Settings(speedup=K / 4, tail=2, calibration=calibration_of(forecast, None))
-    strategy = settings.strategy(opening(STEP_TIMES))
+    strategy = settings.strategy(start_of(STEP_TIMES))
     plan = strategy.policy.plan(K, range(K))
     assert plan == searched_plan(forecast, STEP_TIMES, range(K - 2), 4, start, True) != general.plan(K, range(K))
     assert plan.count(Kind.FULL) == 4 and plan[K - 2] is plan[K - 1] is Kind.FULL and strategy.name.endswith("x, calibrated")
-    part = opening(STEP_TIMES, window=range(3, 8))
+    part = start_of(STEP_TIMES, window=range(3, 8))
     windowed = settings.strategy(part).policy.plan(K, part.window)
     assert all(windowed[step] is Kind.FULL for step in (0, 1, 2, 7, 8))
-    elsewhere = settings.strategy(opening(STEP_TIMES, is_euler=False))
+    elsewhere = settings.strategy(start_of(STEP_TIMES, is_euler=False))
     assert elsewhere.policy == general and elsewhere.predictor == strategy.predictor
     assert not strategy.notices and "is used with the samplers euler and ddim only" in elsewhere.notices[0]
 
@@ -100,7 +100,7 @@ def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     ids=str,
 )
 def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
-    """Searched where the sampler on the canvas is Euler's, or none was found."""
+    """It is searched if the sampler on the canvas is Euler's, or if none was found."""
     forecast = forecast_of()
     forecast = replace(forecast, tried=tuple(replace(each, searched_from="general") for each in forecast.tried))
     settings = Settings(speedup=K / 4, calibration=calibration_of(forecast, None))
@@ -110,22 +110,22 @@ def test_the_page_shows_the_plan_that_will_run(sampling, is_followed):
 
 
 def test_a_calibration_that_was_no_better_says_so():
-    """Where nothing of it surely was, when it was tried out."""
+    """That is, if no choice was surely better when they were tried."""
     forecast = forecast_of()
-    forecast = replace(forecast, tried=tuple(replace(choice, share=None) for choice in forecast.tried))
-    strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(opening(STEP_TIMES))
+    forecast = replace(forecast, tried=tuple(replace(tried, share=None) for tried in forecast.tried))
+    strategy = Settings(speedup=K / 5, calibration=calibration_of(forecast, None)).strategy(start_of(STEP_TIMES))
     assert strategy.predictor is AUTO and strategy.name.endswith(", calibrated: no gain at this speed") and not strategy.notices
 
 
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
-    far = opening([3.0, 2.0, 1.0, 0.5])
+    far = start_of([3.0, 2.0, 1.0, 0.5])
     plain = Settings(speedup=2.0, tail=1).strategy(far)
     assert plain.policy == FrontLoaded(2.0, tail=1) and plain.predictor == AUTO and not plain.notices
     strategy = Settings(speedup=2.0, tail=1, calibration=calibration_of(forecast_of(), None)).strategy(far)
     assert strategy.notices and strategy == replace(plain, notices=strategy.notices)
-    told = []
-    run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, far.timeline, far.window), say=told.append)
-    assert told == run.report.notices == list(strategy.notices) and "the calibration is not used" in told[0] and "3" in told[0]
+    notices = []
+    run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, far.timeline, far.window), say=notices.append)
+    assert notices == run.report.notices == list(strategy.notices) and "the calibration is not used" in notices[0] and "3" in notices[0]
     factors = Settings(speedup=2.0, tail=1, calibration=calibration_of(None, some_factors())).strategy(far)
     (notice,) = factors.notices
     assert factors == replace(plain, notices=(notice,)) and "the calibration is not used: it has only low-rank factors" in notice
@@ -136,7 +136,7 @@ def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
 
 @pytest.fixture(scope="module")
 def icc(sites) -> Calibration:
-    """Factors of rank 32 in the shapes of the demo model's layers."""
+    """Returns factors of rank 32 in the shapes of the demo model's layers."""
     tensors, energy = {}, {}
     for site in sites:
         for part in site.parts:
@@ -149,24 +149,25 @@ def icc(sites) -> Calibration:
 def test_mode_icc_needs_factors(network):
     for calibration in (None, calibration_of(forecast_of(), None)):
         with pytest.raises(ValueError, match="needs low-rank factors of this model"):
-            Settings(mode="icc", calibration=calibration).strategy(opening(STEP_TIMES, network))
+            Settings(mode="icc", calibration=calibration).strategy(start_of(STEP_TIMES, network))
 
 
 def test_mode_icc_refuses_the_factors_of_another_model(network):
     with pytest.raises(ValueError, match="another model"):
-        Settings(mode="icc", calibration=calibration_of(None, some_factors())).strategy(opening(STEP_TIMES, network))
+        Settings(mode="icc", calibration=calibration_of(None, some_factors())).strategy(start_of(STEP_TIMES, network))
 
 
 def test_mode_icc_takes_the_length_it_is_given(network, icc):
-    strategy = Settings(mode="icc", cycle_length=4, warmup=2, tail=1, calibration=icc).strategy(opening(STEP_TIMES, network))
+    strategy = Settings(mode="icc", cycle_length=4, warmup=2, tail=1, calibration=icc).strategy(start_of(STEP_TIMES, network))
     assert strategy.policy == IccCycle(4, 2, 1) and strategy.factors is icc.factors.tensors
     assert "ca_svd" in strategy.name and "every 4" in strategy.name
 
 
 @pytest.mark.parametrize(("speedup", "steps"), [(1.2, 28), (1.5, 28), (2.0, 28), (2.4, 50), (9.0, 28)])
 def test_mode_icc_follows_the_slider(network, icc, speedup, steps):
-    """The shortest cycle that is fast enough. At rank 32 and width 256 a block's parts, of 4608 channels in and out together,
-    cost 32·4608 of the dense 12·256² multiply-adds; attention is a tenth of a full evaluation more."""
+    """The shortest cycle that is fast enough is taken. At rank 32 and width 256 a block's parts, with 4608 channels in and out together,
+    cost 32·4608 of the dense 12·256² multiply-adds. Attention is a tenth of a full evaluation more.
+    """
     calibrated = 32 * 4608 / (12 * 256**2) + 0.1
 
     def speed(length: int) -> float:
@@ -174,6 +175,6 @@ def test_mode_icc_follows_the_slider(network, icc, speedup, steps):
         return steps / (plan.count(Kind.FULL) + calibrated * plan.count(Kind.INCREMENTAL))
 
     times = np.linspace(1.0, 0.1, steps).tolist()
-    length = Settings(mode="icc", speedup=speedup, calibration=icc).strategy(opening(times, network)).policy.interval
-    assert speed(length) >= speedup * 0.98 or length == steps  # nine times is more than any cycle gives
+    length = Settings(mode="icc", speedup=speedup, calibration=icc).strategy(start_of(times, network)).policy.interval
+    assert speed(length) >= speedup * 0.98 or length == steps  # nine times faster is more than any cycle gives
     assert length > 1 and speed(length - 1) < speedup * 0.99

@@ -1,4 +1,4 @@
-"""Full evaluations make up for what was skipped before them: on the host's samplers."""
+"""On the host's samplers, full evaluations correct the forecasts before them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_picture_is_closer_to_the_uncached_one(model, prompt):
     plain, better = cached(model, **uncorrected(2.8)), cached(model, speedup=2.8)
     gain = psnr(sample(better, steps=28, prompt=prompt), reference) - psnr(sample(plain, steps=28, prompt=prompt), reference)
     assert gain > 0.2
-    assert last_report(better).corrected == 8 and last_report(plain).corrected == 0  # nine gaps, the last of which ends the run
+    assert last_report(better).corrected == 8 and last_report(plain).corrected == 0  # there are nine gaps, the last of which ends the run
 
 
 def test_it_works_on_plain_euler_steps_only(model):
@@ -56,7 +56,7 @@ def test_published_methods_stay_as_published(model, settings):
 
 
 def test_full_steps_without_a_gap_before_them_are_exact(model):
-    """Each step's denoised latent, up to the first that follows a skipped one."""
+    """Each step's denoised latent is the same, up to the first full step after a skipped one."""
 
     def steps_of(patched) -> list[torch.Tensor]:
         seen = []

@@ -1,4 +1,4 @@
-"""Which checkpoint a loaded model is of: known again whatever is on it, in whatever dtype or packing."""
+"""A loaded model's checkpoint is recognised whatever patches are on it, in every dtype and packing."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def model():
-    """One for each test, as what is loaded stays loaded."""
+    """Returns a new model for each test, as what is loaded stays loaded."""
     yield load_demo_model()
     comfy.model_management.unload_all_models()
 
 
 def as_they_lie(model: ModelPatcher) -> Fingerprint:
-    """Of whatever the network's weights are at the moment."""
+    """Returns the fingerprint of the weights that the network holds at the moment."""
     return Fingerprint.of(model.model.diffusion_model.named_parameters())
 
 
 def same(a: Fingerprint, b: Fingerprint) -> bool:
-    """Of the very same numbers: a LoRA that was taken off leaves no rounding."""
+    """Returns whether both have exactly the same numbers: removing a LoRA leaves no rounding."""
     return (a.structure, a.dtype) == (b.structure, b.dtype) and torch.equal(a.values, b.values)
 
 
@@ -92,7 +92,7 @@ def test_a_lora_on_a_patcher_that_is_no_clone(model, of_demo):
 
 
 def test_a_lora_applied_on_the_fly(model, of_demo):
-    """What does not fit is left unpatched, with a function on the layer; a part that fits is patched."""
+    """A layer that does not fit into memory gets a function in place of a patch; a layer that fits is patched."""
     clone = with_lora(model)
     clone.patch_model(CPU, lowvram_model_memory=clone.model_size() // 2)
     modules = list(model.model.diffusion_model.modules())
@@ -106,7 +106,7 @@ def test_a_lora_applied_on_the_fly(model, of_demo):
 
 @pytest.mark.parametrize("beneath", [False, True])
 def test_a_lora_by_hook(model, of_demo, beneath):
-    """Scheduled LoRAs are put on during a sampling, on top of those that were loaded."""
+    """Scheduled LoRAs are added while sampling, on top of the LoRAs that were loaded."""
     clone = with_lora(model) if beneath else model.clone()
     load(clone)
     group, hook = comfy.hooks.HookGroup(), comfy.hooks.WeightHook()
@@ -192,18 +192,18 @@ def test_scaled_fp8_is_taken_with_its_scale():
 
 
 def quantised_layers(formats: dict) -> tuple[Layers, dict[str, Tensor]]:
-    """Of the host's quantised kind, and what a checkpoint tells beside the weights where that says which layer is of what format."""
+    """Returns layers of the host's quantised kind, and what a checkpoint holds besides weights if it says which layer has which format."""
     if "quant_config" not in inspect.signature(comfy.ops.mixed_precision_ops).parameters:
         return Layers(comfy.ops.mixed_precision_ops(formats, torch.bfloat16).Linear), {}
-    told = {f"{name}.comfy_quant": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8) for name, said in formats.items()}
-    return Layers(comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear), told
+    marks = {f"{name}.comfy_quant": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8) for name, said in formats.items()}
+    return Layers(comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear), marks
 
 
 def test_quantised_layers_of_the_host():
     dense = dense_layers()
     formats = {f"layers.{i}": {"format": "float8_e4m3fn"} for i in range(2)}
-    quantised, told = quantised_layers(formats)
-    state = told | {name: w.detach().bfloat16() for name, w in dense.named_parameters()}
+    quantised, marks = quantised_layers(formats)
+    state = marks | {name: w.detach().bfloat16() for name, w in dense.named_parameters()}
     for name in formats:
         weight = dense.get_parameter(f"{name}.weight").detach()
         scale = weight.abs().max() / 448
@@ -218,12 +218,12 @@ def test_quantised_layers_of_the_host():
 
 
 class Packed(torch.Tensor):
-    """As GGUF's: bytes that say they have the weight's shape, and LoRAs beside them. Here one byte is one value."""
+    """Holds bytes that report the weight's shape, with LoRAs beside them, as GGUF's do. Here one byte is one value."""
 
     @staticmethod
     def of(weight: Tensor) -> Packed:
         packed = (weight.detach() * 64).round().clamp(-127, 127).to(torch.int8).view(torch.uint8).reshape(-1)
-        packed = torch.cat((packed, packed.new_zeros(7))).as_subclass(Packed)  # no size tells the shape
+        packed = torch.cat((packed, packed.new_zeros(7))).as_subclass(Packed)  # the shape cannot be computed from the size
         packed.tensor_shape, packed.patches = weight.shape, []
         return packed
 

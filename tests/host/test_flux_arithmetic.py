@@ -1,4 +1,4 @@
-"""The FLUX family against an independent dense reference: full, conservative and aggressive evaluations."""
+"""Full, conservative and skipped evaluations of FLUX agree with an independent dense reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_run(between: str, share: float, steps=4, storage=StoreFormat(), seed=7)
 
 @torch.inference_mode()
 def evaluate(run: CacheRun, network, sigma: float, x, context, y, conds=("a", "b"), **more):
-    """One evaluation with the batch rows of both conds in one call."""
+    """Makes one evaluation with the batch rows of both conds in one call."""
     with run.evaluation(sigma):
         run.cond_batch()
         t = torch.full((x.shape[0],), sigma)
@@ -42,15 +42,15 @@ def evaluate(run: CacheRun, network, sigma: float, x, context, y, conds=("a", "b
 
 
 def masks(share: float, network, length_img: int, length_txt: int, evaluation: int):
-    """The reference's view of which tokens are recomputed: boolean masks from the same seeded choice."""
-    choice = TokenSelection(share, 7)
-    choice.begin(evaluation)
+    """Returns, for the reference, the boolean masks of recomputed tokens from the same seeded selection."""
+    selection = TokenSelection(share, 7)
+    selection.begin(evaluation)
     lengths = {"img": length_img, "txt": length_txt, "txt+img": length_txt + length_img}
     blocks = {"img": len(network.double_blocks), "txt": len(network.double_blocks), "txt+img": len(network.single_blocks)}
 
     def fresh(stream: str, block: int) -> torch.Tensor:
         mask = torch.zeros(lengths[stream], dtype=torch.bool)
-        tokens = choice.tokens(stream, block, blocks[stream], lengths[stream], torch.device("cpu"))
+        tokens = selection.tokens(stream, block, blocks[stream], lengths[stream], torch.device("cpu"))
         if tokens is not None:
             mask[tokens] = True
         return mask
@@ -83,14 +83,14 @@ def test_full_evaluation_keeps_what_the_reference_computes(network, reference):
         f"{stack}.{block}.{site}": torch.cat([s.sublayers[stack, block, site].data for s in slots])
         for stack, block, site in slots[0].sublayers
     }
-    assert set(kept) == set(expected)  # among them the attention half of every fused single block
+    assert set(kept) == set(expected)  # with the attention half of every fused single block
     for name, value in kept.items():
         assert_near(value, expected[name])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 1.0])
 def test_conservative_evaluations_match_the_dense_reference(network, reference, share):
-    """Two in a row: the second must build on what the first wrote into the cache."""
+    """Two follow each other, as the second must use what the first wrote into the cache."""
     run = make_run("c", share)
     x, context, y = inputs(2)
     evaluate(run, network, 1.0, x, context, y)
@@ -105,7 +105,7 @@ def test_conservative_evaluations_match_the_dense_reference(network, reference, 
 
 
 def guided_network(demo):
-    """FLUX.1-dev's form, small and random: guidance embedding, other depths and widths than the demo's."""
+    """Returns a small random network of FLUX.1-dev's form: with guidance embedding, and other depths and widths than the demo's."""
     import comfy.ops
     from comfy.ldm.flux.model import Flux
     from comfy.model_detection import detect_unet_config
@@ -138,7 +138,7 @@ def test_embedded_guidance_takes_part_in_every_kind(network):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_single(network, dtype):
-    """The same evaluations in half precision stay near those in float32, all three kinds."""
+    """Evaluations of all three kinds in half precision stay near those in float32."""
     import copy
 
     half, (x, context, y) = copy.deepcopy(network).to(dtype), inputs(10)
@@ -152,7 +152,7 @@ def test_half_precision_follows_single(network, dtype):
         assert (results[1] - results[0]).abs().mean() < 0.03 * results[0].abs().mean()
 
 
-def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, reference):
+def test_a_skipped_evaluation_runs_only_embedding_and_final_layer(network, reference):
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
     hidden = torch.cat([slot.anchors[-1].hidden[0].data for slot in slots_of(run)])
@@ -172,15 +172,15 @@ def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, refe
 
 
 def test_share_one_token_counts(network):
-    """Hand-worked: 192 image and 12 text tokens at share 0.1 give 19, 1 and 20 tokens."""
-    choice = TokenSelection(0.1, 0)
-    choice.begin(0)
-    counts = [len(choice.tokens(stream, 0, 2, n, torch.device("cpu"))) for stream, n in (("img", 192), ("txt", 12), ("txt+img", 204))]
+    """By hand, 192 image and 12 text tokens at share 0.1 give 19, 1 and 20 tokens."""
+    selection = TokenSelection(0.1, 0)
+    selection.begin(0)
+    counts = [len(selection.tokens(stream, 0, 2, n, torch.device("cpu"))) for stream, n in (("img", 192), ("txt", 12), ("txt+img", 204))]
     assert counts == [19, 1, 20]
 
 
 def test_attention_mask_reaches_full_evaluations(network):
-    """A masked text token changes the result exactly as it does without the cache."""
+    """A masked text token changes the result exactly as without the cache."""
     x, context, y = inputs(5)
     mask = torch.zeros(1, 1, 12 + 192, 12 + 192)
     mask[..., 5:12] = -1e9
@@ -190,7 +190,7 @@ def test_attention_mask_reaches_full_evaluations(network):
 
 
 def test_unknown_modulation_is_computed_in_full(network, monkeypatch):
-    """A replay that meets arguments it does not know must not guess."""
+    """A replay must not guess what arguments mean that it does not know."""
     run, (x, context, y) = make_run("c", 0.5), (tensor[:1] for tensor in inputs(6))
     evaluate(run, network, 1.0, x, context, y, conds=("a",))
     block_type = type(network.single_blocks[0])

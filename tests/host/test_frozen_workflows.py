@@ -1,7 +1,7 @@
-"""Workflows that people saved must keep working: frozen copies of the shipped ones still fit the nodes, value by value.
+"""Saved workflows keep working: frozen copies of the shipped ones still fit the nodes, value by value.
 
-tests/frozen/ holds them as they were when they were shipped, api/ the API form. They are never edited. Where a shipped
-workflow changes, its new state is frozen beside the old one, as NAME.2.json.
+tests/frozen/ holds them as they were shipped, with the API form in api/. They are never edited. If a shipped workflow changes, its new
+state is frozen beside the old one, as NAME.2.json.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 FROZEN = ROOT / "tests" / "frozen"
 GRAPHS, PROMPTS = sorted(FROZEN.glob("*.json")), sorted(FROZEN.glob("api/*.json"))
 _MODEL_FILES = (".safetensors", ".pt")
-_NOTES = ("Note", "MarkdownNote")  # the page's own
+_NOTES = ("Note", "MarkdownNote")  # nodes of the page itself
 _WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": object}
 
 
 @dataclass(frozen=True)
 class Input:
-    """kind: its type, COMBO for a list of choices. options: range, choices and the like."""
+    """An input of a node type.
+
+    Args:
+        name: Its name.
+        kind: Its type, COMBO for a list of options.
+        options: Range, options and so on.
+    """
 
     name: str
     kind: str
@@ -42,18 +48,18 @@ class Input:
 
     @property
     def followers(self) -> tuple[str, ...]:
-        """What the page may save behind this widget's value, of a widget that is its own."""
+        """Values that the page may save after this widget's, for a widget of its own."""
         if self.options.get("control_after_generate"):
             return ("fixed", "randomize", "increment", "decrement")
         return ("image",) if self.options.get("image_upload") else ()
 
     def problem(self, value: Any) -> str:
-        """What is wrong with this value; empty if nothing."""
+        """Returns what is wrong with this value, or an empty text."""
         if not isinstance(value, _WIDGETS[self.kind]) or isinstance(value, bool) != (self.kind == "BOOLEAN"):
             return f"{value!r} is not of type {self.kind}"
-        choices = self.options.get("options")
-        is_model_file = str(value).endswith(_MODEL_FILES)  # not on this machine
-        if choices is not None and value not in choices and not is_model_file:
+        allowed = self.options.get("options")
+        is_model_file = str(value).endswith(_MODEL_FILES)  # files that this machine does not have
+        if allowed is not None and value not in allowed and not is_model_file:
             return f"{value!r} is no choice any more"
         if self.kind in ("INT", "FLOAT") and not self.options.get("min", value) <= value <= self.options.get("max", value):
             return f"{value!r} is out of range"
@@ -62,7 +68,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Node:
-    """A node type: inputs in order, types of its outputs."""
+    """A node type: its inputs in order, and the types of its outputs."""
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
@@ -80,7 +86,7 @@ Definitions = Mapping[str, Node]
 
 @pytest.fixture(scope="module")
 def classes() -> dict[str, Any]:
-    """The host's own nodes and the pack's, as this process has them."""
+    """Returns the classes of the host's own nodes and of the pack's, as this process has them."""
     return example_workflows.node_classes()
 
 
@@ -107,7 +113,7 @@ def joins(output: str, accepted: str) -> bool:
 
 
 def graph_problems(workflow: dict[str, Any], definitions: Definitions) -> list[str]:
-    """Everything in a saved workflow that the nodes would not take as it was meant."""
+    """Returns everything in a saved workflow that the nodes would refuse or misunderstand."""
     by_id = {node["id"]: node for node in workflow["nodes"]}
     found = [text for link in workflow["links"] for text in _link_problems(link, by_id, definitions)]
     for node in workflow["nodes"]:
@@ -133,7 +139,7 @@ def _name_problems(node: dict[str, Any], definition: Node) -> list[str]:
 
 
 def _value_problems(node: dict[str, Any], definition: Node) -> list[str]:
-    """Values belong to widgets by position; some are followed by one that is the page's own."""
+    """Compares values with widgets by position. After some widgets the page saves a value of its own."""
     values, found = list(node.get("widgets_values") or ()), []
     for widget in definition.widgets:
         if not values:
@@ -214,7 +220,7 @@ _FOLDERS = {
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("workflows/*.json")), ids=lambda path: path.stem)
 def test_a_note_names_the_model_files(path: Path, definitions: Definitions):
-    """Those that the loaders ask for, in their folders, and no others."""
+    """The note has the files that the loaders ask for, in their folders, and no others."""
     workflow = json.loads(path.read_text())
     asked = set()
     for node in workflow["nodes"]:
@@ -234,7 +240,7 @@ def test_the_example_workflows_are_as_drawn(name: str, classes: dict[str, Any]):
 
 Inputs = tuple[Input, ...]
 _EXTRA = Input("extra", "INT", {"default": 0}, is_required=False)
-# What becomes of DuCa Cache's inputs, and whether that is seen in a saved graph and in a prompt.
+# A change of DuCa Cache's inputs, and whether it is noticed in a saved graph and in a prompt.
 CHANGES: dict[str, tuple[Callable[[Inputs], Inputs], bool, bool]] = {
     "one removed": (lambda inputs: tuple(given for given in inputs if given.name != "cycle_length"), True, True),
     "one renamed": (lambda inputs: edited(inputs, "cycle_length", name="cycle"), True, True),

@@ -1,4 +1,4 @@
-"""Increment-calibrated caching: which layers, what is kept, what a calibrated evaluation answers, and what it costs."""
+"""Increment-calibrated caching: which layers it uses, what it keeps, what an incremental evaluation answers, and what it costs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
-SIZE = (48, 64)  # 192 image tokens, as the sites' calls have
+SIZE = (48, 64)  # 192 image tokens, as in the calls of `sites`
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def small_factors(sites):
 
 
 class Driver:
-    """The evaluations of a run over some conds, without a plan: one slot per cond."""
+    """Makes the evaluations of a run over some conds, without a plan. Each cond has a slot."""
 
     def __init__(self, network, sites, factors, conds="ab", fmt=StoreFormat()):
         self.network, self.layer_calls = network, FactorisedLayers(tuple(sites), factors)
@@ -86,7 +86,7 @@ def assert_near(result, expected, tolerance=2e-5):
 # -- where the layers are -----------------------------------------------------------------------------------------------------
 
 
-def test_all_linears_but_modulation_are_found(network, sites):
+def test_all_linear_layers_but_modulation_are_found(network, sites):
     assert len(sites) == 3 * 8 + 6 * 2
     double = ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"]
     assert {s.layer for s in sites if s.stack == "double_blocks"} == {f"{stream}_{name}" for stream in ("img", "txt") for name in double}
@@ -126,7 +126,7 @@ def test_of_a_model_that_no_file_describes_every_layer_is_one_matrix(network, si
 
 
 def test_factors_of_another_model_are_refused(network, sites, small_factors):
-    """Before the run as far as names and sizes tell; a part's own size when its layer is bound."""
+    """Names and sizes are checked before the run, a part's own size when its layer is bound."""
     check_factors(network, small_factors)
     key = "single_blocks.0.linear1.mlp"
     for other in (torch.zeros(1793, 8), torch.zeros(1024, 9)):  # linear1 has 1792 outputs
@@ -152,19 +152,19 @@ def test_layers_without_factors_are_left_to_the_host(sites, small_factors):
 
 
 def test_at_full_rank_the_uncached_model_is_reproduced(network, sites, full_factors):
-    """Another noise level and another input than the anchor's; nothing is left of the approximation."""
+    """At another noise level and with another input than the anchor's, nothing is left of the approximation."""
     driver = Driver(network, sites, full_factors)
     with torch.inference_mode():
         expected = network(inputs(1)[0], torch.full((2,), 0.6), *inputs(1)[1:])
     uncached = driver.full("ab", 1.0, *inputs(0))
     assert torch.equal(uncached, driver.full("ab", 1.0, *inputs(0)))
     result = driver.icc("ab", 0.6, *inputs(1))
-    assert (uncached - expected).abs().max() > 0.1 * expected.abs().max()  # there was something to correct
+    assert (uncached - expected).abs().max() > 0.1 * expected.abs().max()  # the increment is not small
     assert_near(result, expected)
 
 
 class ReferenceICC(ReferenceFlux):
-    """The dense reference with every linear of the blocks as y_c + A·B·(x - x_c), once `factors` are given."""
+    """The dense reference, with every linear layer of the blocks as y_c + A·B·(x - x_c) once `factors` are given."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -188,7 +188,7 @@ class ReferenceICC(ReferenceFlux):
 
 
 def test_at_small_rank_every_linear_is_the_papers(network, sites, small_factors):
-    """Two calibrated evaluations in a row from one anchor, against the paper's own form, which keeps x_c."""
+    """Two incremental evaluations follow one anchor. The reference is the paper's own form, which keeps x_c."""
     driver, reference = Driver(network, sites, small_factors), ReferenceICC(network)
     driver.full("ab", 1.0, *inputs(0))
     reference(inputs(0)[0], torch.ones(2), *inputs(0)[1:])
@@ -212,19 +212,19 @@ def test_conds_may_be_called_apart_together_and_in_any_order(network, sites, sma
     expected = together.icc("ab", 0.7, *inputs(1))
     swapped = apart.icc("ba", 0.7, *(value.flip(0) for value in inputs(1)))
     assert_near(swapped.flip(0), expected, 1e-5)
-    for _ in range(2):  # what is kept of a cond on its own is not written to either
+    for _ in range(2):  # nor is anything written to what is kept of a cond alone
         assert_near(apart.icc("b", 0.7, *rows(inputs(1), slice(1, 2))), expected[1:], 1e-5)
 
 
 class Clamping(nn.Linear):
-    """Clamps what it is given in place, as the host's fp8 layers do."""
+    """Clamps its input in place, as the host's fp8 layers do."""
 
     def forward(self, x):
         return super().forward(x.clamp_(-4.0, 4.0))
 
 
 def test_what_is_kept_of_a_layer_that_clamps_its_input(network):
-    """z belongs to the input as the host gave it."""
+    """z is computed from the input as the host gave it."""
     site = LinearSite("blocks", 0, "toy", Clamping(40, 24), (LinearPart("p", slice(0, 10)), LinearPart("q", slice(10, 24))), (5,), 40, 24)
     factors = {"blocks.0.toy.p.A": torch.zeros(10, 1), "blocks.0.toy.p.B": torch.ones(1, 40)}
     factors |= {"blocks.0.toy.q.A": torch.zeros(14, 2), "blocks.0.toy.q.B": torch.ones(2, 40)}
@@ -238,7 +238,7 @@ def test_what_is_kept_of_a_layer_that_clamps_its_input(network):
 def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_factors):
     driver = Driver(network, sites, small_factors)
     with pytest.raises(UnsupportedCallError, match="nothing of this shape"):
-        driver.icc("ab", 0.7, *inputs(1))  # no anchor
+        driver.icc("ab", 0.7, *inputs(1))  # there is no anchor
     driver.full("ab", 1.0, *inputs(0))
     with pytest.raises(UnsupportedCallError, match="another shape"):
         driver.icc("ab", 0.7, *inputs(1, (32, 32)))
@@ -285,7 +285,7 @@ def test_forwards_are_restored_also_after_an_error_inside_a_block(network, sites
 
 
 def test_costs_of_a_layer_by_hand():
-    """10 tokens in two calls, 6 inputs, 9 outputs in two row parts of 3 and 6, rank 4: cut to 3 in the first."""
+    """There are 10 tokens in two calls, 6 inputs, and 9 outputs in two row parts of 3 and 6. Rank 4 is cut to 3 in the first part."""
     parts = (LinearPart("a", rows=slice(0, 3)), LinearPart("b", rows=slice(3, None)))
     site = LinearSite("blocks", 0, "toy", nn.Identity(), parts, (4, 6), 6, 9)
     assert site.ranks(4) == [3, 4]
@@ -306,8 +306,9 @@ def test_bytes_are_those_kept(network, sites, small_factors, dtype):
 
 
 def test_macs_are_those_torch_counts(network, sites, small_factors):
-    """Embedding, modulation and attention are a full evaluation's; only the linears of the blocks are cheaper: rank times inputs and
-    outputs a token instead of inputs times outputs (arXiv 2505.05829), and rank times inputs more where y_c and z_c are kept."""
+    """Embedding, modulation and attention cost what they do in a full evaluation. Only the blocks' linear layers are cheaper: per token,
+    rank times inputs and outputs instead of inputs times outputs (arXiv 2505.05829), and rank times inputs more where y_c and z_c are kept.
+    """
     driver = Driver(network, sites, small_factors)
 
     def counted(evaluate, *arguments):

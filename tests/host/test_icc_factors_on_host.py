@@ -1,4 +1,4 @@
-"""Low-rank factors of the demo network's layers: every part by itself, one dense layer at a time, channel magnitudes as heard in a call."""
+"""Low-rank factors of the demo network's layers: one for each part, one dense layer at a time, magnitudes as measured in a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weigh
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_shapes
 from comfyui_duca.cache_core.families.fused import UNSPLIT
 from comfyui_duca.nodes.demo_flux import encode_prompt
-from helpers.linears import ClippedInput, linear, reference_product
+from helpers.layers import ClippedInput, linear, reference_product
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_magnitudes_that_were_not_measured_are_refused(sites):
 
 
 def test_factorised_sites_and_one_dense_layer_at_a_time(sites, monkeypatch):
-    alive, most, told = [], [], []
+    alive, most, progress = [], [], []
     original = dense_weight
 
     def counted(*args, **kwargs):
@@ -41,20 +41,20 @@ def test_factorised_sites_and_one_dense_layer_at_a_time(sites, monkeypatch):
     monkeypatch.setattr(low_rank, "dense_weight", counted)
     chosen = [site for site in sites if site.index == 0]
     factors, energy = factorise_sites(
-        chosen, 4, "svd", None, torch.bfloat16, CPU, lambda done, of: told.append((done, of)), call_dtype=torch.float32
+        chosen, 4, "svd", None, torch.bfloat16, CPU, lambda done, of: progress.append((done, of)), call_dtype=torch.float32
     )
     assert len(most) == len(chosen) == 10 and max(most) == 0
-    assert told == [(i, 10) for i in range(1, 11)]
+    assert progress == [(i, 10) for i in range(1, 11)]
     check_shapes(chosen, factors)
     expected = {f"{site.key(part)}.{letter}" for site in chosen for part in site.parts for letter in "AB"}
     assert set(factors) == expected and {f"{part}.{letter}" for part in energy for letter in "AB"} == expected
-    for tensor in factors.values():  # none is a view that keeps a whole decomposition
+    for tensor in factors.values():  # none is a view that keeps a whole decomposition alive
         assert tensor.dtype is torch.bfloat16 and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @pytest.mark.parametrize("method", low_rank.METHODS)
 def test_parts_are_factorised_apart(network, sites, method):
-    """Literal slices of the weights: q, k, v, mlp of outputs; each with its own channels' magnitudes."""
+    """The reference takes slices of the weights: q, k, v and mlp of the outputs, each with the magnitudes of its own channels."""
     chosen, random = [s for s in sites if s.index == 1], np.random.default_rng(1)
     magnitudes, seen = Magnitudes(increments=method == "cd_svd"), {}
     for site in chosen:
@@ -86,7 +86,7 @@ def test_parts_are_factorised_apart(network, sites, method):
 
 @pytest.mark.parametrize("size", [1e-10, 1e-4, 1e4], ids=str)
 def test_factors_fit_into_half_precision_however_small_the_increments(network, sites, size):
-    """One channel in four hardly moves at all; divided by its weight, B would be beyond 65504."""
+    """One channel in four hardly changes at all. Divided by its weight, B would exceed 65504."""
     chosen, magnitudes = [s for s in sites if s.name == "double_blocks.0.img_attn.proj"], Magnitudes(increments=True)
     (site,) = chosen
     moved = size * torch.rand(1, 1, site.in_features + site.out_features, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Runs with calibrated evaluations through the host's own sampling: pictures, kinds, costs, and what is left behind."""
+"""Runs with incremental evaluations through the host's own sampling: pictures, kinds, costs, and what is freed."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def factors(model):
 
 
 def planned(model, plan: str, factors, predictor: Predictor = Reuse(), **strategy):
-    """The model with a cache that follows this plan."""
+    """Returns the model with a cache that follows this plan."""
     chosen = Strategy(Given(Plan.parse(plan)), predictor, factors=factors, **strategy)
     return host.attach(model, chosen, host.HostOptions(choose_device=False))
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Every CacheRun that the host opens."""
+    """Returns a list of every CacheRun that the host opens."""
     opened, original = [], cached_model._Runs.open
     monkeypatch.setattr(cached_model._Runs, "open", lambda *args: opened.append(original(*args)) or opened[-1])
     return opened
@@ -60,7 +60,7 @@ def runs(monkeypatch):
 
 
 def test_at_full_rank_the_uncached_picture_is_reproduced(model):
-    """Up to float32 rounding over 12 evaluations: 1.5e-5 at most was seen, of values in about -1..1; nothing else is lost."""
+    """The difference is float32 rounding over 12 evaluations: 1.5e-5 at most was seen, for values in about -1..1."""
     patched = planned(model, "FFiiiiiiiiii", factors_of(model, 10**6))
     for prompt in ("red apple", "tiger face"):
         assert torch.allclose(sample(patched, prompt=prompt), sample(model, prompt=prompt), rtol=0, atol=1e-4)
@@ -69,9 +69,9 @@ def test_at_full_rank_the_uncached_picture_is_reproduced(model):
 
 @pytest.mark.parametrize(("plan", "gain"), [("FFiiFiiFiiFi", 2.0), ("FiFiFiFiFiFi", 2.0), ("FFiiiiiiiiii", 1.0)])
 def test_rank_32_is_nearer_than_reuse(model, factors, plan, gain):
-    """Mean of three prompts, against every sublayer reused (share 0) and the whole stack reused in the same places.
+    """The mean over three prompts is compared with keeping every sublayer (share 0), and the whole stack, in the same places.
 
-    Seen: calibrated 29.0, 34.5, 18.4 dB for the three plans; sublayers 25.8, 30.2, 16.6 dB; stack 25.7, 29.4, 16.6 dB.
+    Seen for the three plans: incremental 29.0, 34.5, 18.4 dB; sublayers 25.8, 30.2, 16.6 dB; stack 25.7, 29.4, 16.6 dB.
     """
     prompts = ("red apple", "castle", "tiger face")
     uncached = [sample(model, prompt=prompt) for prompt in prompts]
@@ -84,7 +84,7 @@ def test_rank_32_is_nearer_than_reuse(model, factors, plan, gain):
 
 
 def computing_in_bfloat16():
-    """The demo model with everything in bfloat16: weights, features, factors once in place."""
+    """Returns a model that computes, and keeps weights, features and placed factors, in bfloat16."""
     model = load_demo_model(torch.bfloat16)
     model.model.manual_cast_dtype = torch.bfloat16
     return model
@@ -124,7 +124,7 @@ def test_the_policy_of_the_method(model, factors):
     assert report_plot(last_report(patched)).shape[-1] == 3
 
 
-def test_a_calibrated_hidden_state_is_what_a_skip_goes_by(model, factors, runs):
+def test_a_skip_uses_the_hidden_state_of_an_incremental_evaluation(model, factors, runs):
     patched, times = planned(model, "FiaF", factors, Chebyshev()), []
     sample(patched, steps=4, cfg=1.0, callback=lambda *_: times.append([a.time for s in runs[0]._slots._slots.values() for a in s.anchors]))
     assert [len(t) for t in times] == [1, 2, 2, 3]
@@ -140,7 +140,7 @@ def test_both_conds_in_one_call_or_in_two_give_the_same(model, factors, monkeypa
 
 
 def longer(text: str, tokens: int = 20):
-    """A prompt whose context has more tokens than the demo's 12."""
+    """Returns a prompt whose context has more tokens than the demo's 12."""
     context, extra = encode_prompt(text)[0]
     return [[context.repeat(1, 2, 1)[:, :tokens], extra]]
 
@@ -154,7 +154,7 @@ def test_conds_of_unequal_length(model, factors):
 
 
 def late_prompt(model, plan, factors):
-    """The report of a run in which another prompt, of another length, takes over at a later evaluation."""
+    """Returns the report of a run in which another prompt, of another length, starts at a later evaluation."""
     early = node_helpers.conditioning_set_values(encode_prompt("red apple"), {"end_percent": 0.35})
     late = node_helpers.conditioning_set_values(longer("red apple"), {"start_percent": 0.35})
     patched = planned(model, plan, factors)
@@ -163,7 +163,7 @@ def late_prompt(model, plan, factors):
 
 
 def test_a_cond_that_appears_late_is_computed_first(model, factors):
-    """There is nothing of it to go by, whatever its step has in the plan; and it keeps only what later steps can use."""
+    """Nothing is kept of it, so it is computed whatever the plan says. Then it keeps only what later steps can use."""
     report = late_prompt(model, "FiiiiiFF", factors)
     changed = kinds(report).index("F", 1)
     assert kinds(report) == "F" + "i" * (changed - 1) + "F" + "i" * (5 - changed) + "FF" and 1 < changed < 5
@@ -174,7 +174,7 @@ def test_a_cond_that_appears_late_is_computed_first(model, factors):
 
 
 def used_once_more(block):
-    """The forward of someone's block patch that uses a layer once more, for tokens of its own."""
+    """Returns a forward, as of a block patch, that uses a layer once more for tokens of its own."""
     original = block.forward
 
     def twice(*args, **kwargs):
@@ -196,7 +196,7 @@ def test_a_layer_called_in_another_way_than_before_is_computed_in_full_and_said_
     assert torch.equal(result, sample(model, steps=5))
 
 
-def test_a_layer_that_is_called_twice_from_the_start_is_calibrated_both_times(factors, monkeypatch):
+def test_a_layer_that_is_called_twice_from_the_start_is_incremental_both_times(factors, monkeypatch):
     model = load_demo_model()
     patched, block = planned(model, "FiiFi", factors_of(model, 10**6)), model.model.diffusion_model.double_blocks[1]
     monkeypatch.setattr(block, "forward", used_once_more(block))
@@ -205,7 +205,7 @@ def test_a_layer_that_is_called_twice_from_the_start_is_calibrated_both_times(fa
 
 
 def test_layers_replaced_after_binding_are_found(model, factors):
-    """Object patches swap modules when the model is loaded, which may be after the strategy was made."""
+    """Object patches replace modules when the model is loaded, which may be after the strategy was made."""
     patched = planned(model, "FiiFii", factors)
     expected = sample(patched, steps=6)
     network = model.model.diffusion_model
@@ -223,14 +223,14 @@ def test_layers_replaced_after_binding_are_found(model, factors):
 
 
 def bytes_per_row(joint: int, image: int, itemsize: int = 4, anchors: int = 1) -> int:
-    """The demo model's, of width 256, at rank 32: outputs and projections of 3 double and 6 single blocks, and hidden states."""
+    """Returns the demo model's bytes (width 256) at rank 32: outputs and projections of 3 double and 6 single blocks, and hidden states."""
     double = (3 + 1 + 4 + 1) * 256 + 6 * RANK  # qkv, proj, mlp.0, mlp.2; z of q, k, v and the other three
     single = (3 + 4 + 1) * 256 + 5 * RANK  # q, k, v and mlp of linear1, linear2; z of its five parts
     return itemsize * (joint * (3 * double + 6 * single) + anchors * image * 256)
 
 
 def whole_and_outside(network, rows: int) -> tuple[float, float]:
-    """Multiply-adds of one evaluation of 12 text and 144 image tokens, and those outside its blocks, as torch counts them."""
+    """Returns multiply-adds of an evaluation with 12 text and 144 image tokens, and those outside its blocks, as torch counts them."""
     context, extra = encode_prompt("red apple")[0]
     given = torch.randn(rows, 3, 48, 48), torch.ones(rows), context.repeat(rows, 1, 1), extra["pooled_output"].repeat(rows, 1)
     plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -243,17 +243,17 @@ def whole_and_outside(network, rows: int) -> tuple[float, float]:
 
 
 def test_macs_are_those_added_up_by_hand(model, factors):
-    """156 tokens, 9 blocks of 12·256² weights; every part of rank 32 costs its inputs plus its outputs, z_c the inputs alone."""
+    """There are 156 tokens and 9 blocks of 12·256² weights. Every part of rank 32 costs its inputs plus outputs, z_c its inputs alone."""
     patched = planned(model, "FiaFiaFF", factors)
     sample(patched, steps=8)
     rows = 2
     full, outside = whole_and_outside(model.model.diffusion_model, rows)
     dense = rows * 156 * 9 * 12 * 256**2
-    increments = rows * 156 * RANK * (3 * (3 * 512 + 512 + 2 * 1280) + 6 * (3 * 512 + 1280 + 1536))  # double blocks, single ones
+    increments = rows * 156 * RANK * (3 * (3 * 512 + 512 + 2 * 1280) + 6 * (3 * 512 + 1280 + 1536))  # double blocks, then single ones
     projections = rows * 156 * 9 * RANK * (3 * 256 + 256 + 256 + 1024)
     cost = {"F": full + projections, "i": full - dense + increments, "a": outside}
     report = last_report(patched)
-    expected = [cost[letter] for letter in "FiaFia"] + [full, full]  # no calibrated evaluation follows the last two
+    expected = [cost[letter] for letter in "FiaFia"] + [full, full]  # no incremental evaluation follows the last two
     assert [e.macs for e in report.evaluations] == pytest.approx(expected, rel=1e-9)
     assert [e.full_macs for e in report.evaluations] == pytest.approx([full] * 8, rel=1e-9)
     assert report.compute_speedup == pytest.approx(8 * full / sum(expected))
@@ -268,7 +268,7 @@ def test_predicted_bytes_are_allocated(model, factors, plan, dtype):
     assert kinds(report) == plan and report.predicted_bytes == report.peak_bytes > 2 * bytes_per_row(156, 0, 1)
 
 
-def test_a_forecast_that_uses_the_input_finds_it_beside_calibrated_hidden_states(model, factors):
+def test_a_forecast_that_uses_the_input_finds_it_beside_incremental_hidden_states(model, factors):
     patched = planned(model, "FiaFia", factors, Innovating(torch.zeros(48, 256), history=4))
     sample(patched, steps=6)
     report = last_report(patched)
@@ -277,7 +277,7 @@ def test_a_forecast_that_uses_the_input_finds_it_beside_calibrated_hidden_states
 
 
 def test_only_what_can_still_be_used_is_kept(model, factors, runs):
-    """Full evaluations with no conservative or calibrated one to come keep the hidden state alone: the rest stays the first one's."""
+    """Full evaluations after which no conservative or incremental one comes keep only the hidden state. The rest stays the first one's."""
     kept = []
 
     def callback(*_):
@@ -293,7 +293,7 @@ def test_only_what_can_still_be_used_is_kept(model, factors, runs):
 
 @pytest.mark.parametrize("how", ["finished", "cancelled", "failed"])
 def test_everything_is_freed_and_restored(factors, runs, how):
-    """Features, the factors put in place and every forward. In bfloat16, so that placed factors are not those given."""
+    """That is features, placed factors and every forward. In bfloat16, so that placed factors differ from the given ones."""
     model = computing_in_bfloat16()
     network = model.model.diffusion_model
     forwards = [module.__dict__.get("forward") for module in network.modules()]
@@ -369,8 +369,8 @@ def test_factors_of_none_of_the_layers_are_of_no_use(model, factors):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
-def test_compiled_models_are_calibrated_too_and_compile_nothing_more(model, factors, whole):
-    """Overrides inside compiled blocks would be traced anew at every call."""
+def test_compiled_models_have_incremental_evaluations_and_compile_nothing_more(model, factors, whole):
+    """Overrides inside compiled blocks would be traced again in every call."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     expected = sample(planned(model, "FFiaFiia", factors), steps=8)

@@ -1,4 +1,4 @@
-"""Help pages and translations against the real nodes: nothing missing, nothing made up, and the host takes the files."""
+"""Help pages and translations agree with the nodes, are complete, and are files that the host takes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ NODES = nodes()
 LANGUAGES = ("en", "zh")
 PAGES = [(name, language) for name in NODES for language in LANGUAGES]
 HEADINGS = {"en": ("When to use it", "Inputs", "Outputs", "Example"), "zh": ("何时使用", "输入", "输出", "示例")}
-WORDS = {"empty": "", "空": "", "on": "True", "开": "True", "off": "False", "关": "False"}  # for defaults
+WORDS = {"empty": "", "空": "", "on": "True", "开": "True", "off": "False", "关": "False"}  # how pages write defaults
 LARGEST_PICTURE = 150_000
 SAME_IN_CHINESE = {"VAE", "CFG", "Latent"}
 
 
 def path_of(node: str, language: str) -> Path:
-    """Where the page looks first for a language, and where it looks for all others."""
+    """Returns where the page looks first for a language, and where it looks for all other languages."""
     return DOCS / f"{node}.md" if language == "en" else DOCS / node / f"{language}.md"
 
 
 class Entry(NamedTuple):
-    """Of a page's list: label stands before the name, in other languages than English. default: as it is written, "" for none."""
+    """An entry of a list on a help page.
+
+    Args:
+        label: What stands before the name; only in languages other than English.
+        name: Of the input or output.
+        default: As it is written, "" for none.
+        text: What follows.
+    """
 
     label: str
     name: str
@@ -55,10 +62,10 @@ class HelpPage:
     def __init__(self, node: str, language: str) -> None:
         self.text = path_of(node, language).read_text(encoding="utf-8")
         parts = re.split(r"^## (.+)$", self.text, flags=re.M)
-        self.opening, self.sections = parts[0], dict(zip(parts[1::2], parts[2::2]))
+        self.intro, self.sections = parts[0], dict(zip(parts[1::2], parts[2::2]))
 
     def entries(self, heading: str) -> list[Entry]:
-        """The points of a section's list, each with the options below it."""
+        """Returns the entries of a section's list, each with the options below it."""
         points = re.findall(r"^- .*(?:\n  .*)*", self.sections[heading].split("\n\nHow to read")[0].split("\n\n如何阅读")[0], flags=re.M)
         return [self._entry(point) for point in points]
 
@@ -85,8 +92,8 @@ def test_there_is_a_page_for_every_node_and_no_other():
 def test_a_page_has_its_parts(page):
     node, text, language = page
     expected = display_name(node, language)
-    assert text.opening.splitlines()[0] == f"# {expected}"
-    assert "![" in text.opening, "a picture stands at the top"
+    assert text.intro.splitlines()[0] == f"# {expected}"
+    assert "![" in text.intro, "a picture stands at the top"
     assert [heading for heading in text.sections if heading in HEADINGS[language]] == list(HEADINGS[language])
     assert all(len(text.sections[heading].strip()) > 20 for heading in HEADINGS[language])
 
@@ -114,12 +121,12 @@ def test_other_languages_show_the_labels_of_the_page(page):
     for heading, kind in zip(HEADINGS[language][1:3], ("inputs", "outputs")):
         labels = [value["name"] for value in translated[kind].values()]
         if language == "en":
-            labels = [""] * len(labels)  # there the label is the name
+            labels = [""] * len(labels)  # the default text shows the name alone
         assert [entry.label for entry in text.entries(heading)] == labels
 
 
 def test_names_in_the_text_are_inputs_of_some_node(page):
-    """In backticks stand names of this pack's inputs and outputs, files of the pack, and what a user writes into a text input."""
+    """Words in backticks are inputs and outputs of this pack, files of the pack, and what a user types into a text input."""
     _, text, _ = page
     known = {name for node in NODES.values() for kind in ("inputs", "outputs") for name in names(definition_of(node), kind)}
     for quoted in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text.text):
@@ -128,7 +135,7 @@ def test_names_in_the_text_are_inputs_of_some_node(page):
 
 
 def test_options_in_bold_exist(page):
-    """Bold words in the text of a choice are its options; where they have lines of their own, all of them."""
+    """Bold words in the text of a combo box are its options. If they have lines of their own, all options are there."""
     node, text, language = page
     for entry, field in zip(text.entries(HEADINGS[language][1]), node.GET_SCHEMA().inputs):
         if isinstance(field, io.Combo.Input):
@@ -143,7 +150,7 @@ def test_pictures_exist_and_are_small(page):
     shown = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", text.text)
     assert shown and text.text.count("![") == len(shown), "every picture says in words what it shows"
     for _, target in shown:
-        # The page puts the docs folder's address before it, for all languages.
+        # For every language, the page puts the docs folder's address before it.
         assert re.fullmatch(r"pictures/\w+\.png", target)
         picture = (DOCS / target).read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) < LARGEST_PICTURE, target
@@ -192,14 +199,14 @@ def test_the_schedule_pages_example_is_right(language):
 
 
 class Steps:
-    """As much of a run's opening as a schedule asks for."""
+    """The part of a run's start that a schedule asks for."""
 
     def __init__(self, steps: int) -> None:
         self.timeline = type("Timeline", (), {"steps": steps})
 
 
 def is_quoted(written: str, default: Any) -> bool:
-    """Whether what a page says of a default is that default."""
+    """Returns whether the text that a page has for a default is that default."""
     if default is None:
         return written == ""
     if isinstance(default, str) and "\n" in default:
@@ -256,7 +263,7 @@ def test_chinese_is_complete():
 
 
 def test_chinese_quotes_the_numbers_and_options_of_the_english():
-    """Numbers, and words that a user writes or chooses, are the same in both."""
+    """Numbers, and words that a user types or selects, are the same in both."""
     english, chinese = flat(translations("en")), flat(translations("zh"))
     for node in NODES.values():
         schema = node.GET_SCHEMA()

@@ -1,4 +1,4 @@
-"""Samplers that add noise are computed in full, found by what they do to numbers; the picture's own noise is not touched."""
+"""Samplers that add noise are computed in full. A trial on numbers shows which do so, and leaves the picture's own noise alone."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def test_samplers_that_add_noise(sampling, sigmas, name):
 
 
 def test_how_much_noise_by_hand(sampling, sigmas):
-    """Flow models' ancestral Euler steps from σ to σ' by way of σ_down = σ'·(1 + (σ'/σ - 1)), scaled by (1 - σ') / (1 - σ_down), and adds
-    the rest of the variance σ'²: the share 1 - (σ_down/σ' · (1 - σ') / (1 - σ_down))² is new."""
+    """Flow models' ancestral Euler goes from σ to σ' by way of σ_down = σ'·(1 + (σ'/σ - 1)), scales by (1 - σ') / (1 - σ_down) and adds the
+    rest of the variance σ'². So the share 1 - (σ_down/σ' · (1 - σ') / (1 - σ_down))² is new.
+    """
     function = comfy.k_diffusion.sampling.sample_euler_ancestral
     measured = samplers.fresh_noise(sampling, function, {}, sigmas)
     for share, (high, low) in zip(measured, zip(sigmas.tolist(), sigmas[1:].tolist())):
@@ -83,7 +84,7 @@ def test_a_noisy_sampler_is_computed_in_full_and_said(model, settings):
 
 def test_er_sde_is_served(model):
     patched = cached(model, speedup=2.0)
-    for _ in range(2):  # in a later run the place is proved once, at a noise level far from that of the first skip
+    for _ in range(2):  # a later run proves the place once, at a noise level far from that of the first skip
         result = sample(patched, steps=STEPS, sampler="er_sde")
         assert kinds(last_report(patched)).count("F") == STEPS // 2 and not last_report(patched).notices
     assert psnr(result, sample(model, steps=STEPS, sampler="er_sde")) > 27
@@ -123,7 +124,7 @@ def test_a_sampler_is_tried_once(sampling, sigmas, monkeypatch):
 
 
 def test_trying_a_sampler_seeds_no_device(sampling, sigmas, monkeypatch):
-    """Their numbers are the picture's, where a sampler or a patch draws some without a seed of its own."""
+    """Where a sampler or a patch draws numbers without a seed of its own, the devices' generators make the picture."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     samplers._known.clear()
@@ -132,7 +133,7 @@ def test_trying_a_sampler_seeds_no_device(sampling, sigmas, monkeypatch):
 
 
 def test_a_sampler_inside_another_is_not_taken_for_one_that_lay_there(sampling, sigmas):
-    """As nodes make them that bend another sampler's noise levels: a new one may lie where the last one was."""
+    """Nodes that change another sampler's noise levels make such samplers. A new one may be at the address of the last one."""
 
     def bending(model, x, sigmas, *, inner, extra_args=None, callback=None, disable=None):
         return inner.sampler_function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
@@ -144,7 +145,7 @@ def test_a_sampler_inside_another_is_not_taken_for_one_that_lay_there(sampling, 
 
 
 def test_samplers_that_break_the_trial_are_not_known(sampling):
-    """One that never ends, one that cannot be hashed, one that gives NaN."""
+    """Tried are a sampler that never ends, one that cannot be hashed, and one that gives NaN."""
 
     def endless(model, x, sigmas, extra_args=None, callback=None, disable=None):
         while bool((model(x, sigmas[:1]) == 0).all()):

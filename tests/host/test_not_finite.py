@@ -1,4 +1,4 @@
-"""NaN and infinity, in what the model gives and in what forecasts make of it: neither is kept nor answered."""
+"""NaN and infinity are neither kept nor answered, whether the model or a forecast makes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model():
 
 
 def breaking(model, call: int, value: float):
-    """A model whose hidden state is not finite in one evaluation, and a later node that cleans the picture up."""
+    """Returns a model whose hidden state is not finite in one evaluation, and whose denoised latents another node then cleans."""
     evaluations = []
 
     def counted(executor, *args, **kwargs):
@@ -49,8 +49,9 @@ def breaking(model, call: int, value: float):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("settings", [{"speedup": 2.8}, {"mode": "paper", "cycle_length": 5, "token_share": 0.2}], ids=["auto", "paper"])
 def test_one_bad_evaluation_does_not_spread(model, settings, value):
-    """At the third one, which is full: the next one is computed in its place. A course with such a jump in it is harder to forecast,
-    36 dB where it is 42 without the fault (auto); with the bad values kept it was 9."""
+    """The third evaluation is bad, and full; the next one is computed in its place. The jump makes later steps harder to forecast: 36 dB
+    where it is 42 without the fault (auto). With the bad values kept it was 9 dB.
+    """
     expected = sample(model, steps=STEPS)
     whole = sample(cached(model, **settings), steps=STEPS)
     patched = cached(breaking(model, 3, value), **settings)
@@ -62,7 +63,7 @@ def test_one_bad_evaluation_does_not_spread(model, settings, value):
 
 
 def test_a_run_that_is_nothing_else_is_computed_in_full(model):
-    """A latent that is not finite stays what it is; the cache ends with the run and says so."""
+    """A latent that is not finite stays so. The cache ends with the run and says so."""
     patched = cached(model, speedup=2.8)
     result = sample(patched, steps=8, latent=torch.full((1, 3, 48, 48), float("nan")))
     assert set(kinds(last_report(patched))) == {"F"} and not torch.isfinite(result).all()
@@ -88,9 +89,7 @@ def test_the_largest_half_precision_values_are_finite():
 
 @pytest.mark.parametrize("predictor", ["taylor1", "taylor2"])
 def test_forecasts_beyond_half_precision_use_the_last_values(predictor):
-    """Hidden states of up to 4e4, 5e4, 6e4, as some fp16 models have: the line through them is at 6.65e4 and more next, which float16 does
-    not hold.
-    """
+    """Hidden states go up to 4e4, 5e4 and 6e4, as in some fp16 models. The line through them reaches 6.65e4 and more, beyond float16."""
     network, levels = load_demo_model().model.diffusion_model.half(), [1.0, 0.9, 0.8, 0.7, 0.6, 0.0]
     strategy = Strategy(Given(Plan.parse("FFFaa")), PREDICTORS[predictor]())
     run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, Timeline(levels), range(5)))
@@ -105,7 +104,7 @@ def test_forecasts_beyond_half_precision_use_the_last_values(predictor):
         with torch.inference_mode(), run.evaluation(sigma):
             time = torch.tensor([sigma]).half()
             run.model_call(ModelCall(network, ("a",), 0), lambda time=time: network(x, time, context.half(), extra["pooled_output"].half()))
-        firsts.append(seen[0])  # the first evaluation is followed by skips that prove where the hidden state is
+        firsts.append(seen[0])  # skips that prove the place follow in the first evaluation
         seen.clear()
     report = run.close(is_complete=True)
     assert "".join(e.letter for e in report.evaluations) == "FFFaa"

@@ -1,4 +1,4 @@
-"""Other nodes that answer evaluations themselves, split guidance, or change weights and options while sampling."""
+"""The cache works beside nodes that answer evaluations themselves, split guidance, or change weights and options while sampling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model():
 
 
 def answering(model, kind, every: int = 5):
-    """A node that answers each fifth call with what it saw last, as other caches do."""
+    """Returns a model with a node that repeats its last answer in every fifth call, as other caches do."""
     state = {"calls": 0, "last": None}
 
     def wrapper(executor, *args, **kwargs):
@@ -46,8 +46,8 @@ def answering(model, kind, every: int = 5):
 
 @pytest.mark.parametrize("is_outside", [True, False], ids=["before the node", "after the node"])
 @pytest.mark.parametrize("kind", [WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE])
-def test_answers_of_another_node_are_told_apart_and_made_up_for(model, kind, is_outside):
-    """None is booked as a skip of ours, and as many evaluations are full as the plan says."""
+def test_answers_of_another_node_are_recognised_and_replaced(model, kind, is_outside):
+    """None of these answers counts as a skip of ours, and as many evaluations are full as the plan says."""
     patched = cached(answering(model, kind), **AUTO) if is_outside else answering(cached(model, **AUTO), kind)
     sample(patched, steps=STEPS)
     report = last_report(patched)
@@ -64,7 +64,7 @@ def test_answers_of_another_node_are_told_apart_and_made_up_for(model, kind, is_
 
 
 def test_a_pack_that_splits_guidance_skips_as_much(model):
-    """Positive and negative in passes of their own, in either order."""
+    """The node sends positive and negative in separate passes, in either order."""
 
     def split(executor, base_model, conds, x, timestep, options):
         calls.append(1)
@@ -76,7 +76,7 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
         return [parts[0], parts[1]]
 
     def inner_options(options):
-        """Without this wrapper itself."""
+        """Returns the options without this wrapper itself."""
         copied = comfy.model_patcher.create_model_options_clone(options)
         copied["transformer_options"]["wrappers"][WrappersMP.CALC_COND_BATCH].pop("split")
         return copied
@@ -93,7 +93,7 @@ def test_a_pack_that_splits_guidance_skips_as_much(model):
 
 @pytest.mark.parametrize("layers", [("1", ""), ("", "1"), ("1", "2")])
 def test_guidance_by_skipped_layers_is_skipped_in_all_lists(model, layers):
-    """Its pass runs some blocks of a list, which is passed through all the same: as little is computed as without such guidance."""
+    """Guidance's pass runs some blocks of a list, but a skip leaves the list out all the same, and costs as little as without guidance."""
     guided = SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, *layers).args[0]
     patched = cached(guided, **AUTO)
     sample(patched, steps=STEPS)
@@ -103,7 +103,7 @@ def test_guidance_by_skipped_layers_is_skipped_in_all_lists(model, layers):
 
 
 def test_guidance_that_is_always_full_beside_skips_is_no_run_without_any(model):
-    """An option that is another one in every step makes guidance's own pass one that is never skipped; the sampler's own is."""
+    """An option that changes in every step makes every evaluation of guidance's own pass full. The sampler's own pass is skipped."""
 
     def guided(args):
         options = comfy.model_patcher.create_model_options_clone(args["model_options"])
@@ -121,7 +121,7 @@ def test_guidance_that_is_always_full_beside_skips_is_no_run_without_any(model):
 
 
 def test_tiles_of_a_latent_are_computed_in_full(model):
-    """They come as calls of the same conditioning, here of another part of the picture each time: none is answered with another's."""
+    """They come as calls with one conditioning, each of another part of the picture. No part is answered with another's hidden state."""
 
     def tiled(apply_model, given):
         calls.append(1)
@@ -143,7 +143,7 @@ def test_tiles_of_a_latent_are_computed_in_full(model):
 
 
 def lora_with_keyframes(model, count: int):
-    """A prompt whose LoRA has another strength in each of `count` parts of the sampling."""
+    """Returns a prompt whose LoRA has another strength in each of `count` parts of the sampling."""
     key = "diffusion_model.single_blocks.0.linear2.weight"
     delta = torch.randn(model.model.state_dict()[key].shape, generator=torch.Generator().manual_seed(1)) * 0.05
     hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
@@ -167,7 +167,7 @@ def test_weights_that_change_at_every_step_are_said(model):
 
 
 def test_an_unknown_option_that_changes_at_every_step_is_said(model):
-    """What it does is not known, so its evaluations are not mixed; which option it was is."""
+    """Its effect is not known, so evaluations that differ in it share nothing. The notice names the option."""
 
     def changing(executor, x, t, *args, **kwargs):
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "uuids" in a)
@@ -187,7 +187,7 @@ def test_an_unknown_option_that_changes_at_every_step_is_said(model):
 
 
 def made_anew(strength):
-    """A patch as guidance makes it at every call: another function object, the same work."""
+    """Returns a patch as guidance makes one in every call: another function object that does the same."""
 
     def patch(args, extra):
         return args["img"] * strength
@@ -203,7 +203,7 @@ def made_anew(strength):
         ({"stg_self_attn_blocks": {29}}, {"stg_self_attn_blocks": {28}}, False),
         ({"stg_self_attn_blocks": {29}}, {}, False),
         ({"a2v_cross_attn": False}, {"v2a_cross_attn": False}, False),
-        ({"a2v_cross_attn": False}, {}, False),  # LTX-2 has it on unless it is off
+        ({"a2v_cross_attn": False}, {}, False),  # LTX-2 has it on by default
         ({"something new": 1}, {}, False),
         ({"something new": 1}, {"something new": 2}, False),
         ({"patches": {"attn1_patch": [made_anew(1.0)]}}, {"patches": {"attn1_patch": [made_anew(1.0)]}}, True),
@@ -239,18 +239,18 @@ def test_any_kind_of_option_can_be_compared(value):
 
 
 def test_what_lies_where_another_object_was_is_not_that_object():
-    """Freed memory is handed out again, so an address would make the plan a matter of chance."""
+    """Freed memory is used again, so comparing addresses would make the plan depend on chance."""
 
     class Strength:
         pass
 
     for make in (Strength, lambda: torch.empty(4096), lambda: np.empty(4096)):
         assert len({variant_of({"o": make()}) for _ in range(50)}) == 50
-    assert len({variant_of({"o": torch.tensor([0.0, 1.0])}) for _ in range(50)}) == 1  # few values are compared
+    assert len({variant_of({"o": torch.tensor([0.0, 1.0])}) for _ in range(50)}) == 1  # tensors of few values are compared
 
 
 def test_a_patch_that_counts_or_remembers_stays_the_same(model):
-    """It is one function: what it closes over says nothing of the network."""
+    """It is one function, and what it closes over does not change the network."""
     count, last = 0, {}
 
     def patch(args):
@@ -262,9 +262,9 @@ def test_a_patch_that_counts_or_remembers_stays_the_same(model):
     other = model.clone()
     other.set_model_patch(patch, "post_input")
     patched = cached(other, mode="auto", speedup=2.0)
-    for _ in range(2):  # the first run looks for where the hidden state is, with more calls
+    for _ in range(2):  # the first run looks for the place, with more calls
         count = 0
         sample(patched, steps=12)
         report = last_report(patched)
         assert kinds(report) == report.plan and not report.notices
-    assert count == 12 + 1  # the proof
+    assert count == 12 + 1  # one for the proof

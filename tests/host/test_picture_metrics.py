@@ -1,4 +1,4 @@
-"""PSNR and SSIM against numbers worked out by hand and against scikit-image."""
+"""PSNR and SSIM agree with numbers worked out by hand and with scikit-image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def photographs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two crops of a shipped picture, one pixel apart."""
+    """Returns two crops of a shipped picture, one pixel apart."""
     pixels = np.asarray(Image.open(DOCS / "contact_sheet.png").convert("RGB")).astype(np.float32) / 255
     return torch.from_numpy(pixels[60:260, 20:400].copy()), torch.from_numpy(pixels[60:260, 21:401].copy())
 
@@ -56,7 +56,7 @@ def test_psnr_by_hand():
 
 
 def test_ssim_by_hand():
-    """Flat pictures differ in their means only, a pattern and its negative in the sign of the covariance only."""
+    """Flat pictures differ only in their means, and a pattern and its negative only in the sign of the covariance."""
     dark, light = torch.full((1, 9, 9, 3), 0.2), torch.full((1, 9, 9, 3), 0.6)
     assert ssim(dark, light) == pytest.approx((2 * 0.2 * 0.6 + 0.0001) / (0.2**2 + 0.6**2 + 0.0001))
     pattern = torch.tensor([0.0] * 24 + [0.5] + [1.0] * 24).reshape(1, 7, 7, 1)  # mean 1/2, sample variance 48/4/48 = 1/4

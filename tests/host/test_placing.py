@@ -1,4 +1,4 @@
-"""Where the hidden state is: found once in the process, proved once in every run and signature, and what happens where it stops holding."""
+"""A place is found once in the process and proved once in every run and signature; and what happens when it stops holding."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def network():
 
 @pytest.fixture
 def counts(network) -> dict[str, int]:
-    """How often the network was called, and how often its last block really ran."""
+    """Returns counts of the network's calls and of its last block's real runs."""
     found = dict.fromkeys(("network", "last"), 0)
 
     def count(name):
         return lambda *_: found.update({name: found[name] + 1})
 
     network.register_forward_hook(count("network"))
-    network.single_blocks[5].norm.register_forward_hook(count("last"))  # of its attention: not reached by one that hands on or is replayed
+    # attention's norm, which does not run if the block is skipped or replayed
+    network.single_blocks[5].norm.register_forward_hook(count("last"))
     return found
 
 
@@ -47,7 +48,7 @@ def strategy_of(network, name: str) -> Strategy:
 
 
 class Driver:
-    """Evaluations of one run of the demo network, the cond's number being its signature."""
+    """Makes the evaluations of one run of the demo network. A cond's number is its signature."""
 
     def __init__(self, network, strategy: Strategy, places: Places | None = None) -> None:
         steps = len(strategy.policy.given)
@@ -55,7 +56,7 @@ class Driver:
         self.run = CacheRun(strategy, RunStart(network, find_family(network), Timeline([*self.levels, 0.0]), range(steps), places=places))
 
     def given(self, step: int, cond: int = 0) -> tuple:
-        """A picture that changes from step to step, as in a sampling; not another one."""
+        """Returns the network's arguments. The picture changes from step to step, as in a sampling, but stays the same picture."""
         (context, extra), generator = encode_prompt("red apple")[0], torch.Generator().manual_seed(cond)
         first, second = torch.randn(2, 1, 3, 24, 24 + 8 * cond, generator=generator)
         x = torch.lerp(first, second, step / 20)
@@ -78,19 +79,19 @@ class Driver:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_known_place_costs_one_skip_in_every_run_and_signature(network, counts, name):
-    """And finding it costs no full evaluation more, where a run keeps nothing of sublayers and layers."""
+    """Finding it costs no further full evaluation, if the run keeps nothing of sublayers and layers."""
     strategy, places = strategy_of(network, name), Places()
     for number in range(3):
         counts.update(dict.fromkeys(counts, 0))
         assert Driver(network, strategy, places).all(conds=(0, 1)) == STRATEGIES[name]
-        run = 2 * sum(STRATEGIES[name].count(letter) for letter in "Fi")  # a calibrated evaluation runs what is between the layers
+        run = 2 * sum(STRATEGIES[name].count(letter) for letter in "Fi")  # an incremental evaluation runs what is between the layers
         assert counts["last"] == run + (2 if number == 0 and name in ("paper", "icc") else 0)
-        proofs = 2 if name == "paper" else 1  # there of conservative evaluations as well
+        proofs = 2 if name == "paper" else 1  # conservative evaluations are proved as well
         assert number == 0 or counts["network"] == 2 * (len(STRATEGIES[name]) + proofs)
 
 
 def reading_an_early_block(network):
-    """A node that lets the head see what an early single block gave as well: a skip would leave the head without it."""
+    """Makes the head read an early single block's result as well, which it would lack in a skip."""
     seen = []
     network.single_blocks[0].mlp_act.register_forward_hook(lambda _module, _args, result: seen.append(result[:, 12:, :256].clone()))
     network.final_layer.register_forward_pre_hook(lambda _module, args: (args[0] + seen.pop() if seen else args[0], *args[1:]))
@@ -108,11 +109,11 @@ def test_a_place_that_stops_holding_between_two_runs_is_noticed_at_once(network)
         assert torch.equal(result, network(*later.given(0)))
     assert any("it is examined again" in notice for notice in later.run.report.notices)
     assert not any(slot.anchors for slot in later.run._slots._slots.values())
-    (result,) = later.evaluate(1)  # of a kind that there is nothing to go by for
+    (result,) = later.evaluate(1)  # nothing is kept that a skip could use
     with torch.inference_mode():
         assert torch.equal(result, network(*later.given(1)))
     assert later.run.report.evaluations[1].kind is Kind.FULL
-    assert later.run.report.place == "found and proved: skips double_blocks"  # what the head does without
+    assert later.run.report.place == "found and proved: skips double_blocks"  # the head does not need their results
 
 
 def test_what_was_found_goes_with_its_network():
@@ -128,7 +129,7 @@ def test_what_was_found_goes_with_its_network():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_random_numbers_are_those_of_an_uncached_run(network, name):
-    """A network that draws some: in the first evaluation of the process, in that of a later run, and in the next one."""
+    """The network draws random numbers: in the first evaluation of the process, in that of a later run, and in the next one."""
     network.final_layer.register_forward_hook(lambda _module, _args, result: result + 0 * torch.randn(()))
     strategy, places = strategy_of(network, name), Places()
     for _ in range(2):
@@ -147,7 +148,7 @@ def test_random_numbers_are_those_of_an_uncached_run(network, name):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("is_as_described", [True, False])
 def test_replays_are_proved_whatever_sublayers_are_kept_in(network, dtype, is_as_described):
-    """Another node may have replaced a block: what a replay makes of its parts is no longer what it gives."""
+    """Another node may have replaced a block. A replay then no longer gives what the block gives."""
     own = network.double_blocks[1].forward
     if not is_as_described:
         network.double_blocks[1].forward = lambda *args, **kwargs: tuple(1.5 * stream for stream in own(*args, **kwargs))
@@ -157,7 +158,7 @@ def test_replays_are_proved_whatever_sublayers_are_kept_in(network, dtype, is_as
 
 
 def test_an_ancestral_sampler_gives_the_same_picture():
-    """It computes everything, and draws its noise from the process's own generator."""
+    """Every evaluation is full, and noise comes from the process's own generator."""
     model = load_demo_model()
     patched = cached(model, speedup=2.0)
     assert torch.equal(sample(patched, sampler="euler_ancestral", steps=6), sample(model, sampler="euler_ancestral", steps=6))
@@ -199,7 +200,7 @@ def test_memory_that_ends_in_the_hosts_own_evaluation_is_the_hosts_to_hear_of(ne
 
 
 def test_other_numbers_of_text_tokens_are_other_calls(monkeypatch):
-    """Prompts of unequal length: in one run, and in the next one on the same network."""
+    """Prompts have unequal lengths in one run, and in the next one on the same network."""
     model = load_demo_model()
     context, extra = encode_prompt("castle")[0]
     longer = [[context.repeat(1, 2, 1)[:, :20], extra]]

@@ -1,4 +1,4 @@
-"""The page's request for a plan, without a server: what would take minutes or names the machine's files is refused in words."""
+"""The page's request for a plan is refused in words if it would take minutes or names files of the machine. Needs no server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def answer(body: bytes) -> tuple[int, dict]:
-    """The route's, for a body that comes in pieces of unknown number and says no length."""
+    """Returns the route's answer to a body that comes in an unknown number of pieces and states no length."""
 
     async def pieces():
         for start in range(0, len(body), 1000):

@@ -1,7 +1,7 @@
-"""Newer hosts record what a block allocates, and end the process where any of it outlives the block.
+"""Newer hosts record what a block allocates, and end the process if any of it outlives the block. The pack keeps within that.
 
-No GPU is needed for the rules: here the recorder is a dispatch mode that knows every allocation, and the host's module a stand-in with its
-public functions. Blocks of the demo model make new tensors for their results, so only what this pack allocates is held against it.
+The rules need no GPU: here the recorder is a dispatch mode that sees every allocation, and the host's module is a stand-in with its public
+functions. Blocks of the demo model allocate new tensors for their results, so only allocations by this pack count.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ OURS = (str(PACK / "cache_core"), str(PACK / "nodes"))
 
 
 class Recorder(TorchDispatchMode):
-    """Watches allocations in the blocks of a network. A block's are checked at its end, as the host's recorder does.
+    """Watches allocations in the blocks of a network, and checks a block's at its end, as the host's recorder does.
 
-    kept: (where, shape) of allocations by this pack, within a recorded block and not paused, that outlived it. paused: how often.
+    Attributes:
+        kept: (where, shape) of each allocation by this pack in a recorded block, while not paused, that outlived the block.
+        paused: Number of pauses.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
@@ -52,7 +54,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        # copies to system memory are not what is recorded on a GPU
+        # copies to system memory are not recorded on a GPU
         is_to_system_memory = function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == torch.device("cpu")
         if self._open is not None and not self._is_paused and not is_to_system_memory:
             where = _ours()
@@ -64,7 +66,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def pause(self, sync: bool = False):
-        """As the host has it: a flag, not a count."""
+        """Pauses as the host does: with a flag, not a count."""
         if self._open is not None:
             self._is_paused = True
             self.paused += 1
@@ -94,7 +96,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _ours() -> str:
-    """Where the innermost frame outside torch is, if that is this pack's code."""
+    """Returns file and line of the innermost frame outside torch if it is this pack's code, else an empty text."""
     frame = sys._getframe(2)
     while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
@@ -103,7 +105,7 @@ def _ours() -> str:
 
 
 class StandIn:
-    """The host's module `comfy.model_prefetch`, as far as this pack uses it."""
+    """Stands in for the host's module `comfy.model_prefetch`, as far as this pack uses it."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.pause_malloc_graph = recorder.pause
@@ -150,7 +152,7 @@ def test_nothing_that_is_kept_is_allocated_in_a_recorded_block(model, recorder, 
 
 def test_the_recorder_sees_what_is_not_paused(model, recorder, monkeypatch):
     """Without the pauses it finds kept tensors: the test above can fail."""
-    sample(cached(model, speedup=3.0), steps=8)  # looks for where the hidden state is
+    sample(cached(model, speedup=3.0), steps=8)  # finds the place
     monkeypatch.setattr(recording.prefetch, "pause_malloc_graph", None)
     with recorder.watching():
         sample(cached(model, speedup=3.0), steps=8)
@@ -162,12 +164,13 @@ def test_calibrating_keeps_nothing_in_a_recorded_block(model, recorder):
     sampling = Sampling(prompts, [encode_prompt("")] * 2, torch.zeros(1, 3, 16, 16), "euler", "simple", 4, 2.5, 0)
     with recorder.watching():
         calibrate(model, sampling, Wishes(method="cd_svd", rank=4), "demo")
-    kept = [where for where, _shape in recorder.kept if not where.startswith("low_rank.py")]  # whose sums are in system memory anywhere
+    # the sums of low_rank.py are in system memory on every device
+    kept = [where for where, _shape in recorder.kept if not where.startswith("low_rank.py")]
     assert not kept and recorder.paused
 
 
 def test_a_run_is_freed_by_who_opened_it_whatever_happens(model, recorder):
-    """An exception in step 1, a cancel in a later one, then a second prompt."""
+    """There is an exception in step 1, a cancel in a later step, then a second prompt."""
     from comfy.model_management import InterruptProcessingException
 
     before = {id(feature) for feature in features()}
@@ -176,7 +179,7 @@ def test_a_run_is_freed_by_who_opened_it_whatever_happens(model, recorder):
         with recorder.watching(), pytest.raises(type(error)):
             sample(patched, steps=8)
         assert not last_report(patched).is_complete and not recorder.kept
-        error.__traceback__ = None  # it holds the frames of the run
+        error.__traceback__ = None  # it would hold the frames of the run
         assert {id(feature) for feature in features()} <= before
     fresh = cached(model, speedup=3.0)
     with recorder.watching():
@@ -185,7 +188,7 @@ def test_a_run_is_freed_by_who_opened_it_whatever_happens(model, recorder):
 
 
 def failing(model, error: BaseException, call: int) -> ModelPatcher:
-    """A model that another node breaks at one of its calls."""
+    """Returns a model that another node breaks in one of its calls."""
     calls = []
 
     def breaks(executor, *args, **kwargs):
@@ -200,7 +203,7 @@ def failing(model, error: BaseException, call: int) -> ModelPatcher:
 
 
 def features() -> list:
-    """All that are alive."""
+    """Returns all features that are alive."""
     from comfyui_duca.cache_core.store import Feature
 
     gc.collect()
@@ -208,7 +211,7 @@ def features() -> list:
 
 
 def test_pauses_inside_each_other_end_with_the_outer_one(model, recorder):
-    """The host's own is a flag: an inner one of ours would end it."""
+    """The host's own pause is a flag, which the end of an inner pause of ours would clear."""
     recorder._begin()
     with recording.unrecorded():
         with recording.unrecorded():
@@ -232,7 +235,7 @@ def test_pauses_are_of_one_thread(recorder):
     assert seen == [2]
 
 
-# -- weights that the host fetches ahead ----------------------------------------------------------------
+# -- weights that the host fetches ahead of their use ------------------------------------------------------
 
 
 def test_weights_are_not_fetched_for_skipped_evaluations(model):
@@ -256,14 +259,17 @@ def test_weights_are_not_fetched_for_skipped_evaluations(model):
     with_option.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", look)
     sample(with_option, steps=8)
     plan = kinds(last_report(with_option))
-    assert "a" in plan and sum(seen) == plan.count("F")  # what looks for the hidden state, and proves it, skips as well
+    assert "a" in plan and sum(seen) == plan.count("F")  # the skips that find and prove the place do not fetch either
     seen.clear()
     sample(with_option, steps=8)
     assert plan[0] == "F" and seen == [True, False, *(kind != "a" for kind in plan[1:])]  # the second is the proof
 
 
 def unset(patched: ModelPatcher) -> ModelPatcher:
-    """Hosts set the option from whether weights are dynamic, which they are not on a CPU: here the wrapper before says."""
+    """Returns a model with the option set in our wrapper.
+
+    Hosts set it if weights are dynamic, which they are not on a CPU. Here the wrapper before ours sets it.
+    """
 
     def keeps(executor, *args, **kwargs):
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "uuids" in a)
@@ -278,7 +284,7 @@ def unset(patched: ModelPatcher) -> ModelPatcher:
 
 @pytest.mark.parametrize("letter", ["a", "c"])
 def test_a_call_given_up_half_way_is_cleaned_up_after(model, recorder, monkeypatch, letter):
-    """A skip, or a replay, that meets what it does not know raises inside the host's forward, where weights are pinned."""
+    """A skip or a replay that meets arguments it does not know raises inside the host's forward, where weights are pinned."""
     from comfyui_duca.cache_core.engine import skip
     from comfyui_duca.cache_core.families.base import Stack
 
@@ -286,7 +292,7 @@ def test_a_call_given_up_half_way_is_cleaned_up_after(model, recorder, monkeypat
         raise UnsupportedCallError("test")
 
     settings = Strategy(Given(Plan.parse(f"F{letter * 3}F{letter * 2}F")))
-    sample(host.attach(model, settings), steps=8)  # from here on the place is known
+    sample(host.attach(model, settings), steps=8)  # now the place is known
     recording.prefetch.cleaned = 0
     monkeypatch.setattr(*((skip, "_filled") if letter == "a" else (Stack, "checked")), refuses)
     patched = host.attach(model, settings)

@@ -1,4 +1,4 @@
-"""A family says how a block is replayed; the first full evaluation of a run shows whether that is so on this host."""
+"""The first full evaluation of a run shows whether a family's replay of a block is right on this host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_replay_that_is_right_is_used():
 
 
 def test_a_replay_that_is_wrong_is_not_used_and_said_once(monkeypatch):
-    """As after a host has changed the arithmetic of its blocks: here, the image stream of double blocks is doubled."""
+    """A host may have changed the arithmetic of its blocks. Here, the image stream of double blocks is doubled."""
     double, single = FLUX.stacks
 
     def doubled(block, call, cached):
@@ -46,14 +46,14 @@ def test_a_replay_that_is_wrong_is_not_used_and_said_once(monkeypatch):
 
 
 def test_trying_a_replay_leaves_what_is_kept_as_it_is(monkeypatch):
-    """With and without the trial, the evaluations after it are the same."""
+    """The evaluations after it are the same with and without the trial."""
     tried = run(load_demo_model())[0]
     monkeypatch.setattr(Placing, "prove_replays", lambda *_args: True)
     assert torch.equal(tried, run(load_demo_model())[0])
 
 
 def test_a_replay_that_does_not_run_is_not_used_either(monkeypatch):
-    """As after a host has renamed a layer that the replay calls."""
+    """A host may have renamed a layer that the replay calls."""
     double, single = FLUX.stacks
 
     def failing(block, call, cached):

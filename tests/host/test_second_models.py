@@ -1,4 +1,4 @@
-"""Guidance by a second model, and copies of one model on several devices in threads of their own."""
+"""The cache works with guidance by a second model, and with copies of one model on several devices, each in a thread."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def other():
-    """Another checkpoint of the same network."""
+    """Returns another checkpoint of the same network."""
     return perturbed(load_demo_model())
 
 
 def guided(model, negative, sampler="euler") -> torch.Tensor:
-    """A latent, the positive side by `model` and the negative one by `negative`."""
+    """Returns a latent whose positive side `model` computes and whose negative side `negative` computes."""
     guider = DualModelGuider.execute(model, encode_prompt("red apple"), 2.5, negative, encode_prompt("")).args[0]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
     noise = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_one_cache_serves_both_models_of_a_kind(model, other):
 
 @two_models
 def test_a_second_model_of_another_kind_passes_through_and_is_told(model):
-    """Its latent channels have to fit, nothing else: here a small network that the family cannot describe."""
+    """Only its latent channels have to fit. Here it is a small network that no family describes."""
 
     class Other(torch.nn.Module):
         dtype = torch.float32
@@ -92,7 +92,7 @@ def test_a_cache_on_the_negative_side_works_and_reports(model, other):
     assert any("second model of a guider" in notice for notice in report.notices)
     assert psnr(result, expected) > 25 and not torch.equal(result, expected)
     assert torch.equal(guided(model, cached(other, speedup=1.0)), expected)
-    assert torch.equal(guided(model, other), expected)  # nothing of it stays on either model
+    assert torch.equal(guided(model, other), expected)  # neither model keeps anything of the cache
 
 
 @two_models
@@ -104,7 +104,7 @@ def test_with_a_cache_on_both_sides_the_guiders_own_serves(model, other):
 
 
 def test_a_cache_that_stands_aside_says_so_once(model, other, monkeypatch):
-    """On the guider's own model, and on the other one: asked before every evaluation, it would look for a calibration and say it anew."""
+    """On the guider's own model and on the other. If asked in every evaluation, it would search for a calibration and say so each time."""
     said: list[str] = []
     monkeypatch.setattr(cached_model, "say", lambda text, _node_id=None: said.append(text))
     rising = torch.tensor([0.1, 0.3, 0.6, 0.9])
@@ -142,7 +142,7 @@ def test_a_run_as_a_guest_ends_with_an_error_too(model, other, monkeypatch):
 
 @pytest.mark.parametrize("plan", ["FaFaFaFa", "FiFiFiFi", "FcFaFcFa"])
 def test_calls_in_threads_give_the_same_thirty_times(model, sites, plan):
-    """Cond and uncond at the same time through networks of their own: kinds, bytes and results as one after the other."""
+    """Cond and uncond run at the same time, each in a network of its own. Kinds, bytes and results are as one after the other."""
     networks = [model.model.diffusion_model, copy.deepcopy(model.model.diffusion_model)]
     before = [[module.__dict__.get("forward") for module in network.modules()] for network in networks]
     serial = evaluated(networks[:1] * 2, sites, plan, threaded=False)
@@ -192,12 +192,12 @@ def evaluated(networks, sites, plan, threaded) -> tuple:
 @pytest.mark.skipif(not hasattr(comfy.samplers, "_calc_cond_batch_multigpu"), reason="this ComfyUI has no MultiGPU CFG Split")
 @pytest.mark.parametrize("settings", [AUTO, {"mode": "paper", "cycle_length": 4, "token_share": 0.2}], ids=["auto", "paper"])
 def test_multigpu_cfg_split_of_the_host(model, settings, monkeypatch):
-    """The host's own scheduler, threads and copies of the model; both devices are this CPU."""
+    """Scheduler, threads and copies of the model are the host's own. Both devices are this CPU."""
     patched = cached(model, **settings)
     together = sample(patched)
     plan = kinds(last_report(patched))
     second = patched.deepclone_multigpu(new_load_device=torch.device("cpu", 1))
-    second.is_multigpu_base_clone = True  # as the host's node marks it
+    second.is_multigpu_base_clone = True  # the host's node marks it so
     devices = {torch.device("cpu"): patched, torch.device("cpu", 1): second}
 
     def prepared(_patcher, _loaded, model_options):

@@ -1,4 +1,4 @@
-"""Which sidecar belongs to a model: it is found, the right one, and no file breaks the search."""
+"""The sidecar of a model's checkpoint is found, no other one is taken for it, and no file breaks the search."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch) -> dict[str, Path]:
-    """The host's table with empty folders, none of which exists."""
+    """Returns the host's table of folders, none of which exists."""
     paths = {name: tmp_path / name for name in (sidecars.FOLDER, "diffusion_models", "checkpoints")}
     for name, path in paths.items():
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(path)], {".safetensors"}))
@@ -39,7 +39,7 @@ def folders(tmp_path, monkeypatch) -> dict[str, Path]:
 
 @pytest.fixture
 def put(folders, of_demo):
-    """Writes a sidecar, the demo model's unless told, and gives its path."""
+    """Returns a function that writes a sidecar, by default for the demo model, and returns its path."""
 
     def put(name: str, fingerprint: Fingerprint = of_demo, folder: str = sidecars.FOLDER, **about) -> Path:
         path = folders[folder] / name
@@ -51,7 +51,7 @@ def put(folders, of_demo):
 
 
 def search(model: ModelPatcher) -> tuple[Path | None, dict[str, str]]:
-    """What was found, and the names of what was refused with the reasons."""
+    """Returns the file that was found, and the reasons for refused ones by name."""
     refused: dict[Path, str] = {}
     found = sidecars.find(model, refused.__setitem__)
     return found and found.path, {path.name: reason for path, reason in refused.items()}
@@ -59,7 +59,7 @@ def search(model: ModelPatcher) -> tuple[Path | None, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def demo() -> ModelPatcher:
-    """For tests that leave it as it is."""
+    """Returns the demo model, for tests that leave it unchanged."""
     return load_demo_model()
 
 
@@ -100,7 +100,7 @@ def test_files_that_cannot_be_used_are_told_and_end_nothing(put, folders, demo):
     save_file({"w": torch.ones(3)}, folder / "foreign.safetensors")
     (folder / "empty.safetensors").touch()
     (folder / "folder.safetensors").mkdir()
-    with suppress(OSError):  # not every system allows it
+    with suppress(OSError):  # some systems do not allow it
         (folder / "link.safetensors").symlink_to(folder / "nowhere")
     (folder / "notes.txt").write_text("no sidecar, and not meant to be")
     for _ in range(2):  # what is remembered of a file changes nothing
@@ -125,7 +125,7 @@ def test_a_file_that_may_not_be_read_until_it_may(put, demo):
 
 @pytest.mark.parametrize("folder", ["diffusion_models", "checkpoints"])
 def test_beside_a_checkpoint(put, folders, demo, folder):
-    put("weights.safetensors", folder=folder)  # whatever it is, only the ending makes it one of ours
+    put("weights.safetensors", folder=folder)  # only the ending makes a file one of ours
     save_file({"w": torch.ones(3)}, folders[folder] / "checkpoint.safetensors")
     assert search(demo) == (None, {})
     mine = put("flux/mine.Duca.SafeTensors", folder=folder)
@@ -166,9 +166,9 @@ def test_one_folder_within_another_gives_a_file_once(put, folders, demo, monkeyp
     within = str(folders["diffusion_models"] / "calibrations")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, sidecars.FOLDER, ([within], {".safetensors"}))
     put("calibrations/bad.duca.safetensors", folder="diffusion_models").write_bytes(b"")
-    told = []
-    sidecars.find(demo, lambda path, reason: told.append(path))
-    assert len(told) == 1
+    refused = []
+    sidecars.find(demo, lambda path, reason: refused.append(path))
+    assert len(refused) == 1
 
 
 def test_a_folder_that_disappears(put, demo):
@@ -285,7 +285,7 @@ def test_the_folder_is_registered_and_not_made(monkeypatch, tmp_path):
 
 
 def test_what_the_user_configured_comes_first(monkeypatch, tmp_path, of_demo):
-    """extra_model_paths.yaml is read before nodes are loaded, and leaves no extensions."""
+    """extra_model_paths.yaml is read before nodes are loaded, and sets no extensions."""
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {sidecars.FOLDER: (["/mine", "/ours"], set())})
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     sidecars.register()

@@ -1,4 +1,4 @@
-"""Runs that are recorded and played back, on the real host."""
+"""Runs that are recorded and played back give the same latents, on the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers.tuner import STEPS, calibrator, drawn, taped
 
 @pytest.fixture
 def computed(model):
-    """Grows with every evaluation in which the model's blocks run."""
+    """Returns a list that grows with every evaluation in which the model's blocks run."""
     calls = []
     hook = model.model.diffusion_model.double_blocks[0].img_attn.qkv.register_forward_hook(lambda *_: calls.append(1))
     yield calls
@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def learned(model):
-    """Of both prompts."""
+    """Returns what was learned from both prompts."""
     return calibrator(model, Wishes(speedups=(2.0,), directions=32)).run()
 
 
@@ -49,7 +49,7 @@ def test_recording_changes_nothing(model):
 @pytest.mark.parametrize("until", range(STEPS + 2))
 @pytest.mark.parametrize("share", [None, 0.5])
 def test_a_played_back_beginning_changes_nothing(model, learned, computed, share, until):
-    """From none to all, and more than there are: what is not played back is computed from what was."""
+    """From no step to all of them, and more than there are. Other steps are computed from what was played back."""
     strategy = forecast_strategy("FFaFaa", learned, share)
     latent, run = taped(model, strategy)
     assert len(computed) == 3 and kinds(run.report) == "FFaFaa"
@@ -64,14 +64,14 @@ def test_a_played_back_beginning_changes_nothing(model, learned, computed, share
 
 
 def test_a_played_back_beginning_serves_another_plan(model, learned):
-    """As a move of the fourth step is tried out: up to there nothing is computed again."""
+    """As when a move of the fourth step is tried: nothing before it is computed again."""
     _, run = taped(model, forecast_strategy("FaFFaa", learned, 1.0))
     moved = forecast_strategy("FaFaFa", learned, 1.0)
     assert torch.equal(taped(model, moved, run.tape, 3)[0], taped(model, moved)[0])
 
 
 def test_an_uncached_beginning_serves_a_forecast(model, learned):
-    """As sensitivity is measured; the recorded run forecast nothing, and kept the input all the same."""
+    """As when sensitivity is measured. The recorded run forecast nothing, but kept the input."""
     _, run = taped(model, forecast_strategy("FFFFFF", learned, 1.0))
     one = forecast_strategy("FFFFaF", learned, 1.0)
     latent, replay = taped(model, one, run.tape, 4)
@@ -81,7 +81,7 @@ def test_an_uncached_beginning_serves_a_forecast(model, learned):
 
 @pytest.mark.parametrize("until", [0, 4, 5, 11])
 def test_two_evaluations_a_step_are_played_back(model, learned, computed, until):
-    """Heun evaluates twice at every noise level but the first: eleven times in six steps."""
+    """Heun evaluates every noise level but the first twice: eleven times in six steps."""
     strategy = forecast_strategy("FFaFaa", learned, 1.0)
     latent, run = taped(model, strategy, sampler="heun")
     assert kinds(run.report) == "FFFaaFFaaaa" and len(run.tape.entries) == 11
@@ -91,7 +91,7 @@ def test_two_evaluations_a_step_are_played_back(model, learned, computed, until)
 
 
 def test_conds_in_calls_of_their_own_are_played_back(model, learned, computed, monkeypatch):
-    """As where memory is short."""
+    """As when memory is short."""
     split_calls(monkeypatch)
     strategy = forecast_strategy("FaFFaa", learned, 1.0)
     latent, run = taped(model, strategy)
@@ -106,5 +106,5 @@ def test_conds_in_calls_of_their_own_are_played_back(model, learned, computed, m
 def test_a_tape_holds_every_cond_computed_at_each_evaluation(model, learned):
     _, run = taped(model, forecast_strategy("FFFFFF", learned, 1.0))
     assert [(u.shape, z.shape) for u, z in run.tape.trajectories()] == [((6, 36, 48), (6, 36, 256))] * 2
-    assert taped(model, forecast_strategy("FFFFFF"))[1].tape.trajectories() == []  # nothing kept the input
+    assert taped(model, forecast_strategy("FFFFFF"))[1].tape.trajectories() == []  # the input was not kept
     assert taped(model, forecast_strategy("FFaFFF", learned, 1.0))[1].tape.trajectories() == []

@@ -1,6 +1,6 @@
-"""torch.compile before or after the cache: the same evaluations are skipped and the picture is the same.
+"""With torch.compile before or after the cache, the same evaluations are skipped and the picture is the same.
 
-With dynamo's eager backend: its tracing and its guards are the real ones, only code generation is left out.
+dynamo's eager backend is used: its tracing and guards are the real ones, and only code generation is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def test_compiled_models_skip_the_same_evaluations(keys, settings, cache_first):
 
 
 def test_forecasts_leave_compiled_blocks_compiled():
-    """Our overrides stand around compiled blocks, so a run compiles each kind of block once and no more."""
+    """Our overrides are outside of compiled blocks, so a run compiles each kind of block once and no more."""
     model = load_demo_model()
     torch._dynamo.reset()
     compiled = model.clone()

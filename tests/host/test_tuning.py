@@ -1,4 +1,4 @@
-"""Calibration on the real host: what is learned and chosen, and what a cancel leaves behind."""
+"""Calibration on the host: what is learned and chosen, and that a cancel leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def small():
-    """The same with two of its nine blocks, where it does not matter what is drawn."""
+    """Returns the model with two of its nine blocks, for tests in which the picture does not matter."""
     model = load_demo_model()
     network = model.model.diffusion_model
     del network.double_blocks[1:], network.single_blocks[1:]
@@ -45,10 +45,10 @@ def small():
 
 @pytest.fixture(scope="module")
 def learned(model):
-    """Of both prompts, with what a user would be told."""
-    told = []
-    result = calibrator(model, on_progress=lambda *stage: told.append(stage)).run()
-    return SimpleNamespace(**result._asdict(), told=told)
+    """Returns what was learned from both prompts, and the progress that a user would see."""
+    stages = []
+    result = calibrator(model, on_progress=lambda *stage: stages.append(stage)).run()
+    return SimpleNamespace(**result._asdict(), stages=stages)
 
 
 # -- what is learned ----------------------------------------------------------------------------------------------------------
@@ -59,21 +59,21 @@ def test_what_was_learned_is_of_the_run(model, learned):
     assert learned.steps == STEPS and learned.factors is None
     assert forecast.step_times == timeline.times[:-1] and learned.times == forecast.model.times == timeline.times[:-1]
     assert forecast.model.gram.shape == (6, 6) and forecast.model.uz.shape == (6, 6, 48, 32) and forecast.model.basis.shape == (256, 32)
-    assert [choice.plan.count(Kind.FULL) for choice in forecast.tried] == [4, 2]  # of six steps, at 1.5 and 2.5
-    stages = [stage for stage, _, _ in learned.told]
+    assert [tried.plan.count(Kind.FULL) for tried in forecast.tried] == [4, 2]  # of six steps, at 1.5x and 2.5x
+    stages = [stage for stage, _, _ in learned.stages]
     assert list(dict.fromkeys(stages)) == ["recording", "measuring sensitivity", "trying out"]
-    assert all(0 <= done <= total for _, done, total in learned.told)
+    assert all(0 <= done <= total for _, done, total in learned.stages)
 
 
 def test_statistics_are_those_of_what_was_recorded(model, learned):
-    """The products that the method names, of all tokens of both conds of both prompts, in float64."""
+    """That is, the products that docs/method.md names, of all tokens of both conds of both prompts, in float64."""
     recording = Strategy(AlwaysCompute(), predictor_of(learned.forecast.model, 1.0))
     found = []
     for prompt in range(2):
         runs = []
 
-        def make(opening, runs=runs):
-            runs.append(TapedRun(recording, opening))
+        def make(start, runs=runs):
+            runs.append(TapedRun(recording, start))
             return runs[-1]
 
         sampler_of(model)(prompt, make)
@@ -91,31 +91,32 @@ def spans(times) -> np.ndarray:
 
 
 @pytest.mark.parametrize("nodes", [32, 4])
-def test_sensitivity_is_the_harm_of_one_forecast_evaluation(model, monkeypatch, nodes):
-    """Squared change of the final latent per squared error expected of the forecast. Steps 1, 4 and 5 are measured; what they give
-    per square of the time that a step lasts is interpolated, also where statistics are kept of fewer evaluations."""
+def test_sensitivity_is_the_effect_of_one_forecast_evaluation(model, monkeypatch, nodes):
+    """It is the squared change of the final latent per squared error that is expected of the forecast. Steps 1, 4 and 5 are measured. The
+    values per square of the time that a step lasts are interpolated, also if statistics are kept of fewer evaluations.
+    """
     monkeypatch.setattr(calibrate, "_NODES", nodes)
-    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # to save time
+    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # saves time
     forecast = calibrator(model, prompts=[1]).run().forecast
     times, reference = forecast.step_times, drawn(model, 1)
-    harms = []
+    measured = []
     for step in (1, 4, 5):
         plan = Plan(tuple(Kind.SKIPPED if other == step else Kind.FULL for other in range(STEPS)))
         change = drawn(host.attach(model, Strategy(Given(plan), AUTO)), 1) - reference
         seen = times[max(0, step - 5) : step]
         missed = forecast.model.fit(seen, times[step], AUTO.weights(seen, times[step])).plain_error
-        harms.append(float(change.double().square().mean()) / missed)
-    at, per_time = [times[step] for step in (5, 4, 1)], np.log(np.divide(harms, spans(times)[[1, 4, 5]] ** 2))[::-1]
+        measured.append(float(change.double().square().mean()) / missed)
+    at, per_time = [times[step] for step in (5, 4, 1)], np.log(np.divide(measured, spans(times)[[1, 4, 5]] ** 2))[::-1]
     kept = forecast.model.times
     assert kept == (times if nodes == 32 else tuple(times[step] for step in (0, 2, 3, 5)))
     expected = np.exp(np.interp(kept, at, per_time)) * spans(kept) ** 2
     assert forecast.model.sensitivity.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
     if nodes == 32:
-        assert [forecast.model.sensitivities(times)[step] for step in (1, 4, 5)] == pytest.approx(harms, rel=1e-3)
+        assert [forecast.model.sensitivities(times)[step] for step in (1, 4, 5)] == pytest.approx(measured, rel=1e-3)
 
 
 def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
-    """Statistics add up, of sensitivities it is the geometric mean."""
+    """Statistics are averaged, and of sensitivities the geometric mean is taken."""
     monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)
     halves = [calibrator(model, prompts=[prompt]).run().forecast.model for prompt in range(2)]
     whole = learned.forecast.model
@@ -125,7 +126,7 @@ def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
 
 @pytest.mark.parametrize("sure_by", [0.0, 2.0])
 def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sure_by):
-    """Every candidate is met again here: learned from one prompt by a calibration of its own, sampled on the other."""
+    """Every candidate is computed again here: learned from one prompt in a separate calibration, and sampled on the other."""
     worth = 0.5 if sure_by else 0.0
     monkeypatch.setattr(trials, "_SURE", sure_by)
     monkeypatch.setattr(trials, "_WORTH", worth)
@@ -143,22 +144,22 @@ def test_choices_are_made_on_prompts_that_taught_nothing(model, monkeypatch, sur
     def searched(model, start: str, full: int) -> Plan:
         return search_for(model, learned.forecast.step_times, range(STEPS), True).plan(origin_plan(start, STEPS, range(STEPS), full))
 
-    for choice in learned.forecast.tried:
-        full = choice.plan.count(Kind.FULL)
+    for tried in learned.forecast.tried:
+        full = tried.plan.count(Kind.FULL)
         plans = {"": [FrontLoaded(STEPS / full).plan(STEPS, range(STEPS))] * 2}
         plans |= {start: [searched(other.model, start, full) for other in others] for start in ORIGINS}
         found = {(start, None): distances(pair, None) for start, pair in plans.items()}
         plain = found["", None]
-        assert choice.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
+        assert tried.uncalibrated == pytest.approx(plain.mean(), abs=1e-3)
         best = max(plans, key=lambda start: round(found[start, None].mean(), 3))
         found[best, 0.5] = distances(plans[best], 0.5)
         gains = {trial: result - plain for trial, result in found.items()}
         sure = [t for t, gain in gains.items() if gain.mean() > max(worth, sure_by * gain.std(ddof=1) / 2**0.5)]
         start, share = max([("", None), *sure], key=lambda trial: round(found[trial].mean(), 3))
-        assert choice.psnr == pytest.approx(found[start, share].mean(), abs=1e-3) and choice.share == share
-        assert plans[choice.searched_from] == plans[start]
+        assert tried.psnr == pytest.approx(found[start, share].mean(), abs=1e-3) and tried.share == share
+        assert plans[tried.searched_from] == plans[start]
         whole = learned.forecast.model
-        assert choice.plan == (searched(whole, choice.searched_from, full) if choice.searched_from else plans[""][0])
+        assert tried.plan == (searched(whole, tried.searched_from, full) if tried.searched_from else plans[""][0])
 
 
 SEEDS = (0, 5, 10)
@@ -186,13 +187,13 @@ PLAIN, FRONT, EVEN = ("", None), ("general", None), ("even gaps", None)
     ],
 )
 def test_only_what_is_surely_better_is_chosen(gains, chosen):
-    """Made-up pictures, each prompt's as many dB nearer to its reference than the uncalibrated one's."""
+    """The pictures are made up: each is that many dB nearer to its prompt's reference than the uncalibrated one is."""
     generator = torch.Generator().manual_seed(0)
     references = [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(4)]
     noise = torch.randn(1, 3, 8, 8, generator=generator)
     halves, whole = [random_forecast(seed, 12).model for seed in SEEDS[:2]], random_forecast(SEEDS[2], 12).model
     timeline = Timeline(np.linspace(1, 0, 13).tolist())
-    begun = RunStart(torch.nn.Module(), FLUX, timeline, range(12), is_euler=True)
+    run_start = RunStart(torch.nn.Module(), FLUX, timeline, range(12), is_euler=True)
 
     def searched(model: ForecastModel, start: str) -> Plan:
         return search_for(model, timeline.times[:-1], range(12), True).plan(origin_plan(start, 12, range(12), 4))
@@ -203,7 +204,7 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
     met = []
 
     def sampled(prompt, make):
-        strategy = make(begun)._strategy
+        strategy = make(run_start)._strategy
         share, plan = getattr(strategy.predictor, "share", None), strategy.policy.plan(12, range(12))
         if share is not None:
             assert strategy.predictor.statistics is halves[1 - prompt % 2]
@@ -213,37 +214,37 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
         gain = gains[met[-1]][prompt] if met[-1] != PLAIN else 0.0
         return references[prompt] + noise * 0.1 * 10 ** (-gain / 20)
 
-    choice = trials.Trials(halves, whole, begun, sampled, references).choose(4)
-    assert (choice.searched_from, choice.share) == chosen and choice.plan == plans[chosen[0]][2]
+    tried = trials.Trials(halves, whole, run_start, sampled, references).choose(4)
+    assert (tried.searched_from, tried.share) == chosen and tried.plan == plans[chosen[0]][2]
     assert set(met) == {PLAIN, *gains}, "calibrated weights are tried on the best plan alone"
-    assert choice.psnr - choice.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != PLAIN else 0.0, abs=1e-3)
+    assert tried.psnr - tried.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != PLAIN else 0.0, abs=1e-3)
 
 
 def test_searched_plans_are_not_tried_where_nothing_is_corrected():
-    """On a sampler other than Euler's."""
+    """The sampler is not Euler's."""
     halves, timeline = [random_forecast(seed, 12).model for seed in SEEDS[:2]], Timeline(np.linspace(1, 0, 13).tolist())
-    begun, met = RunStart(torch.nn.Module(), FLUX, timeline, range(12)), set()
+    run_start, met = RunStart(torch.nn.Module(), FLUX, timeline, range(12)), set()
 
     def sampled(prompt, make):
-        met.add(str(make(begun)._strategy.policy.plan(12, range(12))))
+        met.add(str(make(run_start)._strategy.policy.plan(12, range(12))))
         return torch.ones(1)
 
-    choice = trials.Trials(halves, halves[0], begun, sampled, [torch.zeros(1)] * 2).choose(4)
-    assert met == {str(FrontLoaded(3.0).plan(12, range(12)))} and not choice.searched_from
+    tried = trials.Trials(halves, halves[0], run_start, sampled, [torch.zeros(1)] * 2).choose(4)
+    assert met == {str(FrontLoaded(3.0).plan(12, range(12)))} and not tried.searched_from
 
 
 def test_a_calibration_brings_its_choices_to_a_run(model, learned):
     about = About("flux", "m", "euler", "simple", STEPS, 2.5, (1.0,) * 7, learned.times, (24, 24), 2, (100, 101), 0, "", {}, "2026-01-02")
-    for choice, speedup in zip(learned.forecast.tried, QUICK.speedups):
+    for tried, speedup in zip(learned.forecast.tried, QUICK.speedups):
         patched = cached(model, speedup=speedup, calibration=Calibration(about, fingerprint_of(model), learned.forecast))
-        latent, predictor = drawn(patched, 0), predictor_of(learned.forecast.model, choice.share)
-        strategy = Strategy(Given(choice.plan), predictor, corrects=True)
-        assert kinds(last_report(patched)) == str(choice.plan)
+        latent, predictor = drawn(patched, 0), predictor_of(learned.forecast.model, tried.share)
+        strategy = Strategy(Given(tried.plan), predictor, corrects=True)
+        assert kinds(last_report(patched)) == str(tried.plan)
         assert torch.equal(latent, drawn(host.attach(model, strategy), 0))
 
 
 def test_two_evaluations_a_step_are_calibrated_as_one(model):
-    """Heun's second evaluation at a noise level is what history keeps; a time that stood there twice would last no time at all."""
+    """The history keeps Heun's second evaluation at a noise level. If a time were there twice, its step would last no time."""
     result = calibrator(model, Wishes(speedups=(2.0,), directions=16), sampler="heun", steps=4).run()
     model_, times = result.forecast.model, result.forecast.step_times
     assert result.times == times and len(times) == 4
@@ -251,20 +252,20 @@ def test_two_evaluations_a_step_are_calibrated_as_one(model):
 
 
 def test_nothing_is_skipped_outside_the_window(small):
-    """Where the user lets only a part of sampling skip, only that is tried out."""
+    """If the user lets only a part of the sampling skip, only that part is tried."""
     sampled = sampler_of(small)
 
     def windowed(prompt, make):
-        return sampled(prompt, lambda opening: make(opening._replace(window=range(2, 5))))
+        return sampled(prompt, lambda start: make(start._replace(window=range(2, 5))))
 
     result = Calibrator(windowed, 2, Wishes(speedups=(1.5,), directions=16)).run()
-    (choice,) = result.forecast.tried
-    plan = str(choice.plan)
+    (tried,) = result.forecast.tried
+    plan = str(tried.plan)
     assert plan.count("F") == 4 and plan[:2] + plan[5:] == "FFF"
 
 
 def assert_bound(model, factors):
-    """To every layer of the model, with each part's share of its square norm."""
+    """Asserts that every layer of the model has factors, with each part's share of its square norm."""
     sites = linear_sites_of(model.model.diffusion_model)
     assert FactorisedLayers.bind(sites, factors.tensors).sites == tuple(sites)
     assert all(tensor.dtype is torch.float16 for tensor in factors.tensors.values())
@@ -294,13 +295,13 @@ def test_a_run_with_nothing_to_skip_is_refused(small):
 
 
 def test_a_sampler_that_goes_back_is_refused(small):
-    """heunpp2 looks two noise levels ahead and then returns: no forecast is made of that."""
+    """heunpp2 looks two noise levels ahead and then returns, which no forecast can follow."""
     with pytest.raises(ValueError, match="goes back"):
         calibrator(small, sampler="heunpp2").run()
 
 
 def test_a_node_that_answers_for_the_model_is_noticed(small):
-    """As caches of other packs do in some evaluations: what was kept before must not pass for these."""
+    """Caches of other packs do so in some evaluations. What was kept before must not be taken for these."""
     from comfy.patcher_extension import WrappersMP
 
     levels = []
@@ -317,11 +318,11 @@ def test_a_node_that_answers_for_the_model_is_noticed(small):
     assert len(levels) == STEPS  # of the first prompt alone
 
 
-# -- what is left behind ------------------------------------------------------------------------------------------------------
+# -- what is left unchanged ------------------------------------------------------------------------------------------------------
 
 
 def stopping(count: int):
-    """Raises as the user's cancel does, when called for the `count`-th time."""
+    """Returns a function that raises, as the user's cancel does, in its `count`-th call."""
     calls = []
 
     def stop(*_args):
@@ -333,7 +334,7 @@ def stopping(count: int):
 
 
 def state_of(model) -> tuple:
-    """What a calibration must leave as it is: every forward, hook, weight and wrapper."""
+    """Returns what a calibration must leave unchanged: every forward, hook, weight and wrapper."""
     network = model.model.diffusion_model
     forwards = [module.__dict__.get("forward") for module in network.modules()]
     hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in network.modules()]
@@ -355,9 +356,9 @@ def test_a_cancel_leaves_nothing_behind(small, moment):
         "plans": ("trying out", 2),
         "layers": ("factorising layers", 7),
     }
-    more, told, hook, wishes = {}, lambda *_: None, None, BRIEF
+    more, on_progress, hook, wishes = {}, lambda *_: None, None, BRIEF
     if moment in stages:
-        told = lambda stage, done, _total: stop_at(stages[moment], stage, done)  # noqa: E731
+        on_progress = lambda stage, done, _total: stop_at(stages[moment], stage, done)  # noqa: E731
         wishes = replace(BRIEF, forecast=moment != "layers")
     elif moment == "between evaluations":
         more = {"callback": stopping(3)}
@@ -365,7 +366,7 @@ def test_a_cancel_leaves_nothing_behind(small, moment):
         block = small.model.diffusion_model.single_blocks[0]
         hook = block.linear1.register_forward_hook(stopping(3 if moment == "while measuring" else 11))
     with pytest.raises(KeyboardInterrupt):
-        calibrator(small, wishes, told, steps=4, **more).run()
+        calibrator(small, wishes, on_progress, steps=4, **more).run()
     if hook is not None:
         hook.remove()
     assert state_of(small) == before

@@ -1,4 +1,4 @@
-"""Models that the pack does not serve come back untouched, and the user is told why, once."""
+"""Models that the pack does not serve come back unchanged, and the user reads why, once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def said(monkeypatch):
 
 
 def unknown_dit() -> ModelPatcher:
-    """A diffusion transformer of a class that no file describes."""
+    """Returns a diffusion transformer of a class that no file describes."""
     from comfy.ldm.hunyuan3d.model import Hunyuan3Dv2
 
     config = {"image_model": "hunyuan3d2", "in_channels": 4, "hidden_size": 64, "context_in_dim": 64, "num_heads": 4, "depth": 1,
@@ -94,7 +94,7 @@ COUNTS = ("3", 2.5, math.nan, True, [3])
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_bad_values_that_reach_the_node_by_link_stop_it_before_sampling(wrong, words):
-    """Validation cannot see linked values; the node itself refuses them, by name and in words."""
+    """Validation does not see linked values. The node itself refuses them, by name and in words."""
     with pytest.raises(ValueError, match=words):
         DucaCache.execute(**{**CACHE, **wrong})
 
@@ -139,7 +139,7 @@ def test_right_values_are_taken_when_queued():
 
 
 def test_rising_noise_levels_are_announced_and_passed_through(said):
-    """A schedule that adds noise, as inversion does."""
+    """Such noise levels add noise, as inversion does."""
     from comfyui_duca.nodes.demo_flux import load_demo_model
 
     model = load_demo_model()
@@ -163,7 +163,7 @@ def test_noise_that_rises_between_evaluations_starts_the_cache_anew(said):
 
 
 def test_a_network_that_the_host_does_not_sample_is_passed_through(said):
-    """As some packs return from a loader under the type MODEL."""
+    """Some packs return such a model from a loader under the type MODEL."""
     network = torch.nn.Linear(2, 2)
     assert host.attach(network, Settings()) is network
     assert said == ["DuCa Cache serves models that ComfyUI samples; Linear is passed through unchanged."]

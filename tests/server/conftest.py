@@ -1,4 +1,4 @@
-"""A ComfyUI of its own for every test file that asks for it, in a process beside the tests'."""
+"""Starts a ComfyUI server for every test file that asks for one, in another process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from devtools.environment import host_setup
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    """A base directory for servers, with this pack in it and nothing else."""
+    """Returns a base directory for servers, which has this pack and nothing else."""
     folder = tmp_path_factory.mktemp("host") / "base"
     host_setup.link_pack(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Calibrating and what comes of it through a running ComfyUI, with the shipped workflow."""
+"""Calibrations are made, found and used on a running ComfyUI, with the shipped workflow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from devtools.driver.server import ComfyServer
 
 @pytest.fixture(scope="module")
 def served(base, tmp_path_factory) -> Iterator[tuple[ComfyClient, Path, ComfyServer]]:
-    """A server with a folder of its own for calibrations, told as a user does."""
+    """Starts a server with a folder of its own for calibrations, configured as a user does it."""
     own = tmp_path_factory.mktemp("server")
     folder = own / "calibrations"
     (own / "paths.yaml").write_text(f"tests:\n  {sidecars.FOLDER}: {folder}\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def made(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def empty(served) -> Path:
-    """The server's folder, with nothing in it."""
+    """Returns the server's folder for calibrations, emptied."""
     folder = served[1]
     for path in folder.glob("*"):
         path.unlink()
@@ -49,7 +49,7 @@ def empty(served) -> Path:
 
 
 def graph(cache: dict | None = None, **calibrate) -> dict:
-    """The shipped prompt, made short."""
+    """Returns the shipped prompt, made short."""
     prompt = copy.deepcopy(SHIPPED)
     by_class = {value["class_type"]: value["inputs"] for value in prompt.values()}
     by_class["DuCaPromptList"]["prompts"] = "\n".join(PROMPTS)
@@ -65,7 +65,7 @@ def key(class_type: str) -> str:
 
 
 def watched(client: ComfyClient, prompt: dict, interrupt_at: str | None = None) -> tuple[list[str], list[dict], float]:
-    """Texts under the calibrator, all messages, and the seconds from the interrupt to the end."""
+    """Returns texts under the calibrator, all messages, and the seconds from the interrupt to the end."""
     return watch(client.url, prompt, key("DuCaSVDCalibrator"), interrupt_at)
 
 
@@ -80,8 +80,8 @@ def test_the_shipped_graph_on_the_server(served, empty):
     assert messages[-1]["type"] == "execution_success", messages[-1]
     for stage in ("recording", "measuring sensitivity", "trying out"):
         assert any(text.startswith(stage) for text in texts), stage
-    told = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == key("DuCaSVDCalibrator")]
-    assert told and [m["value"] for m in told] == sorted(m["value"] for m in told)
+    progress = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == key("DuCaSVDCalibrator")]
+    assert progress and [m["value"] for m in progress] == sorted(m["value"] for m in progress)
     (path,) = empty.iterdir()
     assert texts[-1] == f"saved as {path.name}"
     (loader,) = client.get("/object_info/DuCaLoadCalibration").values()
@@ -110,11 +110,11 @@ def test_the_shipped_graph_on_the_server(served, empty):
 
 
 def without_calibrator(**cache) -> dict:
-    """The part of the shipped graph that draws, with DuCa Cache on its own."""
+    """Returns the part of the shipped graph that draws, with DuCa Cache and no calibrator."""
     prompt = graph(cache=cache)
     prompt[key("DuCaCache")]["inputs"].pop("calibration")
     wanted = [key("DuCaCacheReport"), key("PreviewImage")]
-    for node in wanted:  # which grows
+    for node in wanted:  # the list grows
         wanted += [link[0] for link in prompt[node]["inputs"].values() if isinstance(link, list)]
     return {node: prompt[node] for node in wanted}
 
@@ -123,13 +123,13 @@ def test_an_interrupt_on_the_server(served, empty):
     client = served[0]
 
     def picture(tail: int) -> bytes:
-        outputs = client.run(without_calibrator(mode="off", tail=tail)).outputs  # tail: of no use here, but the node runs again
+        outputs = client.run(without_calibrator(mode="off", tail=tail)).outputs  # tail: only makes it run again
         with Image.open(BytesIO(client.image(outputs[key("PreviewImage")]["images"][0]))) as image:
             return image.tobytes()
 
     before = picture(0)
     prompt = graph(recalibrate=True)
-    prompt[key("DuCaSVDCalibrator")]["inputs"]["model"] = prompt[key("DuCaCache")]["inputs"]["model"]  # the one that draws
+    prompt[key("DuCaSVDCalibrator")]["inputs"]["model"] = prompt[key("DuCaCache")]["inputs"]["model"]  # the model that draws
     for stage in ("recording", "measuring", "trying out 3"):
         _, messages, seconds = watched(client, prompt, stage)
         assert messages[-1]["type"] == "execution_interrupted" and seconds < 5
@@ -143,19 +143,19 @@ def test_duca_cache_finds_it_on_the_server(served, empty, made):
     empty.mkdir(exist_ok=True)
     (empty / "made.safetensors").write_bytes(made)
     other = without_calibrator()
-    other[key("KSampler")]["inputs"]["seed"] += 1  # so that it samples again
+    other[key("KSampler")]["inputs"]["seed"] += 1  # another seed, so that it samples again
     assert setting_of(client.run(other).outputs).startswith("auto 2x, calibrated")
 
 
 def test_the_same_graph_samples_anew_after_a_file_was_dropped_in(served, empty, made):
     client = served[0]
     empty.mkdir(exist_ok=True)
-    prompt = without_calibrator(speedup=2.1)  # no other test's, so nothing of it is remembered
+    prompt = without_calibrator(speedup=2.1)  # a speed that no other test uses, so that the server has no result in its cache
 
     def run() -> tuple[bool, str]:
-        """Whether it sampled, and with what."""
+        """Runs the prompt. Returns whether it sampled, and with which setting."""
         done = client.run(copy.deepcopy(prompt))
-        return key("KSampler") in done.seconds, setting_of(done.outputs).partition(":")[0]  # behind it: what the calibration did
+        return key("KSampler") in done.seconds, setting_of(done.outputs).partition(":")[0]  # after the colon: what the calibration did
 
     assert [run(), run()] == [(True, "auto 2.1x"), (False, "auto 2.1x")]
     (empty / "made.safetensors").write_bytes(made)

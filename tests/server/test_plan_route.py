@@ -1,4 +1,4 @@
-"""The page's two addresses on a running server: what a plan says, what a run tells while it goes on, and what is refused."""
+"""The page's two routes on a running server: what a plan looks like, what a run sends while it goes on, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLER = next(key for key, value in DEMO.items() if value["class_type"] == "KSa
 
 @pytest.fixture(scope="module")
 def ask(server):
-    """Posts a request; the status and the answer."""
+    """Returns a function that posts a request and gives the status and the answer."""
 
     def asked(body, path="/duca_cache/plan"):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -34,7 +34,7 @@ def ask(server):
 
 
 def demo(seed=3, **cache) -> dict:
-    """seed: the host does not run again what it has run."""
+    """Returns the demo prompt. The host does not run again what it has run, so every test uses another `seed`."""
     prompt = copy.deepcopy(DEMO)
     prompt[SAMPLER]["inputs"].update(steps=8, seed=seed)
     prompt[CACHE]["inputs"].update(cache)
@@ -47,7 +47,7 @@ def request(steps=28, schedule=None, node="none", calibration=None, **cache) -> 
 
 @pytest.mark.parametrize(("start", "stop", "plan"), [(0, 10, "FaaaFaaaFa"), (10, 10000, "FaaaFaaaFa"), (18, 20, "FF")])
 def test_one_of_several_samplers_runs_a_part_of_the_steps(ask, start, stop, plan):
-    """As Wan 2.2's two experts do, 20 steps between them."""
+    """As with Wan 2.2's two experts, which share 20 steps."""
     body = request(20, speedup=3.5)
     body["sampling"] |= {"start_at_step": start, "end_at_step": stop}
     answer = ask(body)[1]
@@ -149,21 +149,21 @@ def test_after_a_run_costs_are_counted_and_the_plan_is_what_was_run(ask, client)
 
 
 def watched(server, prompt) -> list[dict]:
-    """The pack's messages of one run."""
+    """Returns the pack's messages of one run."""
     return [message["data"] for message in watch(server.url, prompt)[1] if message["type"] == "duca_cache.run"]
 
 
 def test_a_run_is_told_as_it_goes(server):
-    told = watched(server, demo(4, speedup=2.0))
-    assert [message["event"] for message in told] == ["start", *["evaluation"] * 8, "end"]
-    assert {message["node"] for message in told} == {CACHE} and len({message["run"] for message in told}) == 1
-    assert "".join(message["kind"] for message in told[1:-1]) == told[0]["plan"]
-    assert [message["index"] for message in told[1:-1]] == list(range(8)) == [message["step"] for message in told[1:-1]]
-    assert told[-1]["complete"] and told[-1]["report"]["plan"] == told[0]["plan"]
+    messages = watched(server, demo(4, speedup=2.0))
+    assert [message["event"] for message in messages] == ["start", *["evaluation"] * 8, "end"]
+    assert {message["node"] for message in messages} == {CACHE} and len({message["run"] for message in messages}) == 1
+    assert "".join(message["kind"] for message in messages[1:-1]) == messages[0]["plan"]
+    assert [message["index"] for message in messages[1:-1]] == list(range(8)) == [message["step"] for message in messages[1:-1]]
+    assert messages[-1]["complete"] and messages[-1]["report"]["plan"] == messages[0]["plan"]
     with urllib.request.urlopen(f"{server.url}/duca_cache/run?node_id={CACHE}", timeout=10) as answer:
         kept = json.load(answer)
-    assert kept["run"] == told[0]["run"] and not kept["active"] and kept["report"] == told[-1]["report"]
-    assert [e["kind"] for e in kept["evaluations"]] == list(told[0]["plan"])
+    assert kept["run"] == messages[0]["run"] and not kept["active"] and kept["report"] == messages[-1]["report"]
+    assert [e["kind"] for e in kept["evaluations"]] == list(messages[0]["plan"])
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{server.url}/duca_cache/run?node_id=99", timeout=10)
 
@@ -171,5 +171,5 @@ def test_a_run_is_told_as_it_goes(server):
 def test_two_evaluations_a_step_are_told_one_by_one(server):
     prompt = demo(5, speedup=2.0)
     prompt[SAMPLER]["inputs"]["sampler_name"] = "heun"
-    told = watched(server, prompt)
-    assert [message["event"] for message in told].count("evaluation") == 15 and told[0]["steps"] == 8
+    messages = watched(server, prompt)
+    assert [message["event"] for message in messages].count("evaluation") == 15 and messages[0]["steps"] == 8

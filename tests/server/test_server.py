@@ -1,4 +1,4 @@
-"""The pack on a running ComfyUI server, over HTTP and WebSocket, as an artist's page uses it."""
+"""The pack works on a running ComfyUI server, over HTTP and WebSocket, as a user's page uses it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def node(prompt: dict, class_type: str) -> str:
 
 
 def demo(steps=8, seed=1, **cache) -> dict:
-    """The shipped prompt with other cache settings."""
+    """Returns the shipped prompt with other cache settings."""
     prompt = copy.deepcopy(DEMO)
     prompt[node(prompt, "KSampler")]["inputs"].update(steps=steps, seed=seed)
     prompt[node(prompt, "DuCaCache")]["inputs"].update(cache)
@@ -32,7 +32,7 @@ def demo(steps=8, seed=1, **cache) -> dict:
 
 
 def without_node(prompt: dict) -> dict:
-    """The same graph as if DuCa Cache had never been there."""
+    """Returns the graph as if DuCa Cache had never been there."""
     cache, report = node(prompt, "DuCaCache"), node(prompt, "DuCaCacheReport")
     source = prompt[cache]["inputs"]["model"]
     kept = {k: v for k, v in prompt.items() if k not in (cache, report) and not _uses(v, report)}
@@ -48,7 +48,7 @@ def _uses(value: dict, key: str) -> bool:
 
 
 def picture(client: ComfyClient, prompt: dict) -> tuple[np.ndarray, dict]:
-    """The decoded image, and the outputs by class of node."""
+    """Returns the decoded image, and the outputs by class of node."""
     outputs = client.run(prompt).outputs
     decoded = node(prompt, "VAEDecode")
     shown = next(key for key, value in prompt.items() if _uses(value, decoded))
@@ -68,7 +68,7 @@ def test_the_nodes_are_there_with_their_inputs_explained(client):
 
 
 def test_saved_workflows_depend_on_this_order_of_inputs(client):
-    """Frozen: widget values in saved workflows are stored by position."""
+    """The order is frozen, as saved workflows store widget values by position."""
     assert list(client.get("/object_info/DuCaCache")["DuCaCache"]["input"]["required"]) == [
         "model", "mode", "speedup", "predictor", "cycle_length", "token_share", "warmup", "tail", "start_percent", "end_percent",
         "store_device", "store_dtype", "token_seed", "verbose",
@@ -85,7 +85,7 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
     assert report["counts"] == {"full": 5, "calibrated": 0, "conservative": 0, "aggressive": 15}
     assert report["complete"] and report["time_speedup"] > 1.2
     assert "20: 5 full" in outputs["DuCaCacheReport"]["text"][0]
-    again, _ = picture(client, demo(steps=20, mode="off", tail=1))  # another input, so the node runs again
+    again, _ = picture(client, demo(steps=20, mode="off", tail=1))  # another input, so that the node runs again
     assert np.array_equal(plain, again)
 
 
@@ -100,7 +100,7 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
         ({"speedup": float("nan")}, "speedup must be a number of at least 1, not nan"),
         ({"calibration": "mine"}, "calibration must be connected to the output of SVD Calibrator or Load Calibration"),
         ({"schedule": 3}, "schedule must be connected to the output of Cache Schedule"),
-        ({"mode": "turbo"}, "'turbo'"),  # by the host where it knows a combo's options, else by the pack
+        ({"mode": "turbo"}, "'turbo'"),  # refused by the host where it knows a combo box's options, else by the pack
     ],
 )
 def test_wrong_settings_are_refused_before_sampling(client, wrong, message):
@@ -111,7 +111,7 @@ def test_wrong_settings_are_refused_before_sampling(client, wrong, message):
 
 
 def test_the_demo_model_with_custom_sampling_nodes(client):
-    """SamplerCustomAdvanced, a guider and a scheduler of the host's, with the pack's model."""
+    """The pack's model is sampled with the host's SamplerCustomAdvanced, a guider and a scheduler."""
     prompt = {
         "1": {"class_type": "DuCaDemoFlux", "inputs": {"prompt": "tiger face", "negative": ""}},
         "2": {"class_type": "DuCaCache", "inputs": {**DEMO[node(DEMO, "DuCaCache")]["inputs"], "model": ["1", 0], "speedup": 3.0}},
@@ -145,7 +145,7 @@ def test_the_shipped_workflows_are_offered_as_templates(client):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
 def test_a_shipped_workflow_fits_the_servers_nodes(client, path):
-    """Every node type exists, every link joins an output and an input of its type, every widget value is valid."""
+    """Every node type exists, every link joins an output and an input of its type, and every widget value is valid."""
     workflow, nodes = json.loads(path.read_text()), client.get("/object_info")
     by_id = {n["id"]: n for n in workflow["nodes"]}
     for number, source, source_slot, target, target_slot, kind in workflow["links"]:
@@ -162,9 +162,9 @@ def test_a_shipped_workflow_fits_the_servers_nodes(client, path):
 
 
 def check_widgets(n: dict, widgets: list[tuple[str, str, dict]]) -> None:
-    """Widget values stand in the order of the inputs; a seed that the page randomises is followed by its control.
+    """Asserts that widget values are in the order of the inputs. A seed that the page randomises is followed by its control.
 
-    At their end the host's own nodes may have widgets that are newer than the workflow: the page gives those their defaults.
+    The host's own nodes may end with widgets that are newer than the workflow. The page gives those their defaults.
     """
     values = list(n.get("widgets_values") or ())
     for name, kind, options in widgets:
@@ -172,10 +172,10 @@ def check_widgets(n: dict, widgets: list[tuple[str, str, dict]]) -> None:
         if not values:
             assert not n["type"].startswith("DuCa") and "default" in options, where
             continue
-        value, choices = values.pop(0), options.get("options")
-        if choices is not None:
-            is_file = str(value).endswith((".safetensors", ".sft", ".pt", ".png"))  # of the user's, not on this machine
-            assert value in choices or is_file, where
+        value, allowed = values.pop(0), options.get("options")
+        if allowed is not None:
+            is_file = str(value).endswith((".safetensors", ".sft", ".pt", ".png"))  # a file of the user's, which this machine does not have
+            assert value in allowed or is_file, where
         elif kind in ("INT", "FLOAT"):
             assert options.get("min", value) <= value <= options.get("max", value), where
         if options.get("control_after_generate"):

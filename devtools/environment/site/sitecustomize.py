@@ -1,7 +1,7 @@
 """Lets ComfyUI import torchvision where its compiled operators do not fit the torch build (CPU-only torch).
 
-Python imports this module when a process starts. Only host processes have it on their path. It changes nothing where torchvision's library
-loads.
+Python imports this module when a process starts, and only host processes have it on their path. Where torchvision's library loads,
+it changes nothing.
 """
 
 import importlib.abc
@@ -36,7 +36,7 @@ def _define_missing_operators():
     fragment = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT.append(fragment)  # definitions last as long as this object
+    _KEPT.append(fragment)  # the definitions last as long as this object
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())

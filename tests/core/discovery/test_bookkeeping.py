@@ -1,4 +1,4 @@
-"""Attributes that a host keeps on modules for itself are not what a network remembers."""
+"""Attributes that a host keeps on modules for its own use are not taken for state of the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toys import Block, Toy, plainly
 
 
 class Fetched(Block):
-    """As a host marks blocks whose weights it has fetched, and counts."""
+    """Marks itself and counts its calls, as a host marks blocks whose weights it has fetched."""
 
     def forward(self, h, c):
         self._v_fetched = getattr(self, "_v_fetched", 0) + 1
@@ -27,6 +27,7 @@ class Fetching(Toy):
 @pytest.mark.parametrize(("bookkeeping", "ran"), [((), 4), (("_v",), 1)])
 @torch.inference_mode()
 def test_what_the_host_keeps_on_modules_counts_for_nothing(bookkeeping, ran):
+    """The network is cached if the host names the attribute's prefix, and computed in full if not."""
     network, plan = Fetching(), "Faaa"
     strategy, timeline = Strategy(Given(Plan.parse(plan)), Reuse()), Timeline([1.0, 0.75, 0.5, 0.25, 0.0])
     run = CacheRun(strategy, RunStart(network, find_family(network), timeline, range(4), places=Places(bookkeeping)))

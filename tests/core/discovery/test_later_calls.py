@@ -1,4 +1,4 @@
-"""What is found in one call, and calls that are otherwise: others lists, arguments, tokens, values; and what finding it costs."""
+"""Later calls may differ from the one in which a place was found, in lists, arguments, tokens or values; and finding it costs little."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NotFiniteAtFirst(At):
 
 
 class ZeroAtFirst(At):
-    """Its answer shows nothing of its blocks at the first step."""
+    """Answers at the first step without anything of its blocks."""
 
     def head(self, h, c, t):
         return super().head(h, c, t) * (1 - t[:, None, None])
@@ -26,7 +26,7 @@ class ZeroAtFirst(At):
 
 @pytest.mark.parametrize("toy", [NotFiniteAtFirst, ZeroAtFirst])
 def test_a_first_answer_that_tells_nothing(toy):
-    """Nothing is concluded from it: the place is found in the next full evaluation."""
+    """Nothing is concluded from such an answer: the place is found in the next full evaluation."""
     case = Case(toy, "blocks.3")
     network = toy()
     found = driven(case, network)
@@ -49,7 +49,7 @@ class Leaving(At):
 
 @pytest.mark.parametrize("out", [0, 1, 3])
 def test_a_block_that_is_left_out_later(out):
-    """The first, a middle one, the last: where the answering one is not called, that is computed in full."""
+    """Skips go on if the first block or a middle one was left out. If the last one was, whose result they use, the step is full."""
     found = checked(Case(type("Leaving", (Leaving,), {"out": out}), "blocks.3"))
     assert skips(found) == ([4] if out == 3 else [1, 2, 4])
 
@@ -64,13 +64,13 @@ class LeavingBoth(At):
 
 
 def test_the_first_and_the_last_block_are_left_out_later():
-    """The blocks between them show that no other node answered for the network: computed in full."""
+    """As blocks between them run, no other node has answered for the network: the step is computed in full."""
     found = checked(Case(LeavingBoth, "blocks.3"))
     assert skips(found) == [2, 4]
 
 
 class Joining(At):
-    """Leaves one block out in the first step alone."""
+    """Leaves one block out in the first step only."""
 
     def middle(self, h, c, context, t):
         for i, block in enumerate(self.blocks):
@@ -79,14 +79,14 @@ class Joining(At):
 
 
 def test_a_block_that_was_left_out_at_first():
-    """Nobody knows what it would hand on: computed in full, never skipped by what was found without it."""
+    """What the block would return is not known, so the steps after the first are computed in full until a place is found with it."""
     found = checked(Case(Joining, "blocks.3"))
     assert skips(found) == [4]
     assert any("did not run before" in notice for notice in found.notices)
 
 
 class Experts(At):
-    """Another list from the second step on."""
+    """Runs another list of blocks from the second step on."""
 
     def build(self):
         self.others = nn.ModuleList(Block() for _ in range(4))
@@ -114,7 +114,7 @@ class Optional(Block):
 
 
 class Sometimes(At):
-    """An argument that some calls give and others do not, in one form and in the other."""
+    """Gives its blocks a mask in some calls and none in others. `first` says which calls come first."""
 
     first = True
 
@@ -130,7 +130,7 @@ class Sometimes(At):
 
 
 class ByName(Sometimes):
-    """The stream itself is given by place in the first call, by name in the next."""
+    """Gives the hidden state by position in the first call and by name in the next."""
 
     def middle(self, h, c, context, t):
         for block in self.blocks:
@@ -146,7 +146,7 @@ def test_arguments_that_come_and_go():
 
 
 class Fewer(At):
-    """From the second step on it merges tokens inside, and takes them apart again."""
+    """Merges tokens before its blocks and separates them again after them, at the steps in `late`."""
 
     late = (1,)
 
@@ -164,12 +164,12 @@ def test_other_numbers_of_tokens_inside(late):
     assert any("other numbers of tokens" in notice for notice in found.notices)
 
 
-# -- what finding it costs ------------------------------------------------------------------------------
+# -- what finding a place costs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*SERVED, *UNSPLIT, *NOTHING, *STATEFUL])
 def test_random_numbers_are_those_without_a_cache(name):
-    """After the first evaluation, in which all the trying is."""
+    """After the first evaluation, which includes all trials, the state of torch's random numbers is as without a cache."""
     case = {**SERVED, **UNSPLIT, **NOTHING, **STATEFUL}[name]
     network = case.make()
     plain = driven(case, copy.deepcopy(network), plan="FF", is_cached=False)
@@ -180,13 +180,13 @@ def test_random_numbers_are_those_without_a_cache(name):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_few_tries(name):
-    """Calls of the network in the first evaluation, with both conds in one call: the full one and skips."""
+    """In the first evaluation, with both conds in one call, the network is called ten times at most: once in full, else to prove skips."""
     case = SERVED[name]
     assert driven(case, case.make(), plan="FF").tries[0] <= 10
 
 
 class ReadingBetween(Toy):
-    """Of a cond by itself the head reads what lies between its lists too, so that one of them must run."""
+    """For one cond alone the head also reads the hidden state between the two lists, so that one of the lists must run."""
 
     def build(self):
         self.others = nn.ModuleList(Block() for _ in range(4))
@@ -201,7 +201,7 @@ class ReadingBetween(Toy):
 
 
 def test_what_was_kept_elsewhere_is_no_use():
-    """Conds together keep what the second list gives, and by themselves what the first one does: of the same shape, but not the same."""
+    """Together, conds keep the second list's result; alone, they keep the first one's. They differ, though of one shape."""
     case, network = Case(ReadingBetween, "others.3", ("blocks", "others")), ReadingBetween()
     found = driven(case, network, "both")
     plain = driven(case, network, "both", is_cached=False)

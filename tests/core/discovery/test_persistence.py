@@ -1,4 +1,4 @@
-"""What a proof in one evaluation cannot see: the next one is otherwise."""
+"""A proof in one evaluation does not show that the next one has the same tokens, and what the cache does about it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def with_many(network, step, conds, plan):
 
 
 class Ordering(At):
-    """Orders its tokens by the time before its blocks, and puts that right after them."""
+    """Orders its tokens by the time before its blocks and restores the order right after them."""
 
     def middle(self, h, c, context, t):
         order = torch.randperm(h.shape[1], generator=seeded(self.step(t)))
@@ -50,7 +50,7 @@ def test_of_what_tells_nothing_nothing_is_concluded():
     now = before.flip(1)
     answer = persists(before, now)
     assert answer.shape == () and answer.dtype == torch.bool and not answer
-    assert not persists(before + 100, now + 100)  # alike in all tokens
+    assert not persists(before + 100, now + 100)  # all tokens have nearly the same values
     assert persists(before, before * 3 + 100)
     assert persists(before[:, :20], now[:, :20])
     assert persists(before, torch.full_like(now, float("nan")))
@@ -62,7 +62,7 @@ def test_of_what_tells_nothing_nothing_is_concluded():
 
 
 class Conditioning(At):
-    """A list before the others that makes what the head reads, of which nothing is to be seen in the first step."""
+    """Has a list whose result the head reads, but not at the first step."""
 
     def build(self):
         self.conditioner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
@@ -75,7 +75,7 @@ class Conditioning(At):
 
 
 class EarlyRead(At):
-    """A head that reads an early hidden state, but not in the first step."""
+    """Has a head that reads an early hidden state, but not at the first step."""
 
     def middle(self, h, c, context, t):
         early = None
@@ -86,7 +86,7 @@ class EarlyRead(At):
 
 
 class TextRead(Joint, At):
-    """A head that reads the text, but not in the first step."""
+    """Has a head that reads the text, but not at the first step."""
 
     def middle(self, h, c, context, t):
         for block in self.doubles:
@@ -108,8 +108,10 @@ class TextRead(Joint, At):
     ],
 )  # fmt: skip
 def test_right_from_the_second_full_evaluation_on(case):
-    """That the skips before it are wrong cannot be known, but for other orders, which are seen in the first skip. Right: as if all blocks
-    ran."""
+    """From the second full evaluation on, answers are as if all blocks ran.
+
+    Skips before it are wrong, which cannot be noticed. Another order of tokens can: the first skip of a run checks it.
+    """
     network = case.make()
     found = driven(case, network)
     far = distance(found.answers, referred(case, network, "together", found.ran))

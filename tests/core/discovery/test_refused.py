@@ -1,5 +1,7 @@
-"""Networks in which a hidden state cannot be put back, or that remember what they saw: their whole output is kept, or nothing, and never
-is an answer wrong without a word."""
+"""Networks in which a hidden state cannot be put back are cached by their whole output; networks that keep state are not cached.
+
+In no case is an answer wrong without a notice.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ def test_the_whole_output_is_kept(name, order):
 @pytest.mark.parametrize("order", ["together", "apart"])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_what_remembers_is_left_alone(name, order):
-    """Its answers are those without a cache, too: looking at it changed nothing that it remembers."""
+    """Answers are those without a cache, so looking at the network did not change its state."""
     checked(STATEFUL[name], order)
 
 

@@ -1,4 +1,4 @@
-"""Networks that nobody described, in every way that hosts write their loops: found, proved, and right."""
+"""Networks that no file describes are found, proved and answered correctly, in every way that hosts write their loops."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from toys import ORDERS, Case, checked, latent, skips, text_of
 from toys_in_loops import Joint
 from toys_served import SERVED
 
-JOINT = {"frames around the batch", "packed", "packed, txt last", "swapped inside"}  # as what is kept cannot be told apart by conds
+JOINT = {"frames around the batch", "packed", "packed, txt last", "swapped inside"}  # what they keep cannot be divided by conds
 
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [(name, order) for name in SERVED for order in ORDERS if (name, order) != ("dropout", "both")],  # those draw other random numbers
+    [(name, order) for name in SERVED for order in ORDERS if (name, order) != ("dropout", "both")],  # the orders draw other random numbers
 )
 def test_is_found_and_right(name, order):
     case = SERVED[name]
@@ -30,10 +30,10 @@ def of_own_length(network, step, conds, plan):
 
 
 def test_texts_of_other_lengths():
-    """Where the host's signature tells them apart, both are served; where it does not, one is computed in full."""
-    told = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length, signature=lambda conds: conds)
-    assert checked(told, "apart").ran == [{0, 1}, set(), set(), {0, 1}, set(), {0, 1}]
-    untold = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length)
-    found = checked(untold, "apart")
+    """Where the host's signature differs between texts, both conds are skipped. Where it does not, one is computed in full."""
+    signed = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length, signature=lambda conds: conds)
+    assert checked(signed, "apart").ran == [{0, 1}, set(), set(), {0, 1}, set(), {0, 1}]
+    unsigned = Case(Joint, "blocks.3", ("doubles", "blocks"), call=of_own_length)
+    found = checked(unsigned, "apart")
     assert found.ran == [{0, 1}, {1}, {1}, {0, 1}, {1}, {0, 1}]
     assert any("other numbers of tokens" in notice for notice in found.notices)

@@ -1,7 +1,7 @@
-"""Small transformers that nobody described, and what drives them through a run as a host would.
+"""Small transformers that no file describes, and a driver that runs them with a cache as a host would.
 
-The reference never asks the cache where anything is: it runs all blocks, and in skipped evaluations a hook on the block that the test
-names gives back what that block gave in the last full one.
+The reference never asks the cache where a place is. It runs all blocks; in skipped evaluations a hook on the block that the test names
+returns what that block returned in the last full evaluation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAN = "FaaFaF"
 
 
 class Block(nn.Module):
-    """Attention and an MLP, both modulated."""
+    """A block of attention and an MLP, both modulated."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.scale = nn.Linear(width, width)
 
     def change(self, h: Tensor, c: Tensor) -> Tensor:
-        """What it adds to h (B, L, C). c (B, C)."""
+        """Returns what the block adds to h (B, L, C). c is (B, C)."""
         scale = self.scale(c)[:, None]
         q, k, v = self.qkv(functional.layer_norm(h, h.shape[-1:]) * (1 + scale)).chunk(3, -1)
         h = self.out(functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """x (B, L, 4), t (B,), context (B, M, C) -> (B, L, 4). Tests override a part of it."""
+    """Maps x (B, L, 4), t (B,) and context (B, M, C) to (B, L, 4). Tests override parts of it."""
 
     def __init__(self, depth: int = 4) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Toy(nn.Module):
             parameter.requires_grad_(False)
 
     def build(self) -> None:
-        """What a test adds."""
+        """Makes the modules that a test needs."""
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Any:
         c = self.condition(t, context)
@@ -78,7 +78,7 @@ class Toy(nn.Module):
 
 
 class At(Toy):
-    """Knows the step: 1 - t is its share of the run."""
+    """Knows its step: 1 - t is the share of the run that is done."""
 
     steps = len(PLAN)
 
@@ -91,7 +91,7 @@ def seeded(*seed: int) -> torch.Generator:
 
 
 def latent(step: int, tokens: int = TOKENS) -> Tensor:
-    """Like those of a sampler: what is there at the end, and noise that goes."""
+    """Returns a latent (1, L, 4) as a sampler has it: a fixed picture, and noise that decreases with the steps."""
     return torch.randn(1, tokens, CHANNELS, generator=seeded(1)) + (1 - step / 8) * torch.randn(1, tokens, CHANNELS, generator=seeded(2))
 
 
@@ -100,18 +100,24 @@ def text_of(cond: int, tokens: int = 5) -> Tensor:
 
 
 def plainly(network: nn.Module, step: int, conds: Sequence[int], plan: str) -> Any:
-    """How most toys are called: all conds see the same latent."""
+    """Calls a network as most toys are called: all conds see the same latent."""
     x = latent(step).repeat(len(conds), 1, 1)
     return network(x, torch.full((len(conds),), 1 - step / len(plan)), torch.cat([text_of(cond) for cond in conds]))
 
 
 @dataclass
 class Case:
-    """A toy and what is to be found. answers: the block that is to answer, "" for the whole output, None where nothing may be cached.
+    """A toy and what the cache is expected to find in it.
 
-    reason: a part of the sentence that says why not. call: how it is called. calls: conds of the model calls of every step, the same in
-    all steps that are not listed. passed: lists that a skip must leave out.
-    is_joint: whether the reference too must be called with all conds at once. signature: of a call, as its host tells it.
+    Args:
+        make: Makes the network.
+        answers: Path of the block whose result is kept; "" for the whole output; None if nothing may be cached.
+        passed: The lists that a skip must leave out.
+        reason: A part of the notice that says why there is no place.
+        call: Calls the network, from (network, step, conds, plan).
+        is_joint: Whether the reference, too, must be called with all conds at once.
+        signature: Returns a call's signature for its conds, as a host would make it.
+        tolerance: Largest difference from the reference, in units of the answer's standard deviation.
     """
 
     make: Callable[[], nn.Module]
@@ -134,9 +140,15 @@ ORDERS: dict[str, Callable[[int], Sequence[Sequence[int]]]] = {
 
 @dataclass
 class Driven:
-    """answers: of every step, by cond. ran: of every step, which conds' blocks ran. tries: calls of the network in every step.
+    """What happened in a run. All lists have one entry for each step.
 
-    noise: the state of torch's own random numbers after every step.
+    Args:
+        run: The finished run.
+        answers: By cond.
+        ran: The conds for which any block ran.
+        tries: Number of calls of the network.
+        noise: State of torch's random numbers after the step.
+        notices: What a user would read.
     """
 
     run: CacheRun
@@ -155,7 +167,7 @@ def parts_of(answer: Any, conds: Sequence[int]) -> dict[int, Any]:
 
 @torch.inference_mode()
 def driven(case: Case, network: nn.Module, order: str = "together", plan: str = PLAN, is_cached: bool = True) -> Driven:
-    """A run, its random numbers seeded at every step."""
+    """Runs a plan, with or without a cache, and returns what happened. Random numbers are seeded at every step."""
     steps = len(plan)
     strategy = Strategy(Given(Plan.parse(plan)), Reuse())
     run = CacheRun(
@@ -197,7 +209,10 @@ def driven(case: Case, network: nn.Module, order: str = "together", plan: str = 
 
 @torch.inference_mode()
 def referred(case: Case, network: nn.Module, order: str, ran: list[set[int]], plan: str = PLAN) -> list[dict[int, Any]]:
-    """What is right: full where `ran` says so, else with the kept result of the answering block, or the kept whole answer."""
+    """Returns the expected answers of every step, by cond.
+
+    They are full where `ran` says so. Elsewhere the answering block returns what it last returned, or the whole last answer is repeated.
+    """
     network = copy.deepcopy(network)
     kept: dict[Sequence[int], Any] = {}
     whole: dict[int, Any] = {}
@@ -209,7 +224,7 @@ def referred(case: Case, network: nn.Module, order: str, ran: list[set[int]], pl
             is_full = full.issuperset(conds)
 
             def keep(_module: nn.Module, _args: Any, result: Any, conds=conds) -> None:
-                if conds not in kept or shape_of(result) == shape_of(kept[conds]):  # else that evaluation went without the cache
+                if conds not in kept or shape_of(result) == shape_of(kept[conds]):  # otherwise the cache had no part in it
                     kept[conds] = copied(result)
 
             def give(_module: nn.Module, _args: Any, _result: Any, conds=conds) -> Any:
@@ -240,7 +255,7 @@ def copied(value: Any) -> Any:
 
 
 def distance(ours: list[dict[int, Any]], theirs: list[dict[int, Any]]) -> list[float]:
-    """Of every step, the largest difference against the spread."""
+    """Returns for every step the largest difference, in units of the standard deviation of `theirs`."""
 
     def flat(answer: Any) -> Tensor:
         return answer.float().flatten() if isinstance(answer, Tensor) else torch.cat([part.float().flatten() for part in answer])
@@ -250,7 +265,7 @@ def distance(ours: list[dict[int, Any]], theirs: list[dict[int, Any]]) -> list[f
 
 
 def checked(case: Case, order: str = "together", plan: str = PLAN) -> Driven:
-    """Drives it, and compares with the reference. The place is the one that the case says."""
+    """Runs a case, compares it with the reference and checks that the place is the expected one. Returns what happened."""
     network = case.make()
     pristine = copy.deepcopy(network)
     found = driven(case, network, order, plan)
@@ -273,5 +288,5 @@ def is_tidy(network: nn.Module) -> bool:
 
 
 def skips(found: Driven, plan: str = PLAN) -> list[int]:
-    """The steps of the plan's skips in which no block ran."""
+    """Returns the steps that the plan skips and in which no block ran."""
     return [step for step, letter in enumerate(plan) if letter == Kind.SKIPPED.value and not found.ran[step]]

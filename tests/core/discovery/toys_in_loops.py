@@ -1,4 +1,4 @@
-"""Toys in every way that hosts write their loops over blocks."""
+"""Toys with every kind of loop over blocks that hosts use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Keywords(Toy):
 
 
 class Streams(nn.Module):
-    """A block of two streams, img and txt, in the form that `form` says."""
+    """A block of two streams, img and txt, which it takes and returns as the container `form`."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def in_form(form: str):
 
 
 class Odd(Block):
-    """Gives None, a bool and a number beside its stream."""
+    """Returns None, a bool and a number besides its stream."""
 
     def forward(self, h, c):
         return h + self.change(h, c), None, True, 3.5
@@ -76,12 +76,12 @@ class InPlace(Toy):
         self.blocks = nn.ModuleList(Writing() for _ in range(4))
 
     def head(self, h, c, t):
-        h *= 1.5  # what was kept must not be written into
+        h *= 1.5  # what was kept must not be changed by this
         return super().head(h, c, t)
 
 
 class InPlaceUnreturned(Toy):
-    """Its loop does not look at what the blocks return: it reads the tensor that they wrote into."""
+    """Ignores what its blocks return and reads the tensor that they wrote into."""
 
     def build(self):
         self.blocks = nn.ModuleList(Writing() for _ in range(4))
@@ -103,7 +103,7 @@ class Named(Toy):
 
 
 class One(Block):
-    """Of a Sequential: takes one tensor, whose first token is the condition."""
+    """A block of a Sequential: takes one tensor, whose first token is the condition."""
 
     def forward(self, h):
         return torch.cat((h[:, :1], super().forward(h[:, 1:], h[:, 0])), 1)
@@ -160,7 +160,7 @@ class Double(nn.Module):
 
 
 class Joint(Toy):
-    """Double blocks, then both streams as one."""
+    """Has blocks of two streams, then blocks in which both streams are one."""
 
     txt_first = True
 
@@ -182,14 +182,14 @@ class JointTxtLast(Joint):
 
 
 class SameLength(Joint):
-    """txt and img have the same number of tokens, and txt comes first everywhere."""
+    """Has as many txt as img tokens. txt comes first everywhere."""
 
     def middle(self, h, c, context, t):
         return super().middle(h, c, functional.interpolate(context.mT, h.shape[1]).mT, t)
 
 
 class SwappedReturn(InForm):
-    """Its blocks give (txt, img) where they are given (img, txt), of the same length."""
+    """Has blocks that are given (img, txt) of equal lengths and return (txt, img)."""
 
     form = "tuple"
 
@@ -201,7 +201,7 @@ class SwappedReturn(InForm):
 
 
 def leaving_out(*out: int) -> type[Toy]:
-    """Leaves blocks out, as guidance by skipped layers does."""
+    """Returns a toy that leaves these blocks out, as skip-layer guidance does."""
 
     class LeavingOut(Toy):
         def middle(self, h, c, context, t):

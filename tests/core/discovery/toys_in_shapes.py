@@ -1,4 +1,4 @@
-"""Toys whose streams, batches and lists are of unusual shapes."""
+"""Toys whose streams, batches and lists have unusual shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from toys_in_loops import Double
 
 
 class Grid(Toy):
-    """Tokens as (T, H, W, B, C), two of T where there are two conds."""
+    """Has tokens as (T, H, W, B, C), with T = 2 if there are two conds."""
 
     def build(self):
         self.blocks = nn.ModuleList(OfGrid() for _ in range(4))
@@ -29,7 +29,7 @@ class OfGrid(Block):
 
 
 class Folded(Toy):
-    """Frames folded into the batch, (B·T, L, C)."""
+    """Folds frames into the batch, (B·T, L, C)."""
 
     outer = False
 
@@ -45,13 +45,13 @@ class Folded(Toy):
 
 
 class FoldedOuter(Folded):
-    """The same as (T·B, L, C)."""
+    """Folds frames into the batch with frames outermost, (T·B, L, C)."""
 
     outer = True
 
 
 class Flat(nn.Module):
-    """All conds' tokens side by side, (L, C)."""
+    """A block that gets all conds' tokens in one sequence, (L, C)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Flat(nn.Module):
 
 
 class Packed(Toy):
-    """Text and image of each cond after each other, in one stream without a batch. Texts are of other lengths."""
+    """Puts text and image of each cond one after the other, in one stream without a batch. Texts have different lengths."""
 
     form = Flat
     txt_first = True
@@ -88,14 +88,14 @@ class PackedTxtLast(Packed):
 
 
 class FlatApart(Flat):
-    """Attends within each half alone."""
+    """Attends within each half of the sequence only."""
 
     def forward(self, h, c):
         return torch.cat([super(FlatApart, self).forward(part, row[None]) for part, row in zip(h.chunk(len(c)), c)])
 
 
 class PackedEqually(Toy):
-    """Conds of one length after each other, nothing else: theirs can be told apart."""
+    """Puts conds of equal lengths one after the other and nothing else, so each cond's tokens can be found."""
 
     def build(self):
         self.blocks = nn.ModuleList(FlatApart() for _ in range(4))
@@ -108,14 +108,14 @@ class PackedEqually(Toy):
 
 
 def numbered(network, step, conds, plan):
-    """The text says which cond it is."""
+    """Calls a network with each cond's number written into its text."""
     context = torch.cat([text_of(cond) for cond in conds])
     context[:, 0, 0] = torch.tensor(conds)
     return network(latent(step).repeat(len(conds), 1, 1), torch.full((len(conds),), 1 - step / len(plan)), context)
 
 
 class SwappedInside(Toy):
-    """Puts the second half of the batch first, and back at the end."""
+    """Puts the second half of the batch first, and restores the order at the end."""
 
     def middle(self, h, c, context, t):
         h, c = (torch.cat(each.chunk(2)[::-1]) if each.shape[0] > 1 else each for each in (h, c))
@@ -124,7 +124,7 @@ class SwappedInside(Toy):
 
 
 class Anew(Toy):
-    """Its streams are other tensors after every block."""
+    """Copies its streams after every block, so that no block is given the tensor that another one returned."""
 
     def build(self):
         self.blocks = nn.ModuleList(Double() for _ in range(4))
@@ -140,7 +140,7 @@ class Anew(Toy):
 
 
 class Lower(Toy):
-    """Its blocks compute in another dtype than it answers in."""
+    """Computes its blocks in another dtype than it answers in."""
 
     dtype = torch.bfloat16
 
@@ -156,7 +156,7 @@ class Lower16(Lower):
 
 
 class Refined(Toy):
-    """A refiner of the text, and one of the image, before the blocks."""
+    """Has a refiner of the text and one of the image before the blocks."""
 
     def build(self):
         self.refiner = nn.ModuleList(Block() for _ in range(2))
@@ -171,7 +171,7 @@ class Refined(Toy):
 
 
 class Pixels(Toy):
-    """After the main blocks a head of small ones, on many more tokens."""
+    """Has a head of small blocks, on many more tokens, after the main blocks."""
 
     def build(self):
         self.blocks = nn.ModuleList(Block() for _ in range(8))
@@ -196,7 +196,7 @@ class Small(nn.Module):
 
 
 class Conditioning(Toy):
-    """One of its lists makes the condition, which the head reads too: that list must run."""
+    """Has a list that makes the condition. The head reads the condition too, so this list must run."""
 
     def build(self):
         self.conditioner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
@@ -210,7 +210,7 @@ class Conditioning(Toy):
 
 
 class UShaped(Toy):
-    """What early blocks give is given to late ones."""
+    """Passes the results of early blocks to late ones."""
 
     def build(self):
         self.blocks = nn.ModuleList([Block() for _ in range(3)] + [Late() for _ in range(3)])
@@ -236,7 +236,7 @@ class Late(Block):
 
 
 class UInTwo(Toy):
-    """The same over two lists, with a middle block between."""
+    """Does the same with two lists and a middle block between them."""
 
     def build(self):
         self.down = nn.ModuleList(Block() for _ in range(3))
@@ -263,14 +263,14 @@ class Drop(Block):
 
 
 class Dropping(Toy):
-    """Dropout in its blocks: a skip draws none of it."""
+    """Has dropout in its blocks. A skip draws no random numbers for it."""
 
     def build(self):
         self.blocks = nn.ModuleList(Drop() for _ in range(4))
 
 
 class Two(Toy):
-    """A latent of two tensors, of other lengths: joint in the blocks."""
+    """Has a latent of two tensors of different lengths, which are one stream in the blocks."""
 
     def forward(self, x, t, context):
         first, second = x
@@ -286,7 +286,7 @@ def with_two(network, step, conds, plan):
 
 
 class LastFeedsNothing(Toy):
-    """A list after the last one that matters, whose answer is thrown away."""
+    """Has a list after the last one that matters. Its result is not used."""
 
     def build(self):
         self.blocks = nn.ModuleList(Block() for _ in range(6))

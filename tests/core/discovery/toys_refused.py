@@ -1,4 +1,4 @@
-"""Networks in which a hidden state cannot be put back, or that remember what they saw."""
+"""Networks in which a hidden state cannot be put back, or that keep state between calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toys_in_shapes import Lower
 
 
 class EarlyRead(Toy):
-    """The head reads what the first block gave."""
+    """Has a head that reads the first block's result."""
 
     def middle(self, h, c, context, t):
         early = None
@@ -25,7 +25,7 @@ class EarlyRead(Toy):
 
 
 class EarlyReadALittle(Lower):
-    """In bfloat16, and so little of it that rounding nearly hides it."""
+    """Has a head that reads so little of the first block's result that bfloat16's rounding nearly hides it."""
 
     def middle(self, h, c, context, t):
         h, c = h.to(self.dtype), c.to(self.dtype)
@@ -40,7 +40,7 @@ class EarlyReadALittle(Lower):
 
 
 class AllRead(Toy):
-    """The head reads the mean of what all blocks gave."""
+    """Has a head that reads the mean of all blocks' results."""
 
     def middle(self, h, c, context, t):
         seen = []
@@ -56,7 +56,7 @@ class Keys(Block):
 
 
 class Unpacking(Toy):
-    """The host unpacks keys and values that only a block that ran gives."""
+    """Unpacks keys and values that only a block that runs returns."""
 
     def build(self):
         self.blocks = nn.ModuleList(Keys() for _ in range(4))
@@ -75,7 +75,7 @@ class KeysOnly(Keys):
 
 
 class UnpackingShapes(Unpacking):
-    """Keys and values of a shape of their own."""
+    """Unpacks keys and values that have a shape of their own."""
 
     def build(self):
         self.blocks = nn.ModuleList(KeysOnly() for _ in range(4))
@@ -97,11 +97,11 @@ UNSPLIT = {
 }
 
 
-# -- that remember --------------------------------------------------------------------------------------
+# -- networks that keep state -----------------------------------------------------------------------------
 
 
 class Counting(Block):
-    """Every call of it is another one."""
+    """Counts its calls, and computes something else in each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class CountingInBuffer(Block):
 
 
 class Remembering(Block):
-    """Attends to what it was given before, too."""
+    """Also attends to what it was given in the call before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Shelf:
 
 
 class RememberingOnAShelf(Block):
-    """The same in an object that is no module."""
+    """Keeps state in an object that is no module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class RememberingOnAShelf(Block):
 
 
 class WritingIntoMemory(Block):
-    """The same in memory that was set aside at its first call."""
+    """Keeps state in memory that its first call allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class HandedIn(Block):
 
 
 class WithCache(Toy):
-    """Keys and values go into a dict that whoever calls it keeps."""
+    """Writes keys and values into a dict that its caller keeps."""
 
     def build(self):
         self.blocks = nn.ModuleList(HandedIn() for _ in range(4))
@@ -196,7 +196,7 @@ class WithCache(Toy):
 
 
 class Caller:
-    """Keeps a cache for every set of conds, as an autoregressive pipeline does: a dict, or a tensor that is written into."""
+    """Calls a network with a cache for each set of conds, as an autoregressive pipeline does: a dict, or a tensor that is written into."""
 
     def __init__(self, make) -> None:
         self.make, self.caches = make, weakref.WeakKeyDictionary()
@@ -226,7 +226,7 @@ class WithMemory(Toy):
 
 
 class Permuting(Toy):
-    """Every call orders the tokens otherwise around its blocks."""
+    """Has another order of tokens around its blocks in every call."""
 
     def build(self):
         self.calls = 0
@@ -239,7 +239,7 @@ class Permuting(Toy):
 
 
 class PermutingInside(Toy):
-    """The first block orders them, and the head puts that right."""
+    """Has a first block that orders the tokens, and a head that restores the order."""
 
     def build(self):
         self.calls = 0
@@ -253,7 +253,7 @@ class PermutingInside(Toy):
 
 
 class Feedback(Toy):
-    """What it answered before goes into the next answer."""
+    """Adds a part of its last answer to the next one."""
 
     def build(self):
         self.previous = None
@@ -294,7 +294,7 @@ STATEFUL = {
 }
 
 
-# -- nothing to go by -----------------------------------------------------------------------------------
+# -- networks without a place -----------------------------------------------------------------------------
 
 
 class Twice(Toy):
@@ -303,7 +303,7 @@ class Twice(Toy):
 
 
 class Layerless(Toy):
-    """A network without any list."""
+    """Has no list of blocks."""
 
     def build(self):
         del self.blocks
@@ -314,7 +314,7 @@ class Layerless(Toy):
 
 
 class SmallList(Toy):
-    """All of it is in one large block; its list is not worth a copy."""
+    """Does all its work in two large blocks. Its list is not worth a copy."""
 
     def build(self):
         self.blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
@@ -336,7 +336,7 @@ class MostlyLeavingOut(Toy):
 
 
 class Zero(Toy):
-    """Its final layer begins at zero."""
+    """Has a final layer of zeros."""
 
     def build(self):
         nn.init.zeros_(self.unembed.weight)

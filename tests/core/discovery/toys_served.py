@@ -1,4 +1,4 @@
-"""Every network of this folder that is found and proved, and where it is to answer."""
+"""Lists every toy network that is found and proved, with the block whose result is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder for sidecars, calibrations to lie in it, and what stands in for calibrating."""
+"""Fixtures for calibrations: a folder for sidecars, files in it, and stand-ins for the work of calibrating."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def as_the_host_works() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where sidecars are, and the only place. Does not exist yet."""
+    """Returns the only folder where the host looks for sidecars. It does not exist yet."""
     path = tmp_path / "calibrations"
     monkeypatch.setitem(folder_paths.folder_names_and_paths, sidecars.FOLDER, ([str(path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What the user is told of calibrations."""
+    """Returns a list that collects the notices about calibrations."""
     texts: list[str] = []
     for module in (calibrations, svd_calibrator):
         monkeypatch.setattr(module, "say", lambda text, node_id=None: texts.append(text))
@@ -48,13 +48,13 @@ def said(monkeypatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> bytes:
-    """A calibration's file, with both sections."""
+    """Returns the bytes of a calibration's file with both sections."""
     return made_file(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
 def kept(made, folder) -> Path:
-    """It in the folder."""
+    """Writes this file into the folder and returns its path."""
     folder.mkdir()
     path = folder / "made.safetensors"
     path.write_bytes(made)
@@ -70,13 +70,13 @@ def only_forecast(kept) -> Path:
 
 @pytest.fixture
 def few_layers(monkeypatch) -> None:
-    """Of which factors are made: all of them take seconds."""
+    """Makes factors of four layers only, as all of them take seconds."""
     monkeypatch.setattr(tape, "linear_sites", lambda *given: linear_sites(*given)[:4])
 
 
 @pytest.fixture
 def at_once(made, tmp_path, monkeypatch) -> list[tuple]:
-    """What calibrating gives, without the work, and what it was asked for."""
+    """Replaces calibrating by a finished result. Returns a list that collects what was asked for."""
     (tmp_path / "given.safetensors").write_bytes(made)
     calibration, asked = calibrations.load(tmp_path / "given.safetensors"), []
 
@@ -103,7 +103,7 @@ def model() -> ModelPatcher:
 
 @pytest.fixture
 def evaluations(model, monkeypatch) -> list:
-    """Grows with every call of the network."""
+    """Returns a list that grows with every call of the network."""
     calls, forward = [], model.model.diffusion_model.forward
     monkeypatch.setattr(model.model.diffusion_model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     return calls

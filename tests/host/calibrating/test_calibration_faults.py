@@ -1,4 +1,4 @@
-"""Damaged files, disks that refuse and bad input, for the calibration nodes and DuCa Cache."""
+"""The calibration nodes and DuCa Cache survive damaged files, disks that refuse, and wrong inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def truncated(path: Path) -> None:
 
 
 def flipped(section: str) -> Callable[[Path], None]:
-    """One bit within a tensor of that section, which only reading it tells."""
+    """Returns a function that flips one bit within a tensor of this section, which only reading the section shows."""
 
     def flip(path: Path) -> None:
         with safe_open(path, "pt") as file:
@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_read_is_told_once_and_ends_nothing(kept, model, s
 
 
 def test_a_model_without_weights_to_know_it_by(kept, model, said, monkeypatch):
-    """Packed by something unknown, for example."""
+    """Weights may be packed in an unknown format, for example."""
     monkeypatch.setattr(fingerprints, "base_weights", lambda model: {})
     assert setting(model) == "auto 2x"
     assert len(said) == 1 and "no weights" in said[0]
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_made(folder, model, at_once):
 
 
 def test_a_folder_that_cannot_be_written_to(kept, model, monkeypatch, at_once):
-    """Asked for by mode, as whoever runs the tests may be allowed everything."""
+    """Patches the refusal, as whoever runs the tests may be allowed to write everywhere."""
     access, before = os.access, kept.read_bytes()
     monkeypatch.setattr(os, "access", lambda path, *mode: Path(path) != kept.parent and access(path, *mode))
     with pytest.raises(SidecarError, match=r"calibrations: the folder cannot be written to.*configure another"):
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_to(kept, model, monkeypatch, at_once):
 
 
 def nothing_in(folder: Path) -> bool:
-    """The folder itself is made before calibrating."""
+    """Returns whether no file was written. The folder itself is made before calibrating."""
     return not folder.exists() or not list(folder.iterdir())
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_cannot_be_calibrated(folder):
     [(3, 1, [0, 0, 0]), (3, 2, [0, 1, 1]), (2, 2, [0, 1]), (1, 3, [0])],
 )
 def test_negatives_as_the_host_pairs_lists(folder, model, at_once, prompts, negatives, paired):
-    """The last one is repeated, and what is too many is left."""
+    """The last one is repeated, and superfluous ones are dropped."""
     texts = [f"negative {i}" for i in range(negatives)]
     calibrator(model, prompts=["p"] * prompts, negatives=texts)
     sampling, _ = at_once[0]
@@ -178,7 +178,7 @@ def test_negatives_as_the_host_pairs_lists(folder, model, at_once, prompts, nega
 
 
 def test_latents_of_other_channels(folder, model, few_layers):
-    """An empty one is given the model's, as the host does; a picture of another model's is none of this one's."""
+    """An empty latent is converted to the model's, as the host does. A picture of another model is refused."""
     calibration = calibrator(model, what="ICC", icc_method="svd", steps=4, prompts=PROMPTS[:1], latent=torch.zeros(2, 4, 16, 16)).result[0]
     assert calibration.about.token_grid == (16, 16)
     before = list(folder.iterdir())
@@ -189,7 +189,7 @@ def test_latents_of_other_channels(folder, model, few_layers):
 
 @pytest.mark.parametrize("what", ["forecast", "both"])
 def test_steps_of_which_none_can_be_skipped(folder, model, what):
-    """By link, past the widget's limit."""
+    """Such values come by a link, which may exceed the widget's limit."""
     with pytest.raises(ValueError, match=r"too few to skip any: calibrate with more|two evaluations of one run"):
         calibrator(model, steps=1, what=what)
     assert nothing_in(folder)
@@ -197,7 +197,7 @@ def test_steps_of_which_none_can_be_skipped(folder, model, what):
 
 @pytest.mark.parametrize("wrong", [{"what": "all"}, {"icc_method": "pca"}])
 def test_choices_that_there_are_not(folder, model, evaluations, wrong):
-    """The host does not check them."""
+    """The host does not check these options."""
     with pytest.raises(ValueError, match="unknown"):
         calibrator(model, **wrong)
     assert not evaluations and not folder.exists()

@@ -1,4 +1,4 @@
-"""What DuCa Cache makes of the calibrations that it finds or is given."""
+"""DuCa Cache uses the calibration that it finds or is given, if it fits."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_another_checkpoints_is_not_found(kept, model, said):
     assert setting(perturbed(model)) == "auto 2x" and not said
 
 
-# -- an explicit one -----------------------------------------------------------------------------------
+# -- a calibration that is wired -------------------------------------------------------------------------
 
 
 def test_an_explicit_one_is_used(kept, made, model, monkeypatch):
@@ -118,9 +118,9 @@ def test_mode_auto_with_only_factors_says_so_when_they_are_wired(kept, model, sa
     for wired in (False, True):
         cached = cache(model, LoadCalibration.execute(path.name).result[0] if wired else None)
         assert torch.equal(sample(cached, **SMALL), without_finding(model))
-        told = [notice for notice in last_report(cached).notices if "calibration" in notice]
-        assert last_report(cached).setting == "auto 2x" and len(told) == wired and not said
-    assert "the calibration is not used: it has only low-rank factors" in told[0]
+        notices = [notice for notice in last_report(cached).notices if "calibration" in notice]
+        assert last_report(cached).setting == "auto 2x" and len(notices) == wired and not said
+    assert "the calibration is not used: it has only low-rank factors" in notices[0]
 
 
 @pytest.mark.parametrize("wired", [False, True])

@@ -1,4 +1,4 @@
-"""SVD Calibrator, Load Calibration and Prompt List on the real host."""
+"""SVD Calibrator, Load Calibration and Prompt List work on the host."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_nodes_ids_are_frozen_and_everything_is_explained():
     ],
 )  # fmt: skip
 def test_saved_workflows_depend_on_this_order_of_inputs(name, required, optional):
-    """Frozen: widget values in saved workflows are stored by position. What came later is optional, last and no widget."""
+    """The order is frozen, as saved workflows store widget values by position. Newer inputs are optional, last, and no widgets."""
     fields = node_list()[name].GET_NODE_INFO_V1()["input"]
     assert list(fields["required"]) == required and list(fields.get("optional", {})) == optional
     assert all(fields["optional"][field][0] in ("DUCA_CALIBRATION", "DUCA_SCHEDULE") for field in optional)
@@ -87,7 +87,7 @@ def test_prompts_are_the_lines():
     assert PromptList.execute(" a \n\n\tb\r\nc d\n \n").result[0] == ["a", "b", "c d"]
     assert PromptList.validate_inputs("a") is True and PromptList.validate_inputs(None) is True
     assert "at least one" in PromptList.validate_inputs(" \n")
-    with pytest.raises(ValueError, match="at least one"):  # what comes by link is not validated
+    with pytest.raises(ValueError, match="at least one"):  # values that come by a link are not validated
         PromptList.execute(" \n")
 
 
@@ -101,8 +101,8 @@ def test_a_calibration_is_saved_and_shown(folder, model):
     (path,) = folder.iterdir()
     assert path.name.startswith("my_model-") and path.name.endswith(".duca.safetensors")
     assert calibration.forecast is not None and calibration.factors is None
-    assert [choice.plan.count(Kind.FULL) for choice in calibration.forecast.tried] == sorted(
-        {choice.plan.count(Kind.FULL) for choice in calibration.forecast.tried}, reverse=True
+    assert [tried.plan.count(Kind.FULL) for tried in calibration.forecast.tried] == sorted(
+        {tried.plan.count(Kind.FULL) for tried in calibration.forecast.tried}, reverse=True
     )
     assert all(line.startswith("    ") for line in text.splitlines()) and text.split()[0] == "calibrated"
     assert str(path) in text and "2 prompts, 6 steps euler/simple, cfg 2.5, latent 16 x 16" in text and "FLUX/my model" in text
@@ -114,7 +114,7 @@ def test_a_calibration_is_saved_and_shown(folder, model):
 
 
 def test_what_is_there_is_used(kept, model, no_calibrating):
-    """With other settings too: whoever wants it anew says so."""
+    """Also with other settings: a user who wants a new one says so."""
     for given in ({"what": "forecast"}, {"what": "ICC"}, {"what": "both", "steps": 9, "cfg": 1.0}, {"rank": 3, "what": "forecast"}):
         calibration, text, _ = calibrator(model, **given).result
         assert text.split()[0] == "calibration" and str(kept) in text
@@ -128,7 +128,7 @@ def test_recalibrate_makes_a_new_one(kept, model):
     assert text.split()[0] == "calibrated" and str(new) in text and calibration.about.steps == 4
     assert sorted(read(new).sections) == ["forecast", "icc"], "what was not asked for is kept"
     assert read(new).sections["forecast"]["plans"].shape != forecast["plans"].shape
-    os.utime(new, (4e9, 4e9))  # created within the same second as the other
+    os.utime(new, (4e9, 4e9))  # both may be created within one second
     assert sidecars.find(model).path == new
 
 
@@ -159,7 +159,7 @@ def test_it_is_of_the_checkpoint_whatever_lora_is_on_it(folder, model, few_layer
 
 
 def state_of(model: ModelPatcher) -> dict:
-    """What hangs on every module: overrides and hooks show here."""
+    """Returns the attributes of every module, which show overrides and hooks."""
     return {
         name: (module.__dict__.get("forward"), sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
         for name, module in model.model.diffusion_model.named_modules()

@@ -1,4 +1,4 @@
-"""Linear layers for tests of factors, and what their products are to be."""
+"""Linear layers for tests of factors, and a reference of the factors' product."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def reference_product(weight, rank, method, in_magnitude, out_magnitude):
-    """A·B in float64, written from docs/method.md, section 3.2."""
+    """Returns A·B in float64, written from docs/method.md, section 3.2."""
     left, right = np.ones(weight.shape[0]), np.ones(weight.shape[1])
     if method != "svd":
         left, right = out_magnitude**0.5, in_magnitude**0.5
@@ -19,7 +19,7 @@ def reference_product(weight, rank, method, in_magnitude, out_magnitude):
 
 
 class ClippedInput(nn.Linear):
-    """Scaled fp8 activations: inputs beyond 448 steps are clamped, in place, the rest is rounded to 3 binary digits."""
+    """Has scaled fp8 activations: inputs beyond 448 steps are clamped in place, the others are rounded to 3 binary digits."""
 
     def forward(self, x):
         x.clamp_(-4.48, 4.48)
