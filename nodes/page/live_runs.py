@@ -1,4 +1,4 @@
-"""Tells the page what is running under each DuCa Cache node, and keeps the last run of each for a page that asks later."""
+"""Sends the page every run of a DuCa Cache node as it goes on, and keeps the last run of each node for a page that asks later."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from ...cache_core.meter import Evaluation
 from ..pictures.report_text import report_data
 from .notices import running_server
 
-_KEPT = 64  # nodes, before the one that ran longest ago is forgotten
+_KEPT = 64  # nodes that are remembered; the one that ran longest ago is forgotten first
 _EVENT = "duca_cache.run"
 
 
 class Known(NamedTuple):
-    """What a node's last run tells of the next one's costs. network: gone with the model. sampling: the host's noise schedule.
+    """What is known of a node's last run, to predict the next one.
 
-    calibration: the file that was found for the checkpoint, None where there was none.
+    Args:
+        family: Family of the model.
+        network: The network. The reference is dead once the host has dropped the model.
+        sampling: The host's `model_sampling`, which has the noise levels.
+        device: Device of the run.
+        calibration: The file that was found for the checkpoint, None where there was none.
+        shape: What the calls of the run were like, None before the first run has ended.
     """
 
     family: ModelFamily
@@ -37,14 +43,21 @@ class Known(NamedTuple):
 
 
 class LiveRun:
-    """One run, as the page hears of it. At most one message an evaluation. Plain numbers only."""
+    """One run as the page shows it. It holds plain numbers only and sends at most one message per evaluation.
+
+    Args:
+        node: Id of the node.
+        number: Number of the run, which the page tells runs apart by.
+        name: Name of the strategy.
+        plan: Letters of the kinds, one per step.
+    """
 
     def __init__(self, node: str, number: int, name: str, plan: str) -> None:
         self.node, self.number, self.name, self.plan = node, number, name, plan
         self.evaluations: list[dict[str, Any]] = []
         self.report: dict[str, Any] | None = None
         server = running_server()
-        self.client = server.client_id if server is not None else None  # who queued it
+        self.client = server.client_id if server is not None else None  # the browser tab that queued it
         self._tell("start", plan=plan, steps=len(plan), name=name)
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -57,7 +70,7 @@ class LiveRun:
         self._tell("end", complete=report.is_complete, report=self.report)
 
     def data(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the run as JSON-ready values."""
         return {
             "run": self.number,
             "active": self.report is None,
@@ -76,7 +89,7 @@ class LiveRun:
 
 
 class LiveRuns:
-    """By node id; of two graphs that use the same one, the later run counts."""
+    """Keeps the last run of every node, by node id. If two graphs use the same id, the later run counts."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, LiveRun] = OrderedDict()
