@@ -24,8 +24,8 @@ class CacheCompare(io.ComfyNode):
                 io.Image.Input("reference", tooltip="The uncached picture, or a batch of them."),
                 io.Image.Input(
                     "cached",
-                    tooltip="The cached pictures as one batch (Batch Images joins several). If reference is a batch: first all pictures of the "
-                    "first setting, in the order of reference, then all of the next.",
+                    tooltip="The cached pictures as one batch (Batch Images joins several). If reference is a batch: first all pictures of "
+                    "the first setting, in the order of reference, then all of the next.",
                 ),
                 io.String.Input(
                     "labels",

@@ -24,7 +24,8 @@ class CacheReport(io.ComfyNode):
             node_id="DuCaCacheReport",
             display_name="Cache Report",
             category="model_patches/duca",
-            description="Shows what the cache did in the run that made this latent: how many evaluations of each kind, time, memory, speed-up.",
+            description="Shows what the cache did in the run that made this latent: how many evaluations of each kind, time, memory, "
+            "speed-up.",
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampler's latent. The report waits for it, and is on the run that made it."),
                 io.Model.Input("model", tooltip="The model that the sampler used, from DuCa Cache."),

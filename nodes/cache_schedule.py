@@ -19,7 +19,8 @@ class CacheSchedule(io.ComfyNode):
             node_id="DuCaCacheSchedule",
             display_name="Cache Schedule",
             category="model_patches/duca",
-            description="Says which steps DuCa Cache computes in full, for any number of steps. The strip below shows the plan for the sampler.",
+            description="Says which steps DuCa Cache computes in full, for any number of steps. The strip below shows the plan for the "
+            "sampler.",
             inputs=_inputs(),
             outputs=[fields.Schedule.Output(display_name="schedule", tooltip="For DuCa Cache's input of the same name.")],
         )
@@ -51,7 +52,8 @@ def _inputs() -> list[io.Input]:
             max=6.0,
             step=0.1,
             display_mode=io.NumberDisplay.slider,
-            tooltip="How many times fewer full evaluations: at 2, half of them. Not used by custom text, nor by cycles with a cycle_length.",
+            tooltip="How many times fewer full evaluations: at 2, half of them. Not used by custom text, nor by cycles with a "
+            "cycle_length.",
         ),
         io.Int.Input(
             "cycle_length",
@@ -66,7 +68,12 @@ def _inputs() -> list[io.Input]:
             tooltip="For kind custom text. F full, c conservative, a skipped, i incremental; 3F is short for FFF, (Fca)* is repeated until "
             "the run is full, what follows comes at its end. Without * the whole text is repeated.",
         ),
-        io.Combo.Input("unit", options=list(Schedule.UNITS), default=usual.unit, tooltip="Unit of skip_from and skip_to: percent of the sampling, or steps."),
+        io.Combo.Input(
+            "unit",
+            options=list(Schedule.UNITS),
+            default=usual.unit,
+            tooltip="Unit of skip_from and skip_to: percent of the sampling, or steps.",
+        ),
         io.Float.Input(
             "skip_from",
             default=0.0,

@@ -26,8 +26,8 @@ class CacheSweep(io.ComfyNode):
             node_id="DuCaCacheSweep",
             display_name="Cache Sweep",
             category="model_patches/duca",
-            description="Samples one prompt without a cache, then at each speed-up, and shows the pictures side by side with PSNR, SSIM, time "
-            "and compute, to find the highest speed-up that you still like. Takes as long as all these samplings together.",
+            description="Samples one prompt without a cache, then at each speed-up, and shows the pictures side by side with PSNR, SSIM, "
+            "time and compute, to find the highest speed-up that you still like. Takes as long as all these samplings together.",
             inputs=_inputs(),
             outputs=[
                 *outputs(),

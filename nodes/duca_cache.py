@@ -23,7 +23,8 @@ class DucaCache(io.ComfyNode):
             node_id="DuCaCache",
             display_name="DuCa Cache",
             category="model_patches/duca",
-            description="Makes a diffusion transformer sample faster: many evaluations are skipped and filled from the results of earlier ones.",
+            description="Makes a diffusion transformer sample faster: many evaluations are skipped and filled from the results of earlier "
+            "ones.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to speed up. Put this node last, right before the sampler."),
                 io.Combo.Input(
@@ -43,7 +44,8 @@ class DucaCache(io.ComfyNode):
                     max=6.0,
                     step=0.1,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="How many times fewer full evaluations: at 2, half of them. 1 computes all; 2 is safe; above 3 look at the image.",
+                    tooltip="How many times fewer full evaluations: at 2, half of them. 1 computes all; 2 is safe; above 3 look at the "
+                    "image.",
                 ),
                 *_advanced_inputs(),
                 fields.Calibration.Input(
@@ -54,8 +56,8 @@ class DucaCache(io.ComfyNode):
                 fields.Schedule.Input(
                     "schedule",
                     optional=True,
-                    tooltip="From Cache Schedule: says which steps are full, in place of speedup and the numbers of steps here. The mode still "
-                    "says how the others are filled.",
+                    tooltip="From Cache Schedule: says which steps are full, in place of speedup and the numbers of steps here. The mode "
+                    "still says how the others are filled.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache on it.")],
@@ -107,8 +109,8 @@ def _advanced_inputs() -> list[io.Input]:
                 default=0,
                 min=0,
                 max=100,
-                tooltip="Modes paper, forecast and icc: steps from one full evaluation to the next (N in the paper, which uses 5 for FLUX). "
-                "0 follows speedup.",
+                tooltip="Modes paper, forecast and icc: steps from one full evaluation to the next (N in the paper, which uses 5 for "
+                "FLUX). 0 follows speedup.",
             ),
             io.Float.Input(
                 "token_share",
@@ -125,13 +127,24 @@ def _advanced_inputs() -> list[io.Input]:
                 "else 1. Mode auto does not use it.",
             ),
             io.Int.Input("tail", default=0, min=0, max=100, tooltip="Full steps at the end."),
-            io.Float.Input("start_percent", default=0.0, tooltip="Everything before this part of the sampling is full: 0 is its beginning, 1 its end.", **percent),
-            io.Float.Input("end_percent", default=1.0, tooltip="Everything after this part of the sampling is full: 0 is its beginning, 1 its end.", **percent),
+            io.Float.Input(
+                "start_percent",
+                default=0.0,
+                tooltip="Everything before this part of the sampling is full: 0 is its beginning, 1 its end.",
+                **percent,
+            ),
+            io.Float.Input(
+                "end_percent",
+                default=1.0,
+                tooltip="Everything after this part of the sampling is full: 0 is its beginning, 1 its end.",
+                **percent,
+            ),
             io.Combo.Input(
                 "store_device",
                 options=list(STORE_DEVICES),
                 default="auto",
-                tooltip="Where the cache is kept. auto: on the GPU, or in system memory if it would take more than half of the free GPU memory.",
+                tooltip="Where the cache is kept. auto: on the GPU, or in system memory if it would take more than half of the free GPU "
+                "memory.",
             ),
             io.Combo.Input(
                 "store_dtype",
@@ -139,7 +152,13 @@ def _advanced_inputs() -> list[io.Input]:
                 default="model dtype",
                 tooltip="In what precision the cache is kept. fp8 takes half the memory of bf16 and costs a little accuracy.",
             ),
-            io.Int.Input("token_seed", default=0, min=0, max=2**32 - 1, tooltip="Mode paper, and schedules with c: seed of the random choice of recomputed tokens."),
+            io.Int.Input(
+                "token_seed",
+                default=0,
+                min=0,
+                max=2**32 - 1,
+                tooltip="Mode paper, and schedules with c: seed of the random choice of recomputed tokens.",
+            ),
             io.Boolean.Input("verbose", default=False, tooltip="Writes every evaluation to the log."),
         )
     ]

@@ -20,12 +20,18 @@ class LoadCalibration(io.ComfyNode):
             node_id="DuCaLoadCalibration",
             display_name="Load Calibration",
             category="model_patches/duca",
-            description="Loads a calibration from models/duca_calibration. Seldom needed: DuCa Cache finds its checkpoint's calibration automatically.",
+            description="Loads a calibration from models/duca_calibration. Seldom needed: DuCa Cache finds its checkpoint's calibration "
+            "automatically.",
             inputs=[io.Combo.Input("calibration_name", options=sidecars.names(), tooltip="A file in models/duca_calibration.")],
             outputs=[
-                fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache, which refuses the calibration of another checkpoint."),
+                fields.Calibration.Output(
+                    display_name="calibration", tooltip="For DuCa Cache, which refuses the calibration of another checkpoint."
+                ),
                 io.String.Output(display_name="text", tooltip="What the file says: model, prompts, sampler, and the PSNR to expect."),
-                io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity of every step; for ICC, the share of every layer that its factors keep."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Expected error and sensitivity of every step; for ICC, the share of every layer that its factors keep.",
+                ),
             ],
         )
 

@@ -22,13 +22,15 @@ class PromptList(io.ComfyNode):
             node_id="DuCaPromptList",
             display_name="Prompt List",
             category="model_patches/duca",
-            description="Makes a list of prompts, one per line. Through a CLIP Text Encode, it gives SVD Calibrator several prompts to learn from.",
+            description="Makes a list of prompts, one per line. Through a CLIP Text Encode, it gives SVD Calibrator several prompts to "
+            "learn from.",
             inputs=[
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default=_DEFAULT,
-                    tooltip="One prompt per line; empty lines do not count. Write eight or more, different ones, like those that you will use.",
+                    tooltip="One prompt per line; empty lines do not count. Write eight or more, different ones, like those that you will "
+                    "use.",
                 )
             ],
             outputs=[io.String.Output(display_name="prompts", is_output_list=True, tooltip="The prompts, one at a time.")],

@@ -35,14 +35,17 @@ class SvdCalibrator(io.ComfyNode):
             node_id="DuCaSVDCalibrator",
             display_name="SVD Calibrator (learns this checkpoint)",
             category="model_patches/duca",
-            description="Samples your prompts again and again and learns which steps of this checkpoint to skip and how to fill them, or, for "
-            "mode icc, low-rank factors of its layers by SVD. Saves the calibration in models/duca_calibration, where DuCa Cache finds it "
-            "automatically. Needed once per checkpoint; takes as long as many samplings.",
+            description="Samples your prompts again and again and learns which steps of this checkpoint to skip and how to fill them, or, "
+            "for mode icc, low-rank factors of its layers by SVD. Saves the calibration in models/duca_calibration, where DuCa Cache finds "
+            "it automatically. Needed once per checkpoint; takes as long as many samplings.",
             inputs=_inputs(),
             outputs=[
                 fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache, which also finds it automatically."),
                 io.String.Output(display_name="text", tooltip="What was learned, in words."),
-                io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity of every step; for ICC, the share of every layer that its factors keep."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Expected error and sensitivity of every step; for ICC, the share of every layer that its factors keep.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -107,14 +110,20 @@ def _inputs() -> list[io.Input]:
         io.Conditioning.Input("negative", tooltip="The negative prompt: one for all, or one for each positive."),
         io.Latent.Input("latent", tooltip="An empty latent of your usual size. Only the first of a batch is used."),
         *fields.sampler_fields(),
-        io.Int.Input("steps", default=28, min=4, max=200, tooltip="Your usual number of steps. Other numbers can use the calibration too, by interpolation."),
+        io.Int.Input(
+            "steps",
+            default=28,
+            min=4,
+            max=200,
+            tooltip="Your usual number of steps. Other numbers can use the calibration too, by interpolation.",
+        ),
         fields.guidance_field(),
         io.Combo.Input(
             "what",
             options=list(_WANTED),
             default="forecast",
-            tooltip="forecast: which steps to skip and how to fill them, for mode auto. ICC: low-rank factors of the linear layers, for mode "
-            "icc. both: forecast and ICC.",
+            tooltip="forecast: which steps to skip and how to fill them, for mode auto. ICC: low-rank factors of the linear layers, for "
+            "mode icc. both: forecast and ICC.",
         ),
         *map(fields.advanced, _advanced_inputs()),
     ]
@@ -129,8 +138,16 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="ICC: how the SVD of a layer weighs its channels. svd: all alike. ca_svd: by their activations, as in the paper. "
             "cd_svd: by how these change from step to step.",
         ),
-        io.Int.Input("rank", default=64, min=1, max=1024, tooltip="ICC: rank of the low-rank factors. A higher one is closer and slower; use 128 for FLUX."),
-        io.Int.Input("first_seed", default=100, min=0, max=2**32 - 1, tooltip="Seed of the first prompt. Each further prompt gets the next seed."),
+        io.Int.Input(
+            "rank",
+            default=64,
+            min=1,
+            max=1024,
+            tooltip="ICC: rank of the low-rank factors. A higher one is closer and slower; use 128 for FLUX.",
+        ),
+        io.Int.Input(
+            "first_seed", default=100, min=0, max=2**32 - 1, tooltip="Seed of the first prompt. Each further prompt gets the next seed."
+        ),
         io.String.Input("name", default="", tooltip="Beginning of the file's name. If empty, the name of the model family."),
         io.Boolean.Input("recalibrate", default=False, tooltip="Calibrates again even if the checkpoint already has a calibration."),
     ]

@@ -31,7 +31,7 @@ class Known(NamedTuple):
         sampling: The host's `model_sampling`, which has the noise levels.
         device: Device of the run.
         calibration: The file that was found for the checkpoint, None where there was none.
-        shape: What the calls of the run were like, None before the first run has ended.
+        shape: What the calls of the run were like, None before a run of this network has ended.
     """
 
     family: ModelFamily

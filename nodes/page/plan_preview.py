@@ -158,7 +158,9 @@ def _quality(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
         }
     said = {"state": "used", "name": path.name, "text": f"calibrated on {calibration.about.prompt_count} prompts"}
     expected = _expected(calibration, plan)
-    quality = f"expected PSNR {expected['psnr']:.1f} dB against no cache" if expected is not None else "quality not measured for such a plan"
+    quality = (
+        f"expected PSNR {expected['psnr']:.1f} dB against no cache" if expected is not None else "quality not measured for such a plan"
+    )
     return {"calibration": said, "expected": expected, "quality": quality}
 
 

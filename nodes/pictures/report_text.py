@@ -27,7 +27,7 @@ def report_text(report: RunReport, verbose: bool = False) -> str:
         *(f"note         {notice}" for notice in report.notices),
     ]
     if verbose:
-        lines += [f"{e.index:4d}  step {e.step:3d}  sigma {e.sigma:.4f}  {e.label:12s} {e.ms:8.1f} ms" for e in evaluations]
+        lines += [f"{e.index:4d}  step {e.step:3d}  sigma {e.sigma:.4f}  {e.label:15s} {e.ms:8.1f} ms" for e in evaluations]
     return "\n".join(lines)
 
 

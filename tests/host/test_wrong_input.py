@@ -166,4 +166,4 @@ def test_a_network_that_the_host_does_not_sample_is_passed_through(said):
     """As some packs return from a loader under the type MODEL."""
     network = torch.nn.Linear(2, 2)
     assert host.attach(network, Settings()) is network
-    assert said == ["DuCa Cache serves models that ComfyUI samples; Linear is passed through unchanged."]
+    assert said == ["DuCa Cache works on models that ComfyUI itself samples; Linear is passed through unchanged."]
