@@ -229,7 +229,7 @@ class CacheRun:
                 return None
             self._describe(known)
             conds = [tuple(call.conds)] if known.place.is_joint else call.conds
-            slots = self._slots.find(conds, call.variant, (call.signature, call.weights, known.features))
+            slots = self._slots.slots_of(conds, call.variant, (call.signature, call.weights, known.features))
             if slots is None:
                 self._bypass("the same conditioning occurs twice in one evaluation")
             elif not all(slot.anchors for slot in slots) and self._kind is not Kind.FULL:

@@ -11,7 +11,7 @@ app.registerExtension({
     for (const widget of node.widgets ?? []) {
       if (!widget.options?.advanced) continue;
       widget.advanced = true;
-      widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? LiteGraph.NODE_WIDGET_HEIGHT : -4]; // -4 removes the gap between widgets
+      widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? LiteGraph.NODE_WIDGET_HEIGHT : -4]; // -4 removes the gap
     }
     node.setSize([node.size[0], node.computeSize()[1]]); // the page sets the size of a saved node later
     keepTheRest(node);

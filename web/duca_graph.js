@@ -143,7 +143,7 @@ function take(node, names, found) {
 
 const linksOf = (graph) => [...(graph?.links?.values?.() ?? [])]; // slots have them too, but newer pages warn if they are read there
 // not node.getInputLink: for the node of a subgraph it looks among the outputs
-/** The slot beyond a bypassed node that a value goes to: the same number if its type fits, else the first of the type. */
+const linkInto = (node, slot) => linksOf(node.graph).find((link) => String(link.target_id) === String(node.id) && link.target_slot === slot);
 const linksOutOf = (graph, id, slot) => linksOf(graph).filter((link) => String(link.origin_id) === String(id) && link.origin_slot === slot);
 const isSubgraph = (node) => Boolean(node.subgraph);
 const isReroute = (node) => node.type === "Reroute";
@@ -212,7 +212,7 @@ function* beyondInput(node, slot, hops) {
   }
 }
 
-/** The slot on the other side of a bypassed node that a value goes to: the same number if its type fits, else the first of the type. */
+/** The slot beyond a bypassed node that a value goes to: the same number if its type fits, else the first of the type. */
 function partner(slots, type, index) {
   return slots?.[index]?.type === type ? index : (slots ?? []).findIndex((slot) => slot.type === type);
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..blocks import unwrapped
 from .watch import Spec
 
 _FEW = 3  # vectors per batch row that are not tokens yet, such as one for each kind of frame; tokens are more
@@ -33,7 +34,7 @@ def linear_layers(path: str, blocks: Sequence[nn.Module]) -> Iterator[tuple[Laye
     """
     for index, block in enumerate(blocks):
         outer = ""
-        for name, module in getattr(block, "_orig_mod", block).named_modules():  # a compiled block wraps the real one
+        for name, module in unwrapped(block).named_modules():
             if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or (outer and name.startswith(f"{outer}.")):
                 continue  # the second case: it lies inside a wrapper that is itself called as the layer
             outer = name

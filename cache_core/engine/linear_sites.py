@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import blocks_at
+from ..blocks import blocks_at, unwrapped
 from ..discovery.layers import LayerCall, LayerKey
 from ..families.base import ModelFamily
 from ..families.fused import UNSPLIT, LinearPart
@@ -143,8 +142,7 @@ def linear_sites(family: ModelFamily, calls: Mapping[LayerKey, LayerCall], netwo
     """
     sites: list[LinearSite] = []
     for (path, index, layer), call in calls.items():
-        block: Any = blocks_at(network, path)[index]
-        block = getattr(block, "_orig_mod", block)
+        block = unwrapped(blocks_at(network, path)[index])
         module = attrgetter(layer)(block) if layer else block
         split = family.fused.get(path, {}).get(layer)
         parts = (UNSPLIT,) if split is None else split(block)

@@ -212,7 +212,7 @@ class SlotTable:
         self._seen.update(self._in_pass)
         self._in_pass.clear()
 
-    def find(self, conds: Sequence[Hashable], variant: Variant, signature: Hashable) -> list[Slot] | None:
+    def slots_of(self, conds: Sequence[Hashable], variant: Variant, signature: Hashable) -> list[Slot] | None:
         """Returns the slots of a call's conds, in order. A slot is emptied where the signature has changed.
 
         None once a cond has occurred twice in one pass, as its calls cannot be told apart from then on.

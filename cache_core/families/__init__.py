@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..blocks import unwrapped
 from .anima import ANIMA
 from .aura import AURA
 from .base import ModelFamily, Site, Stack
@@ -64,7 +65,7 @@ def find_family(model: nn.Module) -> ModelFamily:
 
     A network compiled by torch.compile is recognised by the module that it wraps.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     return next((family for family in FAMILIES if family.matches(model)), undescribed(model))
 
 

@@ -11,13 +11,15 @@ from operator import attrgetter
 
 from torch import nn
 
+from ..blocks import unwrapped
+
 
 def takes(module: object, *parameters: str) -> bool:
     """Returns whether the module's `forward` has exactly these parameters, in this order.
 
     A compiled module (torch.compile) is judged by the module that it wraps.
     """
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     return isinstance(module, nn.Module) and tuple(signature(type(module).forward).parameters)[1:] == parameters
 
 

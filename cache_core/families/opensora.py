@@ -28,6 +28,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..blocks import unwrapped
 from ..refusals import UnsupportedCallError
 from .as_read import takes
 from .base import Cached, ModelFamily, Site, Stack
@@ -61,7 +62,7 @@ def _is_stdit3(model: nn.Module) -> bool:
 
 def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
     """Returns whether a block differs from the spatial or temporal block that this file describes."""
-    block = getattr(block, "_orig_mod", block)  # a compiled block wraps the real one
+    block = unwrapped(block)
     try:
         *_, table, temporal = _USED(block)
     except AttributeError:

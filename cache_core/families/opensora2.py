@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import unwrapped
 from .base import Cached, modulate
 from .flux_blocks import flux_like, has_flux_blocks
 from .fused import LinearPart
@@ -33,7 +34,7 @@ def _is_mmdit(model: nn.Module) -> bool:
     """Recognises the network under any class name: FLUX's own blocks have no processors."""
     if not has_flux_blocks(model, type(model).__name__, own_modulation=True) or not hasattr(model, "cond_in"):
         return False
-    double, single = ([getattr(block, "_orig_mod", block) for block in blocks] for blocks in (model.double_blocks, model.single_blocks))  # type: ignore[union-attr]
+    double, single = ([unwrapped(block) for block in blocks] for blocks in (model.double_blocks, model.single_blocks))  # type: ignore[union-attr]
     has_projections = all(hasattr(block, "linear1") or hasattr(block, "v_mlp") for block in single)
     return (
         has_projections and _processors(double) == {"DoubleStreamBlockProcessor"} and _processors(single) == {"SingleStreamBlockProcessor"}

@@ -83,15 +83,17 @@ class Calibrator:
     Prompts are taken in two halves, each with its own statistics, and what is learned from one half is tried out on the other. The result
     is made from the statistics of both.
 
-    Memory besides the model's: on its device, one hidden state and one input of each cond. In system memory, twice n²·d·C floats of
-    statistics (0.6 GiB each for FLUX at 28 evaluations), with n recorded evaluations and d and C the channels of an input and of a hidden
-    token, and the hidden states of one run of one prompt (24 MiB each for FLUX at 1024×1024: 1.3 GiB with 28 evaluations of two conds).
+    Memory besides the model's, while recording. On its device, between evaluations: one hidden state and one input of each cond. During a
+    call, two more tensors of a hidden state's size: the embedded input, and the hidden state minus it. In the first evaluation of a run,
+    one more for the proof. In system memory, twice n²·d·C floats of statistics (0.6 GiB each for FLUX at 28 evaluations), with n recorded
+    evaluations and d and C the channels of an input and of a hidden token, and the hidden states of one run of one prompt (24 MiB each for
+    FLUX at 1024×1024: 1.3 GiB with 28 evaluations of two conds).
 
     Args:
         sample: Samples a prompt.
         prompts: Number of prompts.
         wishes: What is asked for.
-        told: Called with the name of the stage, the number of its samplings (or layers) that are done, and their total number.
+        on_progress: Called with the name of the stage, the number of its samplings (or layers) that are done, and their total number.
     """
 
     def __init__(
@@ -99,10 +101,10 @@ class Calibrator:
         sample: Sample,
         prompts: int,
         wishes: Wishes,
-        told: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> None:
         self._sample, self._prompts = sample, prompts
-        self._wishes, self._told = wishes, told
+        self._wishes, self._on_progress = wishes, on_progress
         self._halves = [Moments() for _ in range(min(2, prompts))]  # statistics of the even prompts and of the odd ones
         self._sites: list[LinearSite] = []
         self._magnitudes = Magnitudes(increments=wishes.method == "cd_svd") if wishes.method else None
@@ -133,7 +135,7 @@ class Calibrator:
             return measuring(call.conds, sites, self._magnitudes) if self._magnitudes is not None else nullcontext()
 
         for prompt in range(self._prompts):
-            self._told("recording", prompt, self._prompts)
+            self._on_progress("recording", prompt, self._prompts)
             if self._magnitudes is not None:
                 self._magnitudes.begin_run()
             latent, tape = self._taped(prompt, self._full(), listen=listen if self._wishes.method else None)
@@ -180,13 +182,13 @@ class Calibrator:
         budgets = _budgets(len(step_times), self._wishes.speedups)
         done = 0
 
-        def told() -> None:
+        def on_progress() -> None:
             nonlocal done
             done += 1
-            self._told("trying out", done, total)
+            self._on_progress("trying out", done, total)
 
         total = len(budgets) * self._prompts * Trials.COUNT
-        trials = Trials(halves, model, start, self._sample, self._references, told)
+        trials = Trials(halves, model, start, self._sample, self._references, on_progress)
         tried = tuple(trials.best(budget) for budget in budgets)
         if not tried:
             raise ValueError(f"{len(step_times)} steps are too few to skip any: calibrate with more steps")
@@ -217,7 +219,7 @@ class Calibrator:
             _, tape = self._taped(prompt, Strategy(AlwaysCompute(), AUTO))  # sampled again, so that only one tape is kept at a time
             for place, step in enumerate(measured):
                 done = (half * len(prompts) + number) * len(measured) + place
-                self._told("measuring sensitivity", min(done, total), total)
+                self._on_progress("measuring sensitivity", min(done, total), total)
                 plan = Plan(tuple(Kind.SKIPPED if other == step else Kind.FULL for other in range(steps)))
                 strategy = Strategy(Given(plan), AUTO, name="sensitivity")
                 latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
@@ -238,7 +240,7 @@ class Calibrator:
             self._magnitudes,
             torch.bfloat16 if self._dtype is torch.bfloat16 else torch.float16,
             start.device,
-            lambda done, total: self._told("factorising layers", done, total),
+            lambda done, total: self._on_progress("factorising layers", done, total),
             call_dtype=self._dtype,
         )
         return Factors(tensors, energy)

@@ -61,7 +61,7 @@ class Trials:
         start: A run of the calibrated model.
         sample: Samples a prompt.
         references: Uncached latent of every prompt.
-        told: Called after every sampling.
+        on_progress: Called after every sampling.
 
     Attributes:
         SHARE: Share of calibrated weights that is tried. A quarter and all of them were never better by more than 0.1 dB.
@@ -78,10 +78,10 @@ class Trials:
         start: RunStart,
         sample: Sample,
         references: Sequence[Tensor],
-        told: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._halves, self._pooled, self._start = halves, pooled, start
-        self._sample, self._references, self._told = sample, references, told
+        self._sample, self._references, self._on_progress = sample, references, on_progress
 
     def best(self, budget: int) -> TriedPlan:
         """Returns the best plan and predictor for `budget` full evaluations: the uncalibrated ones unless others are surely better.
@@ -126,7 +126,7 @@ class Trials:
                 return CacheRun(strategy, start)
 
             distances.append(psnr(self._sample(prompt, make), reference))
-            self._told()
+            self._on_progress()
         return _Trial(origin, share, distances)
 
 

@@ -32,7 +32,7 @@ OUT = ROOT / "demo_out"
 WORKFLOW = ROOT / "workflows" / "api" / "duca_demo_flux.json"
 PROMPTS = ("red apple", "tiger face", "hamburger", "castle")
 STEPS = 28
-_HEAD = ("setting", "full", "cons.", "aggr.", "time", "compute", "PSNR dB", "SSIM", "cache")
+_HEAD = ("setting", "full", "cons.", "skipped", "time", "compute", "PSNR dB", "SSIM", "cache")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Result:
 
     @property
     def evaluations(self) -> tuple[int, int, int]:
-        """Full, conservative and aggressive ones."""
-        counts = self.report.get("counts", {"full": self.setting.steps})
-        return counts.get("full", 0), counts.get("conservative", 0), counts.get("aggressive", 0)
+        """Numbers of full, conservative and skipped ones."""
+        counts = self.report.get("counts", {"F": self.setting.steps})  # by the letters that kinds have in plans
+        return counts.get("F", 0), counts.get("c", 0), counts.get("a", 0)
 
     @property
     def compute(self) -> float:
@@ -163,9 +163,10 @@ def as_markdown(rows: list[tuple[str, ...]]) -> str:
 
 def legend(uncached: Result) -> str:
     return (
-        f"{len(PROMPTS)} prompts, 48x48, euler, cfg 2.5; no cache: {statistics.median(uncached.seconds):.2f} s an image. full, cons., "
-        "aggr.: evaluations of each kind.\ntime: measured on the sampler node. compute: multiply-adds. Both are times less than no cache. "
-        "PSNR, SSIM: against no cache.\nIndented rows: as many steps as the row above has full evaluations, without a cache."
+        f"{len(PROMPTS)} prompts, 48x48, euler, cfg 2.5; no cache: {statistics.median(uncached.seconds):.2f} s an image. "
+        "full, cons., skipped: evaluations of each kind.\ntime: measured on the sampler node. compute: multiply-adds. "
+        "Both are times less than no cache. PSNR, SSIM: against no cache.\n"
+        "Indented rows: as many steps as the row above has full evaluations, without a cache."
     )
 
 

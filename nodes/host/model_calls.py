@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...cache_core import Kind, ModelCall
+from ...cache_core.blocks import unwrapped
 from ...cache_core.discovery.trees import tensors
 from . import recording
 from .network_options import variant_of
@@ -43,7 +44,7 @@ def _own(given: Any) -> Any:
 
 def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) -> ModelCall:
     """Describes an APPLY_MODEL call to the run."""
-    network, patcher = getattr(base_model.diffusion_model, "_orig_mod", base_model.diffusion_model), base_model.current_patcher
+    network, patcher = unwrapped(base_model.diffusion_model), base_model.current_patcher
     uuids = options.get("uuids") or ()
     conds = tuple(zip(options.get("cond_or_uncond", ()), uuids))
     bypass, rows = "", 0

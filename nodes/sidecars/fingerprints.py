@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...cache_core.blocks import unwrapped
 from ...cache_core.calibration.fingerprint import TENSORS, Fingerprint, structure_of
 from .base_weights import BaseWeight, base_weights
 from .older_names import Shape, namings
@@ -43,8 +44,7 @@ def all_fingerprints_of(model: ModelPatcher) -> Fingerprints:
     """Returns the model's fingerprint and, on request, those that older sidecars have of it. Raises as `fingerprint_of` does."""
     with model.use_ejected():  # as the host does to get at names and weights
         weights = base_weights(model)
-    network = model.model.diffusion_model
-    network = getattr(network, "_orig_mod", network)
+    network = unwrapped(model.model.diffusion_model)
     # bytes, as moving a model makes new tensors, and the host changes weights without a new version number
     state = b"".join(weight.some_bytes() for weight in list(weights.values())[:: max(1, len(weights) // TENSORS)])
     if network not in _known or _known[network][0] != state:

@@ -63,7 +63,7 @@ def test_calibrated_forecasts_need_the_input_of_all_tokens(variant, model, plain
         return
     patched = cached(model, "FaFaFaFa", Innovating(torch.full((input_channels(model), channels), 0.01)))
     result = sample(variant.case, patched)
-    assert "without a calibration: tokens are added" in report_of(patched).notices[0] and kinds(patched) == "FaFaFaFa"
+    assert "is not used for skipped evaluations: tokens are added" in report_of(patched).notices[0] and kinds(patched) == "FaFaFaFa"
     assert torch.equal(result, sample(variant.case, cached(model, "FaFaFaFa")))
 
 

@@ -93,4 +93,4 @@ def test_pictures_modulated_apart_from_the_image_have_no_conservative_evaluation
     plain = assert_right(case, model)
     patched = cached(model, "FcFcFcFc")
     assert torch.equal(sample(case, patched), plain) and kinds(patched) == "F" * 8
-    assert any("modulated apart from the image" in notice for notice in report_of(patched).notices)
+    assert any("reference pictures have a modulation of their own" in notice for notice in report_of(patched).notices)

@@ -117,7 +117,7 @@ def test_a_mean_over_frames_is_computed_in_full():
     case, model = case_of("StableAudio3", "stable_audio"), stable_audio3(feat_scale=True)
     patched = cached(model, "FcFcFcFc")
     assert torch.equal(sample(case, patched), sample(case, model)) and kinds(patched) == "F" * STEPS
-    assert any("means over frames" in notice for notice in report_of(patched).notices)
+    assert any("convolve over them or average them" in notice for notice in report_of(patched).notices)
 
 
 # -- LTX-2: passes that differ by flags alone -----------------------------------------------------------------

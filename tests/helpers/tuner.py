@@ -34,9 +34,9 @@ def sampler_of(model, **more):
     return sampled
 
 
-def calibrator(model, wishes=QUICK, told=lambda *_: None, prompts=range(len(PROMPTS)), **more) -> Calibrator:
+def calibrator(model, wishes=QUICK, on_progress=lambda *_: None, prompts=range(len(PROMPTS)), **more) -> Calibrator:
     sampled = sampler_of(model, **more)
-    return Calibrator(lambda number, make: sampled(prompts[number], make), len(prompts), wishes, told)
+    return Calibrator(lambda number, make: sampled(prompts[number], make), len(prompts), wishes, on_progress)
 
 
 def taped(model, strategy, before=None, until=0, **more):

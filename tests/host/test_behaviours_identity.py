@@ -310,7 +310,7 @@ def test_another_cache_beside_ours_is_survived(model):
     assert torch.equal(sample(idle), sample(cached(model, **MODES["auto"])))
     busy = cached(EasyCacheNode.execute(model, 0.3, 0.1, 0.95, False).args[0], **MODES["auto"])
     assert torch.isfinite(sample(busy)).all()
-    assert any("another node answered" in notice for notice in last_report(busy).notices)
+    assert any("another node supplied" in notice for notice in last_report(busy).notices)
 
 
 def test_lora_before_and_after_the_node_are_the_same(model):

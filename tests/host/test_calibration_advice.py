@@ -91,7 +91,7 @@ def test_mode_auto_takes_a_searched_plan_where_that_did_best(start):
     assert all(windowed[step] is Kind.FULL for step in (0, 1, 2, 7, 8))
     elsewhere = settings.strategy(opening(STEP_TIMES, is_euler=False))
     assert elsewhere.policy == general and elsewhere.predictor == strategy.predictor
-    assert not strategy.notices and "is for the samplers euler and ddim" in elsewhere.notices[0]
+    assert not strategy.notices and "is used with the samplers euler and ddim only" in elsewhere.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
     assert told == run.report.notices == list(strategy.notices) and "the calibration is not used" in told[0] and "3" in told[0]
     factors = Settings(speedup=2.0, tail=1, calibration=calibration_of(None, some_factors())).strategy(far)
     (notice,) = factors.notices
-    assert factors == replace(plain, notices=(notice,)) and "the calibration is not used: it holds no forecast" in notice
+    assert factors == replace(plain, notices=(notice,)) and "the calibration is not used: it has only low-rank factors" in notice
 
 
 # -- mode icc -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, factorise_sites, measuring
-from comfyui_duca.cache_core.engine import EngineCall, FactorisedLayers, Slot, TokenSelection, calibrated, listening
+from comfyui_duca.cache_core.engine import EngineCall, FactorisedLayers, Slot, TokenSelection, incremental, listening
 from comfyui_duca.cache_core.engine.incremental import keeping_layers
 from comfyui_duca.cache_core.engine.linear_sites import (
     LinearSite,
@@ -63,7 +63,7 @@ class Driver:
     @torch.inference_mode()
     def icc(self, conds, sigma, x, context, y):
         call = self.call(conds, sigma)
-        with calibrated(call, self.store):
+        with incremental(call, self.store):
             result = self.network(x.clone(), torch.full((x.shape[0],), sigma), context.clone(), y)
         assert call.is_touched and call.is_finished
         return result
@@ -144,7 +144,7 @@ def test_layers_without_factors_are_left_to_the_host(sites, small_factors):
     some = {name: factor for name, factor in small_factors.items() if ".linear2." in name or ".linear1.q" in name}
     bound = FactorisedLayers.bind(sites, some)
     assert [site.name for site in bound.sites] == [f"single_blocks.{i}.linear2" for i in range(6)]  # linear1 has other parts too
-    with pytest.raises(UnsupportedCallError, match="none of the calibrated layers"):
+    with pytest.raises(UnsupportedCallError, match="none of the layers with low-rank factors"):
         FactorisedLayers.bind(sites, {})
 
 
@@ -244,7 +244,7 @@ def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_
         driver.icc("ab", 0.7, *inputs(1, (32, 32)))
     site = sites[0]
     call = driver.call("ab", 0.7)
-    with torch.inference_mode(), calibrated(call, driver.store):
+    with torch.inference_mode(), incremental(call, driver.store):
         with pytest.raises(UnsupportedCallError, match="another shape"):
             site.module(torch.zeros(192, 256))
         with pytest.raises(UnsupportedCallError, match="another shape"):

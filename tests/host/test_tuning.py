@@ -47,7 +47,7 @@ def small():
 def learned(model):
     """Of both prompts, with what a user would be told."""
     told = []
-    result = calibrator(model, told=lambda *stage: told.append(stage)).run()
+    result = calibrator(model, on_progress=lambda *stage: told.append(stage)).run()
     return SimpleNamespace(**result._asdict(), told=told)
 
 

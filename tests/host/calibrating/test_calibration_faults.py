@@ -190,7 +190,7 @@ def test_latents_of_other_channels(folder, model, few_layers):
 @pytest.mark.parametrize("what", ["forecast", "both"])
 def test_steps_of_which_none_can_be_skipped(folder, model, what):
     """By link, past the widget's limit."""
-    with pytest.raises(ValueError, match=r"nothing to skip: calibrate with more|two evaluations of one run"):
+    with pytest.raises(ValueError, match=r"too few to skip any: calibrate with more|two evaluations of one run"):
         calibrator(model, steps=1, what=what)
     assert nothing_in(folder)
 

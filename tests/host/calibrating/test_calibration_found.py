@@ -120,7 +120,7 @@ def test_mode_auto_with_only_factors_says_so_when_they_are_wired(kept, model, sa
         assert torch.equal(sample(cached, **SMALL), without_finding(model))
         told = [notice for notice in last_report(cached).notices if "calibration" in notice]
         assert last_report(cached).setting == "auto 2x" and len(told) == wired and not said
-    assert "the calibration is not used: it holds no forecast" in told[0]
+    assert "the calibration is not used: it has only low-rank factors" in told[0]
 
 
 @pytest.mark.parametrize("wired", [False, True])
