@@ -36,8 +36,8 @@ class RunBook:
 
     def is_foreign(self, latent: torch.Tensor) -> bool:
         """Returns whether none of these runs gave this latent. False where that is not known, as in a run under another model's guider."""
-        is_told = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
-        return bool(is_told) and self.find(latent) is None
+        is_known = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
+        return bool(is_known) and self.find(latent) is None
 
 
 def _mark(latent: torch.Tensor | None) -> tuple | None:

@@ -88,8 +88,8 @@ def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict
         if len(latents) > _MOST * len(sigmas):
             raise RecursionError("the sampler does not come to an end")
         answer = torch.zeros_like(x)
-        for told in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers get the unguided answer in this way
-            told({"denoised": answer, "cond_denoised": answer, "uncond_denoised": answer, "sigma": sigma, "input": x})
+        for hook in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers get the unguided answer in this way
+            hook({"denoised": answer, "cond_denoised": answer, "uncond_denoised": answer, "sigma": sigma, "input": x})
         return answer
 
     patcher = SimpleNamespace(get_model_object={"model_sampling": sampling}.__getitem__)

@@ -58,16 +58,16 @@ class LiveRun:
         self.report: dict[str, Any] | None = None
         server = running_server()
         self.client = server.client_id if server is not None else None  # the browser tab that queued it
-        self._tell("start", plan=plan, steps=len(plan), name=name)
+        self._send("start", plan=plan, steps=len(plan), name=name)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        told = {"step": evaluation.step, "kind": evaluation.letter}
-        self.evaluations.append(told)
-        self._tell("evaluation", index=evaluation.index, bytes=evaluation.cache_bytes, **told)
+        entry = {"step": evaluation.step, "kind": evaluation.letter}
+        self.evaluations.append(entry)
+        self._send("evaluation", index=evaluation.index, bytes=evaluation.cache_bytes, **entry)
 
     def end(self, report: RunReport) -> None:
         self.report = report_data(report)
-        self._tell("end", complete=report.is_complete, report=self.report)
+        self._send("end", complete=report.is_complete, report=self.report)
 
     def data(self) -> dict[str, Any]:
         """Returns the run as JSON-ready values."""
@@ -82,7 +82,7 @@ class LiveRun:
             "report": self.report,
         }
 
-    def _tell(self, event: str, **more: Any) -> None:
+    def _send(self, event: str, **more: Any) -> None:
         server = running_server()
         if server is not None:
             server.send_sync(_EVENT, {"event": event, "node": self.node, "run": self.number, **more}, self.client)

@@ -1,4 +1,4 @@
-"""The FLUX family against an independent dense reference: full, conservative and aggressive evaluations."""
+"""The FLUX family against an independent dense reference: full, conservative and skipped evaluations."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_half_precision_follows_single(network, dtype):
         assert (results[1] - results[0]).abs().mean() < 0.03 * results[0].abs().mean()
 
 
-def test_aggressive_evaluation_runs_only_embedding_and_final_layer(network, reference):
+def test_a_skipped_evaluation_runs_only_embedding_and_final_layer(network, reference):
     run, (x, context, y) = make_run("a", 0.1), inputs(3)
     evaluate(run, network, 1.0, x, context, y)
     hidden = torch.cat([slot.anchors[-1].hidden[0].data for slot in slots_of(run)])

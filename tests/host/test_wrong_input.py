@@ -108,7 +108,7 @@ def test_bad_values_that_reach_the_node_by_link_stop_it_before_sampling(wrong, w
         *(({name: value}, words) for name, words in (("kind", "schedule"), ("unit", "unit"), ("several_evaluations", "several"))
           for value in ("none", 5, ["F"])),
         ({"kind": "custom text", "text": 5}, "written as text"),
-        ({"calibration": "mine"}, "calibration takes"),
+        ({"calibration": "mine"}, "calibration must be connected to"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
