@@ -180,7 +180,7 @@ def test_a_run_whose_cache_stood_aside_says_so(model, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ValueError("for a reason")
 
-    monkeypatch.setattr(cached_model, "opening", refuse)
+    monkeypatch.setattr(cached_model, "run_start", refuse)
     _, _, table, images = sweep(model, fewer_steps=False).result
     assert cells(table)[1][:3] == ["auto 2x (cache not used)", "identical", "1.000"] and cells(table)[1][4] == "-"
     assert torch.equal(images[0], images[1])

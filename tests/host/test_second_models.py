@@ -158,7 +158,7 @@ def evaluated(networks, sites, plan, threaded) -> tuple:
     from comfyui_duca.cache_core import Plan
     from comfyui_duca.cache_core.planning.policies import Given
 
-    factors = exact_factors(networks[0]) if "i" in plan else None
+    factors = exact_factors(sites) if "i" in plan else None
     strategy = Strategy(Given(Plan.parse(plan)), Reuse(), token_share=0.25, factors=factors)
     levels = [1 - i / len(plan) for i in range(len(plan) + 1)]
     run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, Timeline(levels), range(len(plan))))
