@@ -74,11 +74,11 @@ class ReferencePixArt:
             at, mask = f"blocks.{i}", fresh(i) if fresh else None
             mods = (self.w[f"{at}.scale_shift_table"] + time)[:, :, None].unbind(1)
             q, k, v = self.linear(f"{at}.attn.qkv", self.norm(x, mods[0], mods[1])).chunk(3, -1)
-            x = x + mods[2] * settle(f"{at}.attn", self.linear(f"{at}.attn.proj", self.attend(q, k, v)), None)
+            x = x + mods[2] * settle(f"{at}.img.self_attn", self.linear(f"{at}.attn.proj", self.attend(q, k, v)), None)
             k, v = self.linear(f"{at}.cross_attn.kv_linear", y).chunk(2, -1)
             seen = self.attend(self.linear(f"{at}.cross_attn.q_linear", x), k, v)
-            x = x + settle(f"{at}.cross_attn", self.linear(f"{at}.cross_attn.proj", seen), mask)
-            x = x + mods[5] * settle(f"{at}.mlp", self.mlp(f"{at}.mlp", self.norm(x, mods[3], mods[4])), mask)
+            x = x + settle(f"{at}.img.cross_attn", self.linear(f"{at}.cross_attn.proj", seen), mask)
+            x = x + mods[5] * settle(f"{at}.img.mlp", self.mlp(f"{at}.mlp", self.norm(x, mods[3], mods[4])), mask)
         shift, scale = (self.w["final_layer.scale_shift_table"] + t[:, None])[:, :, None].unbind(1)
         out = self.linear("final_layer.linear", self.norm(x, shift, scale)).unflatten(1, (h, w)).unflatten(3, (2, 2, -1))
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)[:, : self.channels], results

@@ -69,4 +69,6 @@ def test_of_a_model_whose_input_was_described_it_is_not_used(model, calibration,
     described = replace(calibration, forecast=replace(calibration.forecast, model=model_with_input))
     patched = host.attach(model, Settings(speedup=2.0, calibration=described))
     sample(CASE, patched)
-    assert report_of(patched).setting == "auto 2x" and any("described otherwise" in text for text in report_of(patched).notices)
+    assert report_of(patched).setting == "auto 2x" and any(
+        "read this model's input differently" in text for text in report_of(patched).notices
+    )

@@ -180,7 +180,7 @@ def test_pictures_modulated_apart_are_computed_in_full(name, monkeypatch):
     call, forward = block_type.__call__, block_type.forward
     monkeypatch.setattr(block_type, "__call__", lambda *args, **more: call(*args, **(more | {"timestep_zero_index": 5})))
     monkeypatch.setattr(block_type, "forward", lambda *args, timestep_zero_index, **more: forward(*args, **more))
-    assert "modulated apart" in computed_in_full(case, model, plain)
+    assert "a modulation of their own" in computed_in_full(case, model, plain)
 
 
 def test_a_sublayer_that_the_host_goes_past_is_computed_in_full(monkeypatch):
@@ -208,7 +208,7 @@ def test_gates_of_stable_audio_are_computed_in_full():
 def test_what_overflows_in_half_precision_is_clipped_between_the_norms():
     """As newer hosts do it for Z-Image."""
     kept = {"x.attn": torch.full((1, 2, 4), float("inf")).half(), "x.mlp": torch.full((1, 2, 4), -float("inf")).half()}
-    cached = SimpleNamespace(whole=kept.get, choose=lambda _stream, _length: None)
+    cached = SimpleNamespace(all_tokens=kept.get, choose=lambda _stream, _length: None)
     halved = SimpleNamespace(ffn_norm2=lambda x: x / 2)
     ones = [torch.full((1, 1, 4), 20.0).half()] * 4
     result = sandwiched(cached, "x", torch.zeros(1, 2, 4).half(), ones, halved, lambda x: x / 4)

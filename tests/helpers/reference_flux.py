@@ -102,19 +102,21 @@ class ReferenceFlux:
             joint = self.attention(torch.cat((qkv["txt"], qkv["img"]), 1), norms, positions)
             streams = {}
             for s, value, part in (("img", img, joint[:, n:]), ("txt", txt, joint[:, :n])):
-                value = value + m[s][2] * settle(f"{at}.{s}_attn", self.linear(f"{at}.{s}_attn.proj", part), None)
+                value = value + m[s][2] * settle(f"{at}.{s}.attn", self.linear(f"{at}.{s}_attn.proj", part), None)
                 new = self.mlp(f"{at}.{s}_mlp", self.norm(value, m[s][3], m[s][4]))
-                streams[s] = value + m[s][5] * settle(f"{at}.{s}_mlp", new, fresh(s, i) if fresh else None)
+                streams[s] = value + m[s][5] * settle(f"{at}.{s}.mlp", new, fresh(s, i) if fresh else None)
             img, txt = streams["img"], streams["txt"]
         z = torch.cat((txt, img), 1)
         for i in range(self.depth_single):
             at = f"single_blocks.{i}"
             shift, scale, gate = self.mods(f"{at}.modulation.lin", vec, 3)
             projected = self.linear(f"{at}.linear1", self.norm(z, shift, scale))
-            attn = settle(f"{at}.attn", self.attention(projected[..., : 3 * self.C], [(f"{at}.norm", slice(None))], positions), None)
+            attn = settle(
+                f"{at}.txt+img.attn", self.attention(projected[..., : 3 * self.C], [(f"{at}.norm", slice(None))], positions), None
+            )
             mlp = F.gelu(projected[..., 3 * self.C :], approximate="tanh")
             output = self.linear(f"{at}.linear2", torch.cat((attn, mlp), -1))
-            z = z + gate * settle(f"{at}.output", output, fresh("txt+img", i) if fresh else None)
+            z = z + gate * settle(f"{at}.txt+img.output", output, fresh("txt+img", i) if fresh else None)
         img = z[:, n:]
         shift, scale = self.mods("final_layer.adaLN_modulation.1", vec, 2)
         out = self.linear("final_layer.linear", self.norm(img, shift, scale))

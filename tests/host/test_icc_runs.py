@@ -362,7 +362,9 @@ def test_a_plan_without_factors_stops_before_sampling(model):
 def test_factors_of_none_of_the_layers_are_of_no_use(model, factors):
     patched = planned(model, "FiiFi", {name: factor for name, factor in factors.items() if "linear1.q" in name})
     result, report = sample(patched, steps=5), last_report(patched)
-    assert kinds(report) == "FFFFF" and any("none of the layers with low-rank factors receives tokens" in notice for notice in report.notices)
+    assert kinds(report) == "FFFFF" and any(
+        "none of the layers with low-rank factors receives tokens" in notice for notice in report.notices
+    )
     assert torch.equal(result, sample(model, steps=5))
 
 
