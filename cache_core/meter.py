@@ -61,7 +61,7 @@ class Evaluation:
     @property
     def label(self) -> str:
         """Its kind in words, for reports."""
-        return self.kind.label if self.kind is not None else "elsewhere"
+        return self.kind.label if self.kind is not None else "by another node"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The pack's nodes: one file a node. Node ids and the order of their inputs are frozen once released."""
+"""The pack's nodes: one file for each. Node ids and the order of their inputs do not change once released."""
 
 from __future__ import annotations
 

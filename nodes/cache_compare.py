@@ -1,4 +1,4 @@
-"""Node Cache Compare: cached pictures beside the uncached one, with their distance from it."""
+"""Node Cache Compare: shows cached pictures beside the uncached one, with their distance from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from . import host
 from .pictures.comparison import Row, in_lines, output, outputs, score
 
-_PER_LINE = 4  # of the grid, beside the reference
+_PER_LINE = 4  # pictures in a line of the grid, beside the reference
 
 
 class CacheCompare(io.ComfyNode):
@@ -19,25 +19,25 @@ class CacheCompare(io.ComfyNode):
             display_name="Cache Compare",
             category="model_patches/duca",
             description="Shows cached pictures beside the uncached one, with PSNR, SSIM and a map of the differences. "
-            "All must come from the same seed, prompt and steps.",
+            "All must have the same seed, prompt and steps.",
             inputs=[
                 io.Image.Input("reference", tooltip="The uncached picture, or a batch of them."),
                 io.Image.Input(
                     "cached",
-                    tooltip="The cached pictures as one batch (Batch Images joins several). Where reference is a batch, first all pictures "
-                    "of the first setting in its order, then those of the next.",
+                    tooltip="The cached pictures as one batch (Batch Images joins several). If reference is a batch: first all pictures of "
+                    "the first setting, in the order of reference, then all of the next.",
                 ),
                 io.String.Input(
                     "labels",
                     optional=True,
                     multiline=True,
                     default="",
-                    tooltip="What the cached pictures are called, one setting per line. Empty numbers them.",
+                    tooltip="Names of the settings, one per line. If empty, they are numbered.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="From DuCa Cache. Where there is one setting, its last run gives time and compute for the table.",
+                    tooltip="From DuCa Cache. With one setting, the table also has time and compute of this model's last run.",
                 ),
             ],
             outputs=outputs(),
@@ -62,12 +62,13 @@ class CacheCompare(io.ComfyNode):
 
 
 def _check_fit(reference: torch.Tensor, cached: torch.Tensor) -> None:
-    """Raises ValueError, in words for the user, for pictures that cannot be set against each other."""
+    """Raises ValueError, with a message for the user, for pictures that cannot be compared."""
     if reference.shape[1:3] != cached.shape[1:3]:
         raise ValueError(f"the pictures differ in size: reference is {_size(reference)}, cached is {_size(cached)}")
     if cached.shape[0] % reference.shape[0]:
         raise ValueError(
-            f"the counts do not fit: reference has {reference.shape[0]} pictures and cached {cached.shape[0]}, which is no multiple"
+            f"the counts do not fit: reference has {reference.shape[0]} pictures and cached {cached.shape[0]}; "
+            "cached needs that many for every setting"
         )
 
 
@@ -76,7 +77,7 @@ def _size(pictures: torch.Tensor) -> str:
 
 
 def _names(labels: str, count: int) -> list[str]:
-    """One for each of `count` settings. Raises ValueError where there are labels, but not as many."""
+    """Returns a name for each of `count` settings. Raises ValueError where the number of labels is another."""
     names = [line.strip() for line in labels.splitlines() if line.strip()]
     if not names:
         return ["cached"] if count == 1 else [f"cached {number}" for number in range(1, count + 1)]

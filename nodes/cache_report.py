@@ -1,4 +1,4 @@
-"""Node Cache Report: what each evaluation of a finished run did, its time and bytes."""
+"""Node Cache Report: shows what the cache did in a finished run, with the time of every evaluation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .pictures.report_plot import report_plot
 from .pictures.report_text import report_data, report_text
 
 _FOREIGN = (
-    "This latent did not come from any of this model's last runs (or was changed since). What follows is the model's latest run. "
-    "Connect the latent of the sampler that this model went into."
+    "This latent did not come from any of this model's last runs, or was changed since. The report below is on the model's latest run. "
+    "To see the run that made a latent, connect the latent and the model of the same sampler."
 )
 
 
@@ -24,14 +24,15 @@ class CacheReport(io.ComfyNode):
             node_id="DuCaCacheReport",
             display_name="Cache Report",
             category="model_patches/duca",
-            description="Shows what the cache did in the run that made this latent: kinds of evaluation, time, memory, speed-up.",
+            description="Shows what the cache did in the run that made this latent: how many evaluations of each kind, time, memory, "
+            "speed-up.",
             inputs=[
-                io.Latent.Input("samples", tooltip="The sampler's output. Connected so that the report is made after the run."),
-                io.Model.Input("model", tooltip="The model that went into the sampler, from DuCa Cache."),
+                io.Latent.Input("samples", tooltip="The sampler's latent. The report waits for it, and is on the run that made it."),
+                io.Model.Input("model", tooltip="The model that the sampler used, from DuCa Cache."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The report in words."),
-                io.Image.Output(display_name="plot", tooltip="One bar per evaluation."),
+                io.Image.Output(display_name="plot", tooltip="One bar per evaluation, as high as the time it took."),
             ],
             is_output_node=True,
         )
@@ -40,7 +41,7 @@ class CacheReport(io.ComfyNode):
     def execute(cls, samples: io.Latent.Type, model: io.Model.Type) -> io.NodeOutput:
         book = host.book_of(model)
         if book is None:
-            return _only_text("No cache on this model: connect the MODEL output of DuCa Cache (mode other than off).")
+            return _only_text("This model has no cache: connect the output of DuCa Cache, with a mode other than off.")
         report = book.find(samples["samples"]) or book.last
         if report is None:
             return _only_text("This model has not been sampled yet.")
@@ -48,7 +49,7 @@ class CacheReport(io.ComfyNode):
         if book.is_foreign(samples["samples"]):
             text = f"{_FOREIGN}\n\n{text}"
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,), "duca_cache_report": (report_data(report),)}
-        return io.NodeOutput(indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines
+        return io.NodeOutput(indent(text, "    "), plot, ui=shown)  # indented, as Preview as Text then keeps the lines
 
 
 def _only_text(text: str) -> io.NodeOutput:

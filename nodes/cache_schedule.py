@@ -1,4 +1,4 @@
-"""Node Cache Schedule: which evaluations are full, for DuCa Cache to follow in place of its own choice."""
+"""Node Cache Schedule: lets the user say which steps DuCa Cache computes in full."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class CacheSchedule(io.ComfyNode):
             node_id="DuCaCacheSchedule",
             display_name="Cache Schedule",
             category="model_patches/duca",
-            description="Says which evaluations DuCa Cache computes in full. For any step count; the strip below shows the sampler's.",
+            description="Says which steps DuCa Cache computes in full, for any number of steps. The strip below shows the plan for the "
+            "sampler.",
             inputs=_inputs(),
             outputs=[fields.Schedule.Output(display_name="schedule", tooltip="For DuCa Cache's input of the same name.")],
         )
 
     @classmethod
     def validate_inputs(cls, **given: Any) -> bool | str:
-        """What the numbers' own ranges do not say; inputs from other nodes are None and are checked when they are known."""
+        """Checks what the ranges of the inputs leave open. Inputs from other nodes are None here and are checked in `execute`."""
         if any(value is None for value in given.values()):
             return True
         try:
@@ -51,25 +52,35 @@ def _inputs() -> list[io.Input]:
             max=6.0,
             step=0.1,
             display_mode=io.NumberDisplay.slider,
-            tooltip="How many times fewer full evaluations; cycles follow it while cycle_length is 0.",
+            tooltip="How many times fewer full evaluations: at 2, half of them. Not used by custom text, nor by cycles with a "
+            "cycle_length.",
         ),
         io.Int.Input(
-            "cycle_length", default=0, min=0, max=100, tooltip="Steps from one full evaluation to the next. 0 follows the speedup slider."
+            "cycle_length",
+            default=0,
+            min=0,
+            max=100,
+            tooltip="Kinds DuCa cycle and fixed interval: steps from one full evaluation to the next. 0 follows speedup.",
         ),
         io.String.Input(
             "text",
             default=usual.text,
-            tooltip="Kind custom text. F full, c conservative, a skipped, i incremental; 3F repeats, (Fca)* fills the run, "
-            "what follows stands at its end. Without * the whole text is repeated.",
+            tooltip="For kind custom text. F full, c conservative, a skipped, i incremental; 3F is short for FFF, (Fca)* is repeated until "
+            "the run is full, what follows comes at its end. Without * the whole text is repeated.",
         ),
-        io.Combo.Input("unit", options=list(Schedule.UNITS), default=usual.unit, tooltip="What skip_from and skip_to count in."),
+        io.Combo.Input(
+            "unit",
+            options=list(Schedule.UNITS),
+            default=usual.unit,
+            tooltip="Unit of skip_from and skip_to: percent of the sampling, or steps.",
+        ),
         io.Float.Input(
             "skip_from",
             default=0.0,
             min=0.0,
             max=1000.0,
             step=1.0,
-            tooltip="Nothing is skipped before this: percent of the sampling, or step.",
+            tooltip="Everything before this is full: percent of the sampling, or number of steps.",
         ),
         io.Float.Input(
             "skip_to",
@@ -77,7 +88,7 @@ def _inputs() -> list[io.Input]:
             min=0.0,
             max=1000.0,
             step=1.0,
-            tooltip="Nothing is skipped from here on: percent of the sampling, or step (0 is the end).",
+            tooltip="Everything from here on is full: percent of the sampling, or number of steps (0 is the end).",
         ),
         io.Int.Input("warmup", default=usual.warmup, min=0, max=100, tooltip="Full steps at the beginning."),
         io.Int.Input("tail", default=usual.tail, min=0, max=100, tooltip="Full steps at the end."),
@@ -85,15 +96,15 @@ def _inputs() -> list[io.Input]:
             "several_evaluations",
             options=list(SEVERAL_EVALUATIONS),
             default=SEVERAL_EVALUATIONS[0],
-            tooltip="Samplers like heun evaluate a noise level more than once. as their step: all of the step's kind. "
+            tooltip="For samplers with several evaluations in a step, such as heun. as their step: all are of the step's kind. "
             "first only: the first is, the others are skipped.",
         ),
         fields.Calibration.Input(
-            "calibration", optional=True, tooltip="For kind searched. Without it DuCa Cache looks for the checkpoint's own."
+            "calibration", optional=True, tooltip="For kind searched. Not connected, DuCa Cache looks for the checkpoint's own."
         ),
     ]
 
 
 def _about_policies() -> str:
-    """What each kind does, for its tooltip."""
+    """Returns the tooltip of `kind`: what each one does."""
     return ". ".join(f"{name}: {policy.about}" for name, policy in POLICIES.items()) + "."

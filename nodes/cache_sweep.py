@@ -1,4 +1,4 @@
-"""Node Cache Sweep: one prompt sampled without a cache and at several speed-ups, to find one's own limit."""
+"""Node Cache Sweep: samples one prompt without a cache and at several speed-ups, so that users find their own limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .pictures.sweep import Run, draw, in_fewer_steps
 from .sidecars.calibrations import SEARCHING_MODES
 
 _MODES = ("auto", "paper", "forecast")
-_PER_LINE = 6  # of the grid, beside the reference
+_PER_LINE = 6  # pictures in a line of the grid, beside the reference
 
 
 class CacheSweep(io.ComfyNode):
@@ -26,12 +26,12 @@ class CacheSweep(io.ComfyNode):
             node_id="DuCaCacheSweep",
             display_name="Cache Sweep",
             category="model_patches/duca",
-            description="Samples without a cache, then at each speed-up, and shows the pictures beside each other with their distance, "
-            "time and compute: find the speed-up that you still like. Takes as long as all of them.",
+            description="Samples one prompt without a cache, then at each speed-up, and shows the pictures side by side with PSNR, SSIM, "
+            "time and compute, to find the highest speed-up that you still like. Takes as long as all these samplings together.",
             inputs=_inputs(),
             outputs=[
                 *outputs(),
-                io.Image.Output(display_name="images", tooltip="The pictures themselves, without a cache first, in the table's order."),
+                io.Image.Output(display_name="images", tooltip="The pictures alone, in the order of the table: the uncached one first."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -39,7 +39,7 @@ class CacheSweep(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, speedups: str | None = None) -> bool | str:
-        """None stands for what another node will give."""
+        """Checks the list of speed-ups. It is None where another node will give it."""
         try:
             return speedups is None or bool(parse_speedups(speedups))
         except ValueError as wrong:
@@ -47,14 +47,14 @@ class CacheSweep(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, mode: str | None = None, **inputs: Any) -> tuple:
-        """What looks for a calibration samples anew when there is another file."""
+        """Makes the host sample again when calibration files changed, in modes that look for one."""
         return sidecars.state() if mode in (None, *SEARCHING_MODES) else ()
 
     @classmethod
     def execute(
         cls, model: io.Model.Type, vae: io.Vae.Type, mode: str, speedups: str, fewer_steps: bool, steps: int, **given: Any
     ) -> io.NodeOutput:
-        check_one_of("mode", mode, _MODES)  # one that comes by link was not checked by the host
+        check_one_of("mode", mode, _MODES)  # the host does not check a value that comes over a link
         reference = Run(f"no cache, {steps} steps", steps)
         cached = [Run(f"{mode} {speed:g}x", steps, speed) for speed in parse_speedups(speedups)]
         fewer = [in_fewer_steps(run) for run in cached] if fewer_steps else []
@@ -72,29 +72,29 @@ def _inputs() -> list[io.Input]:
         io.Model.Input("model", tooltip="The model to try. A DuCa Cache already on it is replaced."),
         io.Conditioning.Input("positive", tooltip="The prompt."),
         io.Conditioning.Input("negative", tooltip="The negative prompt."),
-        io.Latent.Input("latent_image", tooltip="An empty latent of the size you work at, or a picture's."),
-        io.Vae.Input("vae", tooltip="Decodes what was sampled."),
+        io.Latent.Input("latent_image", tooltip="An empty latent of your usual size, or the latent of a picture."),
+        io.Vae.Input("vae", tooltip="Decodes the sampled latents."),
         io.Int.Input(
             "noise_seed",
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,  # a seed of this name would else be randomised, and everything sampled again
-            tooltip="The same for all runs, so that only the cache makes a difference. Stays as it is until you change it.",
+            control_after_generate=False,  # else the page would change the seed after every run, and all would be sampled again
+            tooltip="One seed for all runs, so that only the cache makes a difference. It stays until you change it.",
         ),
-        io.Int.Input("steps", default=28, min=2, max=200, tooltip="The number of steps you work with."),
+        io.Int.Input("steps", default=28, min=2, max=200, tooltip="Your usual number of steps."),
         guidance_field(),
         *sampler_fields(),
         io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Below 1 keeps some of the latent's picture."),
-        io.Combo.Input("mode", options=list(_MODES), default="auto", tooltip="The mode of DuCa Cache that is tried."),
+        io.Combo.Input("mode", options=list(_MODES), default="auto", tooltip="The mode of DuCa Cache to try."),
         io.String.Input(
             "speedups",
             default="1.5, 2, 2.8, 3.5, 5",
-            tooltip=f"The speed-ups to try, 1 to {FASTEST}, at most {MOST}. Without a cache, which is 1, is always sampled.",
+            tooltip=f"The speed-ups to try, separated by commas: 1 to {FASTEST}, at most {MOST}. 1, without a cache, is always sampled.",
         ),
         io.Boolean.Input(
             "fewer_steps",
             default=True,
-            tooltip="Also sample without a cache in so few steps that it is as fast: the honest comparison for each speed-up.",
+            tooltip="For each speed-up, also sample without a cache in so few steps that it takes as long: the fair comparison.",
         ),
     ]

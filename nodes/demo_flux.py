@@ -1,4 +1,4 @@
-"""Node Demo FLUX (tiny): a 13 M parameter FLUX-architecture model that ships with the pack, to try it on."""
+"""Node Demo FLUX (tiny): gives a FLUX of 13 M parameters that ships with the pack, to try the cache on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class DemoFlux(io.ComfyNode):
             node_id="DuCaDemoFlux",
             display_name="Demo FLUX (tiny)",
             category="model_patches/duca",
-            description="A tiny FLUX that draws 48x48 emoji, to try DuCa Cache without a download. Use EmptyChromaRadianceLatentImage "
-            "(48x48), cfg 2.5 and Load VAE with pixel_space.",
+            description="A tiny FLUX that draws emoji of 48x48 pixels, to try DuCa Cache without a download. Use "
+            "EmptyChromaRadianceLatentImage (48x48), cfg 2.5 and Load VAE with pixel_space.",
             inputs=[
                 io.String.Input("prompt", default="red apple", tooltip="The name of an emoji, such as: tiger face, hamburger, castle."),
                 io.String.Input("negative", default="", tooltip="What to move away from. Empty is the unconditional prompt."),

@@ -1,4 +1,4 @@
-"""Node Load Calibration: a sidecar by hand, where DuCa Cache is not to choose by itself."""
+"""Node Load Calibration: loads a sidecar that the user chooses, where DuCa Cache should not choose one automatically."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ class LoadCalibration(io.ComfyNode):
             node_id="DuCaLoadCalibration",
             display_name="Load Calibration",
             category="model_patches/duca",
-            description="Loads a calibration from models/duca_calibration. DuCa Cache also finds the one of its model by itself.",
+            description="Loads a calibration from models/duca_calibration. Seldom needed: DuCa Cache finds its checkpoint's calibration "
+            "automatically.",
             inputs=[io.Combo.Input("calibration_name", options=sidecars.names(), tooltip="A file in models/duca_calibration.")],
             outputs=[
-                fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache; it refuses one of another checkpoint."),
-                io.String.Output(display_name="text", tooltip="What the file says of itself."),
-                io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity per step, energy kept per layer."),
+                fields.Calibration.Output(
+                    display_name="calibration", tooltip="For DuCa Cache, which refuses the calibration of another checkpoint."
+                ),
+                io.String.Output(display_name="text", tooltip="What the file says: model, prompts, sampler, and the PSNR to expect."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Expected error and sensitivity of every step; for ICC, the share of every layer that its factors keep.",
+                ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, calibration_name: str) -> tuple:
-        """Loaded anew when the file has changed."""
+        """Makes the host load the file again when it changed."""
         return sidecars.state_of(sidecars.path_of(calibration_name))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Node Prompt List: one prompt per line, as a list, for SVD Calibrator."""
+"""Node Prompt List: makes a list of prompts from lines of text, for SVD Calibrator."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ class PromptList(io.ComfyNode):
             node_id="DuCaPromptList",
             display_name="Prompt List",
             category="model_patches/duca",
-            description="One prompt per line. Connected to a CLIP Text Encode, it gives SVD Calibrator several prompts to learn from.",
+            description="Makes a list of prompts, one per line. Through a CLIP Text Encode, it gives SVD Calibrator several prompts to "
+            "learn from.",
             inputs=[
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default=_DEFAULT,
-                    tooltip="One prompt per line, empty lines do not count. Eight or more different ones, like those you will use.",
+                    tooltip="One prompt per line; empty lines do not count. Write eight or more, different ones, like those that you will "
+                    "use.",
                 )
             ],
             outputs=[io.String.Output(display_name="prompts", is_output_list=True, tooltip="The prompts, one at a time.")],
@@ -41,7 +43,7 @@ class PromptList(io.ComfyNode):
     @classmethod
     def execute(cls, prompts: str) -> io.NodeOutput:
         lines = _lines(prompts)
-        if not lines:  # by link, where nobody has checked
+        if not lines:  # the host does not check a text that comes over a link
             raise ValueError(_NONE)
         return io.NodeOutput(lines)
 

@@ -1,4 +1,4 @@
-"""Node SVD Calibrator: learns from a few samplings how a checkpoint can be skipped, and keeps that beside it."""
+"""Node SVD Calibrator: learns from samplings of a checkpoint how to fill its skipped evaluations, and saves that in a sidecar."""
 
 from __future__ import annotations
 
@@ -33,15 +33,19 @@ class SvdCalibrator(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DuCaSVDCalibrator",
-            display_name="SVD Calibrator",
+            display_name="SVD Calibrator (learns this checkpoint)",
             category="model_patches/duca",
-            description="Once per checkpoint: samples a few prompts, learns how to fill skipped evaluations, tries that out, and saves it "
-            "in models/duca_calibration. From then on DuCa Cache finds it by itself. Takes minutes.",
+            description="Samples your prompts again and again and learns which steps of this checkpoint to skip and how to fill them, or, "
+            "for mode icc, low-rank factors of its layers by SVD. Saves the calibration in models/duca_calibration, where DuCa Cache finds "
+            "it automatically. Needed once per checkpoint; takes as long as many samplings.",
             inputs=_inputs(),
             outputs=[
-                fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache. It would also find it by itself."),
+                fields.Calibration.Output(display_name="calibration", tooltip="For DuCa Cache, which also finds it automatically."),
                 io.String.Output(display_name="text", tooltip="What was learned, in words."),
-                io.Image.Output(display_name="plot", tooltip="Expected error and sensitivity per step, energy kept per layer."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Expected error and sensitivity of every step; for ICC, the share of every layer that its factors keep.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -63,14 +67,14 @@ class SvdCalibrator(io.ComfyNode):
         own = calibration_of(model[0], None, lambda text: say(f"SVD Calibrator: {text}.", node_id))
         kept = own if own is not None and not options["recalibrate"] and _has(own[1], wanted, wishes) else None
         path, calibration = kept or _made(model[0], sampling, wanted, wishes, options["name"], node_id, own and own[1])
-        show(f"{'saved as' if kept is None else 'uses the calibration'} {path.name}", node_id)  # in place of the last stage
+        show(f"{'saved as' if kept is None else 'uses the calibration'} {path.name}", node_id)  # replaces the name of the last stage
         text, plot = calibration_text(calibration, path, is_new=kept is None), calibration_plot(calibration)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(calibration, indent(text, "    "), plot, ui=shown)  # indented, Preview as Text keeps the lines
+        return io.NodeOutput(calibration, indent(text, "    "), plot, ui=shown)  # indented, as Preview as Text then keeps the lines
 
 
 def _has(calibration: Calibration, wanted: Collection[str], wishes: Wishes) -> bool:
-    """Whether all that is wanted was learned already."""
+    """Returns whether the calibration already has everything that is wanted."""
     if "forecast" in wanted and calibration.forecast is None:
         return False
     about = calibration.about
@@ -86,7 +90,11 @@ def _made(
     node_id: str | None,
     older: Calibration | None,
 ) -> tuple[Path, Calibration]:
-    """A new calibration, saved, with what only `older`, of the same checkpoint, has."""
+    """Makes and saves a calibration. It takes over the parts that only `older`, of the same checkpoint, has.
+
+    Returns:
+        The path of the sidecar, and the calibration.
+    """
     sidecars.make_folder()
     asked = replace(wishes, forecast="forecast" in wanted, method=wishes.method if "icc" in wanted else "")
     calibration = calibrate(model, sampling, asked, name, node_id)
@@ -97,18 +105,25 @@ def _made(
 
 def _inputs() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="The model to calibrate, as loaded. A LoRA on it is learned from as well; better without."),
-        io.Conditioning.Input("positive", tooltip="One prompt, or several as a list (Prompt List → CLIP Text Encode). Eight or more."),
-        io.Conditioning.Input("negative", tooltip="The negative prompt, one for all or as many as positive ones."),
-        io.Latent.Input("latent", tooltip="An empty latent of the size you work at. Only the first of a batch is used."),
+        io.Model.Input("model", tooltip="The model to calibrate, best without a LoRA: it would change what is learned."),
+        io.Conditioning.Input("positive", tooltip="Your prompts as a list (Prompt List → CLIP Text Encode): eight or more."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt: one for all, or one for each positive."),
+        io.Latent.Input("latent", tooltip="An empty latent of your usual size. Only the first of a batch is used."),
         *fields.sampler_fields(),
-        io.Int.Input("steps", default=28, min=4, max=200, tooltip="The number of steps you work with; others are interpolated."),
+        io.Int.Input(
+            "steps",
+            default=28,
+            min=4,
+            max=200,
+            tooltip="Your usual number of steps. Other numbers can use the calibration too, by interpolation.",
+        ),
         fields.guidance_field(),
         io.Combo.Input(
             "what",
             options=list(_WANTED),
             default="forecast",
-            tooltip="forecast: for DuCa Cache in mode auto. ICC: low-rank factors of all layers for mode icc. both: either.",
+            tooltip="forecast: which steps to skip and how to fill them, for mode auto. ICC: low-rank factors of the linear layers, for "
+            "mode icc. both: forecast and ICC.",
         ),
         *map(fields.advanced, _advanced_inputs()),
     ]
@@ -120,10 +135,19 @@ def _advanced_inputs() -> list[io.Input]:
             "icc_method",
             options=list(METHODS),
             default="cd_svd",
-            tooltip="How layers are made low-rank. svd: as they are. ca_svd: by activations (the paper's). cd_svd: by their changes.",
+            tooltip="ICC: how the SVD of a layer weighs its channels. svd: all alike. ca_svd: by their activations, as in the paper. "
+            "cd_svd: by how these change from step to step.",
         ),
-        io.Int.Input("rank", default=64, min=1, max=1024, tooltip="Rank of the factors. More is closer and slower; FLUX takes 128."),
-        io.Int.Input("first_seed", default=100, min=0, max=2**32 - 1, tooltip="Seed of the first prompt; each further one gets the next."),
-        io.String.Input("name", default="", tooltip="Name of the file; empty takes the model family's."),
-        io.Boolean.Input("recalibrate", default=False, tooltip="Calibrate anew even where a matching calibration is found."),
+        io.Int.Input(
+            "rank",
+            default=64,
+            min=1,
+            max=1024,
+            tooltip="ICC: rank of the low-rank factors. A higher one is closer and slower; use 128 for FLUX.",
+        ),
+        io.Int.Input(
+            "first_seed", default=100, min=0, max=2**32 - 1, tooltip="Seed of the first prompt. Each further prompt gets the next seed."
+        ),
+        io.String.Input("name", default="", tooltip="Beginning of the file's name. If empty, the name of the model family."),
+        io.Boolean.Input("recalibrate", default=False, tooltip="Calibrates again even if the checkpoint already has a calibration."),
     ]

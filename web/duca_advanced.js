@@ -1,5 +1,5 @@
-// Folds rare settings away on the canvas, until "Show Advanced" in the node's menu. The page (1.32) keeps the
-// server's `advanced` in the widget's options, but draws by the widget's own flag and leaves room for what it does not draw.
+// Hides advanced settings on the canvas until "Show Advanced" is chosen in the node's menu. The page (1.32) keeps the server's
+// `advanced` in the widget's options, but looks at the widget's own flag, and leaves room for widgets that it does not draw.
 import { app } from "../../scripts/app.js";
 
 const FOLDED = ["DuCaCache", "DuCaSVDCalibrator"];
@@ -11,14 +11,14 @@ app.registerExtension({
     for (const widget of node.widgets ?? []) {
       if (!widget.options?.advanced) continue;
       widget.advanced = true;
-      widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? LiteGraph.NODE_WIDGET_HEIGHT : -4]; // -4 takes the gap back
+      widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? LiteGraph.NODE_WIDGET_HEIGHT : -4]; // -4 removes the gap
     }
-    node.setSize([node.size[0], node.computeSize()[1]]); // a saved node gets its own size after this
+    node.setSize([node.size[0], node.computeSize()[1]]); // the page sets the size of a saved node later
     keepTheRest(node);
   },
 });
 
-/** The page lets a node grow for what it shows, but does not shrink it for what it hides: both by the same height. */
+/** Makes the node grow and shrink by the same height. The page lets it grow for widgets it shows, but does not shrink it again. */
 function keepTheRest(node) {
   const { toggleAdvanced } = node;
   node.toggleAdvanced = function (...given) {

@@ -1,4 +1,4 @@
-// Reads from the graph what the strip asks the server about. Changes nothing, knows no DOM.
+// Reads from the graph what the server needs to make a plan. Changes nothing, knows no DOM.
 
 export const CACHE = "DuCaCache";
 export const SCHEDULE = "DuCaCacheSchedule";
@@ -6,12 +6,12 @@ const CALIBRATION = "DuCaLoadCalibration";
 
 const MUTED = 2;
 const BYPASSED = 4;
-const SUBGRAPH_INPUT = "-10"; // the page's ids of what lies at a subgraph's edge; numbers in some versions, strings in others
+const SUBGRAPH_INPUT = "-10"; // the page's ids for the inputs and outputs of a subgraph; numbers in some versions, strings in others
 const SUBGRAPH_OUTPUT = "-20";
-const MAX_HOPS = 100; // links can run in a circle
+const MAX_HOPS = 100; // links can form a circle
 const MAX_NODES = 300;
 
-/** Everything that POST /duca_cache/plan wants to know, from the view of a DuCa Cache or a Cache Schedule node. */
+/** The body of POST /duca_cache/plan for a DuCa Cache or a Cache Schedule node. */
 export function planRequest(node) {
   const cache = cacheOf(node);
   const schedule = node.comfyClass === SCHEDULE ? node : linkedNode(cache, "schedule", SCHEDULE);
@@ -25,14 +25,14 @@ export function planRequest(node) {
   };
 }
 
-/** The DuCa Cache node that this strip is about: itself, or the first that the schedule feeds. */
+/** The DuCa Cache node that a strip is about: the node itself, or the first one that gets the schedule. */
 export function cacheOf(node) {
   if (node.comfyClass === CACHE) return node;
   for (const target of targetsOf(node, 0)) if (target.node.comfyClass === CACHE) return target.node;
   return null;
 }
 
-/** "muted" or "bypassed" where the node, or a subgraph around it, does not run; else null. */
+/** "muted" or "bypassed" if the node, or a subgraph around it, does not run; else null. */
 export function idleState(node) {
   for (let at = node; at; at = instanceOf(at.graph)) {
     if (at.mode === MUTED) return "muted";
@@ -41,13 +41,13 @@ export function idleState(node) {
   return null;
 }
 
-/** The node's ids as the server knows it: "5", "12:5" in a subgraph, several where that subgraph is used more than once. */
+/** The node's ids on the server: "5", or "12:5" in a subgraph; several if the subgraph is used more than once. */
 export function executionIds(node) {
   const graph = node.graph;
   return graph ? [...pathsTo(graph, rootOf(graph), "", 0)].map((path) => path + node.id) : [];
 }
 
-/** A widget's value, also where it comes over a link from a primitive or from outside a subgraph; undefined if unknown before a run. */
+/** A widget's value, also if it comes over a link from a primitive or from outside a subgraph; undefined if only a run shows it. */
 export function valueOf(node, name) {
   const index = (node.inputs ?? []).findIndex((input) => input.widget?.name === name);
   if (index >= 0 && linkInto(node, index)) return givenValue(sourceOf(node, index));
@@ -80,9 +80,9 @@ function linkedNode(node, inputName, comfyClass) {
   return source?.node.comfyClass === comfyClass ? source.node : null;
 }
 
-// --- sampling: whatever uses the model further on
+// --- sampling: the nodes that the model goes to
 
-/** Follows the model to the first sampler. Settings that sit on nodes beside it (sigmas, sampler, latent) are looked up from there. */
+/** Follows the model to the first sampler and reads its settings, also those of nodes connected to it (sigmas, sampler, latent). */
 function samplingAfter(cache) {
   const found = {};
   const queue = [cache];
@@ -116,13 +116,13 @@ function readSampler(node, found) {
   }
 }
 
-/** Goes up over latents and images to where a size is set. */
+/** Follows latents and images back to the node that sets their size. */
 function readLatent(source, found, hops) {
   const node = source?.node;
   if (!node || found.width || hops > MAX_HOPS) return;
   take(node, ["width", "height", "batch_size"], found);
   if (found.width) return;
-  const picture = node.imgs?.[0]; // of a loaded image
+  const picture = node.imgs?.[0]; // if it loads an image
   if (picture?.naturalWidth) {
     Object.assign(found, { width: picture.naturalWidth, height: picture.naturalHeight });
     return;
@@ -139,17 +139,17 @@ function take(node, names, found) {
   }
 }
 
-// --- links: the next node that really computes something, in either direction
+// --- links: the next node that computes something, in either direction
 
-const linksOf = (graph) => [...(graph?.links?.values?.() ?? [])]; // slots know theirs too, but newer pages warn of reading them there
-// not node.getInputLink: where that is asked of a subgraph's node it looks among the outputs
+const linksOf = (graph) => [...(graph?.links?.values?.() ?? [])]; // slots have them too, but newer pages warn if they are read there
+// not node.getInputLink: for the node of a subgraph it looks among the outputs
 const linkInto = (node, slot) => linksOf(node.graph).find((link) => String(link.target_id) === String(node.id) && link.target_slot === slot);
 const linksOutOf = (graph, id, slot) => linksOf(graph).filter((link) => String(link.origin_id) === String(id) && link.origin_slot === slot);
 const isSubgraph = (node) => Boolean(node.subgraph);
 const isReroute = (node) => node.type === "Reroute";
-const tunnelName = (node) => node.widgets?.[0]?.value; // of the widespread SetNode and GetNode
+const tunnelName = (node) => node.widgets?.[0]?.value; // SetNode and GetNode are of widespread packs
 
-/** What an input gets: {node, slot}, or {node, promoted} where a subgraph's own widget stands for it; null if nothing. */
+/** The source of an input: {node, slot}, or {node, promoted} if it is a widget of the subgraph's node; null if there is none. */
 function sourceOf(node, index, hops = 0) {
   const link = linkInto(node, index);
   return link && hops < MAX_HOPS ? originOf(node.graph, link, hops + 1) : null;
@@ -212,12 +212,12 @@ function* beyondInput(node, slot, hops) {
   }
 }
 
-/** The slot on the other side of a bypassed node that a value goes over to: the same one if the type is, else the first of the type. */
+/** The slot beyond a bypassed node that a value goes to: the same number if its type fits, else the first of the type. */
 function partner(slots, type, index) {
   return slots?.[index]?.type === type ? index : (slots ?? []).findIndex((slot) => slot.type === type);
 }
 
-// --- graphs in graphs
+// --- subgraphs
 
 const nodesOf = (graph) => graph?.nodes ?? graph?._nodes ?? [];
 const rootOf = (graph) => graph.rootGraph ?? graph;

@@ -1,4 +1,4 @@
-// Shows what the pack has to say (nodes/page/notices.py) as a toast. Once per notice is the server's business.
+// Shows the notices of nodes/page/notices.py as toasts. The server sends each notice once.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 

@@ -1,30 +1,30 @@
-// The strip under DuCa Cache and Cache Schedule: the plan while the settings change, a run while it goes on, what it took after it.
+// The strip under DuCa Cache and Cache Schedule. It shows the plan for the settings, a run while it goes on, and its result.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { CACHE, SCHEDULE, cacheOf, executionIds, idleState, isLinked, planRequest } from "./duca_graph.js";
 import { StripView, passPointer } from "./duca_view.js";
 
 const MARGIN = 8;
-const HEIGHT = { [CACHE]: 155, [SCHEDULE]: 128 }; // fixed: heights from texts and fonts would differ between machines, and workflows save them
+const HEIGHT = { [CACHE]: 155, [SCHEDULE]: 128 }; // fixed, as workflows save it, and heights of texts differ between machines
 const WIDTH = 300; // of a new node
 const DEBOUNCE_MS = 80;
-const PATIENCE_MS = 400; // an earlier request may still answer for so long, else a slow server would never show anything in a drag
-const SILENCE_MS = 20000; // a run without a word for so long is asked about
+const PATIENCE_MS = 400; // how long a newer request waits for an earlier one; else a drag on a slow server would show nothing
+const SILENCE_MS = 20000; // after so long without a message, the server is asked about a run
 
-const strips = new Set(); // of nodes that are in a graph
-const runs = new Map(); // those going on, by the node's id as the server knows it
-const askedAbout = new Set(); // nodes whose run is being asked for
+const strips = new Set(); // strips of nodes that are in a graph
+const runs = new Map(); // runs that go on, by the node's id on the server
+const askedAbout = new Set(); // nodes whose run the server is being asked about
 
 class Strip {
   constructor(node) {
     this.node = node;
     const onPreset = node.comfyClass === CACHE ? (speedup) => this.setSpeedup(speedup) : undefined;
     this.view = new StripView({ nodeId: node.id, minHeight: HEIGHT[node.comfyClass], onPreset });
-    this.asked = 0; // requests sent, to tell a late answer
+    this.asked = 0; // number of requests, by which a late answer is recognised
     this.presets = [];
   }
 
-  /** Looks whether anything that the plan depends on has changed since; if so leaves a run's result and asks. */
+  /** Asks for a new plan if anything that it depends on has changed, and then stops showing the result of a run. */
   check() {
     if (this.node.graph) this.#guarded(() => this.#look());
   }
@@ -42,7 +42,7 @@ class Strip {
     this.askSoon();
   }
 
-  /** What fails in one node's surroundings is said there, and to the console once; the other strips go on. */
+  /** Runs an action. If it fails, the strip says so, and the console once; the other strips go on. */
   #guarded(action) {
     try {
       const result = action();
@@ -56,7 +56,7 @@ class Strip {
     }
   }
 
-  /** Where undo or another workflow puts a node in the place of one of the same id, Vue nodes go on showing that one's element. */
+  /** Replaces the element of an earlier node of this id (after undo, or in another workflow), which Vue nodes go on showing. */
   #settle() {
     if (this.view.root.isConnected) return;
     const current = new Set([...strips].map((strip) => strip.view.root));
@@ -65,7 +65,7 @@ class Strip {
     }
   }
 
-  /** Not pushed back by further changes, so that the strip follows a slider that keeps moving. */
+  /** Asks for a plan after a delay. Further changes do not prolong it, so that the strip follows a slider while it moves. */
   askSoon(delay = DEBOUNCE_MS) {
     this.timer ??= setTimeout(() => {
       this.timer = undefined;
@@ -97,7 +97,7 @@ class Strip {
     this.#showPresets();
   }
 
-  /** The server is away, or answers in no way we know: what is shown stays. */
+  /** The server does not answer, or not as expected: what is shown stays. */
   #missing() {
     if (!this.run) this.view.showNote("The server does not answer; the plan may be out of date.");
   }
@@ -119,10 +119,10 @@ class Strip {
     return Boolean(cache) && executionIds(cache).includes(id);
   }
 
-  /** A run of this node began or went on. Not shown again once the user has turned to the next plan. */
+  /** Shows a run of this node. After the user has changed settings, that run is not shown again. */
   showRun(run) {
     if (run === this.left) return;
-    if (run !== this.run) this.check(); // what was changed before it began, and not yet seen, does not end it
+    if (run !== this.run) this.check(); // so that earlier changes, not yet seen, do not hide the run
     this.run = run;
     this.frame ??= requestAnimationFrame(() => {
       this.frame = undefined;
@@ -130,7 +130,7 @@ class Strip {
     });
   }
 
-  /** A run of which nothing more is known. */
+  /** Shows the plan again in place of a run of which nothing more is known. */
   dropRun(run) {
     if (this.run !== run) return;
     this.run = null;
@@ -142,7 +142,7 @@ class Strip {
     const widget = node.widgets?.find((candidate) => candidate.name === "speedup");
     if (!widget) return;
     const before = widget.value;
-    app.canvas?.emitBeforeChange?.(); // the two events make one step for undo, and mark the workflow as changed
+    app.canvas?.emitBeforeChange?.(); // with these two events the change can be undone, and the workflow counts as changed
     try {
       widget.value = value;
       widget.callback?.(value, app.canvas, node);
@@ -154,13 +154,13 @@ class Strip {
     checkAll();
   }
 
-  /** On entering a graph, also again after a move into a subgraph. */
+  /** Is called when the node enters a graph, again after a move into a subgraph. */
   enter() {
     strips.add(this);
     setTimeout(() => this.join());
   }
 
-  /** Shows what is going on already. What was loaded meanwhile is no change by the user. */
+  /** Shows the run that goes on already. What a workflow has loaded meanwhile is no change by the user. */
   join() {
     this.check();
     this.left = null;
@@ -195,7 +195,7 @@ function onRun({ detail }) {
   const { event, node, run: number } = detail;
   const known = runs.get(node);
   if (event === "start") return update({ ...detail, evaluations: [], active: true });
-  if (known?.run !== number) return void resync(node); // the page came, or came back, in the middle of it
+  if (known?.run !== number) return void resync(node); // the page was opened or reconnected during it
   if (event === "evaluation") {
     known.evaluations[detail.index] = { step: detail.step, kind: detail.kind };
     known.bytes = detail.bytes ?? known.bytes;
@@ -215,10 +215,10 @@ function finish(run, { complete, report }) {
   Object.assign(run, { active: false, complete, report });
   update(run);
   runs.delete(run.node);
-  for (const strip of strips) strip.askSoon(); // the server may know the model only now
+  for (const strip of strips) strip.askSoon(); // with the run, the server may have learned the model
 }
 
-/** Asks what a node's run has come to. Another tab's run is that tab's; one nobody knows of is over. */
+/** Asks for the state of a node's run. A run of another tab is ignored; one that the server does not know is over. */
 async function resync(node) {
   if (askedAbout.has(node) || ![...strips].some((strip) => strip.follows(node))) return;
   const known = runs.get(node);
@@ -226,7 +226,7 @@ async function resync(node) {
   const found = await runOf(node);
   askedAbout.delete(node);
   const isOurs = !found?.client_id || found.client_id === (api.clientId ?? found.client_id);
-  if (known && runs.get(node) !== known) return; // events told meanwhile
+  if (known && runs.get(node) !== known) return; // events came meanwhile
   const isSame = known && found?.run === known.run;
   if (found?.active && isOurs) update(Object.assign(isSame ? known : {}, found, { node, evaluations: found.evaluations ?? [] }));
   else if (isSame) finish(known, { complete: found.report?.complete ?? false, report: found.report });
@@ -245,7 +245,7 @@ async function runOf(node) {
   }
 }
 
-/** After a reload. Asks for runs only where something runs, as browsers write every 404 to their console. */
+/** Finds runs after a reload. Asks only if something runs, as browsers write every 404 to their console. */
 async function findRuns() {
   try {
     const queue = await (await api.fetchApi("/prompt")).json();
@@ -261,13 +261,13 @@ function onSilence() {
   for (const run of runs.values()) if (performance.now() - run.heard > SILENCE_MS) resync(run.node);
 }
 
-// --- the node's side
+// --- connecting a strip to its node
 
 function attach(node) {
   const strip = new Strip(node);
   const widget = node.addDOMWidget("duca_strip", "duca_strip", strip.view.root, {
     serialize: false, // not sent with a prompt
-    hideInPanel: true, // an element is in one place: the properties panel would take it away from the node
+    hideInPanel: true, // the properties panel would take the element away from the node
     margin: MARGIN,
     getMinHeight: () => HEIGHT[node.comfyClass] + 2 * MARGIN,
     getValue: () => "",
@@ -275,11 +275,11 @@ function attach(node) {
   });
   widget.serialize = false; // nor saved in the workflow
   for (const other of node.widgets) if (other !== widget) chain(other, "callback", checkAll);
-  chain(node, "onConnectionsChange", () => setTimeout(checkAll)); // the link itself changes after this
+  chain(node, "onConnectionsChange", () => setTimeout(checkAll)); // the link changes after this event
   chain(node, "onAdded", () => strip.enter());
   chain(node, "onRemoved", () => strip.leave());
   passPointer(strip.view.root, app.canvas);
-  node.setSize([Math.max(WIDTH, node.size[0]), node.computeSize()[1]]); // a saved node gets its own size after this
+  node.setSize([Math.max(WIDTH, node.size[0]), node.computeSize()[1]]); // the page sets the size of a saved node later
 }
 
 function chain(target, name, also) {
@@ -291,14 +291,14 @@ function chain(target, name, also) {
   };
 }
 
-api.addEventListener("duca_cache.run", onRun); // not as late as in setup: after a reload a run's messages come before that
+api.addEventListener("duca_cache.run", onRun); // not in setup: after a reload, messages of a run come earlier
 
 app.registerExtension({
   name: "DuCa.Strip",
   setup() {
     const style = { rel: "stylesheet", href: new URL("./duca_strip.css", import.meta.url).href };
     document.head.append(Object.assign(document.createElement("link"), style));
-    api.addEventListener("graphChanged", checkAll); // what the host saves for undo: other nodes' settings, links, modes
+    api.addEventListener("graphChanged", checkAll); // on changes that the host saves for undo: other nodes' settings, links, modes
     api.addEventListener("reconnected", () => {
       for (const strip of strips) strip.askSoon();
       for (const node of runs.keys()) resync(node);

@@ -1,5 +1,5 @@
-// A page (1.49) keeps widgets' values by the node's id and the widget's name, and hands those of a removed node to the next one
-// under its id: a Cache Schedule would get DuCa Cache's warmup of -1, which it may not have. Here a node keeps its own.
+// Lets a new node keep its own values. The page (1.49) keeps widgets' values by the node's id and the widget's name, and gives those of a
+// removed node to the next one with its id: a Cache Schedule would get DuCa Cache's warmup of -1, which is not allowed there.
 import { app } from "../../scripts/app.js";
 
 app.registerExtension({

@@ -1,11 +1,11 @@
-// Draws the strip: presets, a cell for each evaluation, words. Gets states, gives elements; knows no graph and no server.
+// Draws the strip: presets, a cell for each evaluation, lines of text. It gets states and makes elements; it knows no graph and no server.
 
-const KINDS = { F: "full", i: "incremental", c: "conservative", a: "skipped", "-": "elsewhere" }; // the last: another node answered
-const MOST_CELLS = 512; // more would be finer than a pixel each
+const KINDS = { F: "full", i: "incremental", c: "conservative", a: "skipped", "-": "by another node" };
+const MOST_CELLS = 512; // with more, a cell would be narrower than a pixel
 const ANNOUNCE_MS = 1000;
 
 export class StripView {
-  /** onPreset(speedup) where there are to be preset buttons. */
+  /** onPreset: is called with the speedup of a preset button; without it there are no such buttons. */
   constructor({ nodeId, minHeight, onPreset }) {
     this.root = element("div", "duca-strip", { "data-node-id": nodeId, "data-state": "plan" });
     this.root.style.setProperty("--duca-min-height", `${minHeight}px`);
@@ -26,11 +26,11 @@ export class StripView {
     this.#setState("plan", idle);
     this.#setCells(cells, `Plan for ${answer.steps} steps: ${counts || "nothing"}.`);
     this.#setLines([keyLine(answer.counts, kinds), ...planLines(answer, idle)]);
-    if (this.isAnnouncing) this.announce(this.text.innerText.trim().replaceAll("\n", ". ")); // not what a workflow opens with
+    if (this.isAnnouncing) this.announce(this.text.innerText.trim().replaceAll("\n", ". ")); // but not when a workflow is opened
     this.isAnnouncing = true;
   }
 
-  /** run: {plan, steps, evaluations, active, complete, bytes, report}, while it goes on and after it. */
+  /** Shows a run, during it and after it. run: {plan, steps, evaluations, active, complete, bytes, report}. */
   showRun(run) {
     const cells = run.report ? reportCells(run.report) : runCells(run);
     const done = cells.filter((cell) => cell.done);
@@ -42,7 +42,7 @@ export class StripView {
     this.announce(head);
   }
 
-  /** error: why there is no plan, with the wrong place in a text where that is why. */
+  /** Shows why there is no plan. text, position: the wrong character in a schedule's text, if that is the reason. */
   showError({ error, text, position }) {
     this.#setState("error", null);
     this.#setCells([], `No plan: ${error}`);
@@ -52,7 +52,7 @@ export class StripView {
     this.announce(error);
   }
 
-  /** Something that does not change the plan shown, as that the server does not answer. Empty takes it away. */
+  /** Shows a warning above the plan, such as that the server does not answer. Empty words remove it. */
   showNote(words) {
     this.text.querySelector(".duca-note")?.remove();
     this.root.toggleAttribute("data-stale", Boolean(words));
@@ -64,7 +64,7 @@ export class StripView {
     if (!this.presets) return;
     const wanted = JSON.stringify(presets);
     if (this.drawnPresets !== wanted) {
-      this.drawnPresets = wanted; // new buttons would take the keyboard's focus away
+      this.drawnPresets = wanted; // only then, as new buttons would lose the keyboard's focus
       this.presets.replaceChildren(...presets.map((preset) => this.#presetButton(preset)));
     }
     for (const button of this.presets.children) {
@@ -73,7 +73,7 @@ export class StripView {
     }
   }
 
-  /** For screen readers. At most once a second, the last words win; `isUrgent` where the user asked by a key. */
+  /** Tells screen readers, at most once a second, and then the latest words. isUrgent: at once, as the user pressed a key. */
   announce(words, isUrgent = false) {
     this.pending = words;
     if (isUrgent) {
@@ -135,7 +135,7 @@ export class StripView {
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: cells.length - 1 }[event.key];
     if (to === undefined || !cells.length || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    event.stopPropagation(); // the canvas moves nodes by these keys
+    event.stopPropagation(); // these keys would move the node on the canvas
     const cell = cells[Math.max(0, Math.min(cells.length - 1, to))];
     this.#mark(cell);
     this.announce(cell.title, true);
@@ -147,7 +147,7 @@ export class StripView {
   }
 }
 
-/** On the canvas an element swallows what would zoom and pan; in Vue nodes the host sees to it. */
+/** Passes on the events that zoom and pan the canvas, which an element on it would swallow. In Vue nodes the host does this. */
 export function passPointer(root, canvas) {
   const onCanvas = () => root.closest(".dom-widget");
   const pass = (type, method, isMeant) =>
@@ -170,10 +170,10 @@ export function passPointer(root, canvas) {
 
 const planTitle = (kind, step, steps, meaning) => `step ${step + 1} of ${steps}: ${KINDS[kind] ?? kind}${meaning ? `, ${meaning}` : ""}`;
 
-/** What was evaluated so far, then the plan of the steps to come. A step may be evaluated several times. */
+/** Cells of the evaluations so far, then of the planned steps to come. A step may have several evaluations. */
 function runCells({ plan = "", steps, evaluations }) {
   const done = Array.from(evaluations, (evaluation, index) => {
-    const kind = evaluation?.kind ?? plan[index] ?? "F"; // one whose message was lost
+    const kind = evaluation?.kind ?? plan[index] ?? "F"; // if its message was lost
     return { kind, done: true, title: `evaluation ${index + 1}, step ${(evaluation?.step ?? index) + 1}: ${KINDS[kind] ?? kind}` };
   });
   const next = (evaluations.at(-1)?.step ?? done.length - 1) + 1;
@@ -218,14 +218,14 @@ function planLines(answer, idle) {
   const { speedup, compute, cache_bytes: bytes, calibration, quality, steps } = answer;
   const estimated = answer.is_counted === false ? "estimated, as the model has not run yet" : "";
   return [
-    ...line([idle && `${idle}: runs without this node`], "duca-warning"),
+    ...line([idle && `this node is ${idle} and has no effect`], "duca-warning"),
     ...line([
       speedup != null && `expected ${times(speedup)} as fast`,
       compute != null && `${Math.round(compute * 100)} % of the compute`,
       bytes != null ? `cache ${bytesText(bytes)}` : "cache size known after a run",
     ]),
     ...line([calibration?.text, !calibration?.text?.startsWith(quality) && quality]),
-    ...line([estimated, answer.assumed_steps && `${steps} steps assumed, no sampler found`]),
+    ...line([estimated, answer.assumed_steps && `no sampler found, ${steps} steps assumed`]),
     ...(answer.notes ?? []).flatMap((note) => line([note], "duca-warning")),
   ];
 }
@@ -241,10 +241,10 @@ function runLines({ active, bytes, report }, head) {
   if (!report) return line([head]);
   const planned = report.predicted_bytes != null && report.predicted_bytes !== report.peak_bytes;
   return [
-    ...line([head, report.compute_speedup && `${times(report.compute_speedup)} in compute`]),
+    ...line([head, report.compute_speedup && `${times(report.compute_speedup)} less compute`]),
     ...line([
       report.peak_bytes != null && `cache ${bytesText(report.peak_bytes)}`,
-      planned && `foreseen ${bytesText(report.predicted_bytes)}`,
+      planned && `predicted ${bytesText(report.predicted_bytes)}`,
       report.setting,
     ]),
     ...line([report.place]),
@@ -252,7 +252,7 @@ function runLines({ active, bytes, report }, head) {
   ];
 }
 
-/** The counts, each with its colour: the legend too. */
+/** The counts, each with its colour, which is also the legend. */
 function keyLine(counts, kinds) {
   const row = element("div", "duca-line");
   for (const [letter, count] of used(counts)) {
@@ -275,7 +275,7 @@ function element(tag, className, attributes = {}, words = "") {
   const made = document.createElement(tag);
   if (className) made.className = className;
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  if (words) made.textContent = words; // never markup: texts come from files and from the user
+  if (words) made.textContent = words; // not as markup, as texts come from files and from the user
   return made;
 }
 

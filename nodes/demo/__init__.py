@@ -1,1 +1,1 @@
-"""Loads the tiny FLUX of the node Demo FLUX; its weights ship with the pack, in demo/ beside nodes/."""
+"""Loads the tiny FLUX of the node Demo FLUX. Its weights ship with the pack, in demo/ beside nodes/."""

@@ -1,4 +1,4 @@
-"""Class-conditional DiT (Peebles & Xie, arXiv 2212.09748): the first benchmark of the DuCa and ICC papers, which ComfyUI cannot load.
+"""Loads class-conditional DiT (Peebles & Xie, arXiv 2212.09748), the first benchmark of the DuCa and ICC papers. ComfyUI cannot load it.
 
-A small loader and nothing else: sampling is the host's own, and cache_core/families/dit.py says how such a model is cached.
+It is a loader and nothing else: the host samples, and cache_core/families/dit.py says how such a model is cached.
 """

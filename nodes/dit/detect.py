@@ -1,7 +1,7 @@
-"""Tells from the names and shapes of a checkpoint's weights whether it is a DiT, and which. Reads no weight.
+"""Finds out from the names and shapes of a checkpoint's weights whether it is a DiT, and of which size. It reads no weights.
 
-The number of heads is in no shape: the published widths have their own, others are taken to have heads of 64 channels. A model of another
-method in the same weights (SiT, which predicts a velocity) looks the same and cannot be told apart.
+No shape depends on the number of heads. It is known for the published widths; for others, heads of 64 channels are assumed. SiT, which
+predicts a velocity, has the same weights and cannot be distinguished.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _TABLE, _PLACES = "y_embedder.embedding_table.weight", "pos_embed"
 
 
 class NotADiTError(ValueError):
-    """Why a file is no DiT, in words that continue "NAME is not a class-conditional DiT: "."""
+    """Says why a file is no DiT. The message continues "NAME is not a class-conditional DiT: "."""
 
 
 def prefix_of(names: Mapping[str, object]) -> str:
-    """What stands before all names of the model's weights; of several models in a file the averaged one's ("ema")."""
+    """Returns what comes before all names of the model's weights. Of several models in a file, the averaged one ("ema") is taken."""
     found = [name.removesuffix(_ANCHOR) for name in names if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
     if not found:
         raise NotADiTError(f"it has no {_ANCHOR}")
@@ -34,7 +34,7 @@ def prefix_of(names: Mapping[str, object]) -> str:
 
 
 def shape_of(shapes: Shapes) -> DiTShape:
-    """The shape of a DiT from its weights' names, without prefix. Raises NotADiTError."""
+    """Returns the shape of a DiT from the shapes of its weights, whose names have no prefix. Raises NotADiTError."""
     _check_names(shapes)
     (width, channels, patch, _), (_, waves) = shapes[_ANCHOR], shapes["t_embedder.mlp.0.weight"]
     if channels != _LATENT_CHANNELS:
@@ -59,7 +59,7 @@ def shape_of(shapes: Shapes) -> DiTShape:
 
 
 def name_of(shape: DiTShape) -> str:
-    """Such as "DiT-XL/2, 256x256, 1000 classes"."""
+    """Returns a name such as "DiT-XL/2, 256x256, 1000 classes"."""
     size, depth, _ = _SIZES.get(shape.width, ("", 0, 0))
     which = f"DiT-{size}/{shape.patch}" if depth == shape.depth else f"DiT of {shape.depth} blocks, {shape.width} wide, /{shape.patch}"
     pixels = shape.grid * shape.patch * 8
@@ -72,7 +72,7 @@ def _depth(shapes: Shapes) -> int:
 
 
 def _grid(shapes: Shapes) -> int:
-    """Side of a square table of places; 0 where there is none, or one that is not square, and it is computed instead."""
+    """Returns the side of the square table of positions. 0 where there is none, or none that is square; it is computed then."""
     count = shapes.get(_PLACES, (1, 0, 0))[1]
     side = round(count**0.5)
     return side if side * side == count else 0
@@ -96,7 +96,7 @@ def _few(names: set[str]) -> str:
 
 
 def _check_shapes(shapes: Shapes, found: DiTShape) -> None:
-    """Every weight against the shape that a few of them told."""
+    """Compares the shape of every weight with that of a DiT of this shape. Raises NotADiTError."""
     expected = _expected(found)
     for name, shape in shapes.items():
         if name != _PLACES and tuple(shape) != expected[name]:

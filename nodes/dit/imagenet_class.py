@@ -1,4 +1,4 @@
-"""Node ImageNet Class: what a class-conditional DiT has instead of a prompt."""
+"""Node ImageNet Class: gives a class-conditional DiT the class to draw, in place of a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class ImageNetClass(io.ComfyNode):
             node_id="DuCaImageNetClass",
             display_name="ImageNet Class",
             category="model_patches/duca",
-            description="The class that a class-conditional DiT is to draw, and the null class to move away from.",
+            description="Chooses the class that a class-conditional DiT draws, in place of a prompt. Also gives the null class, for "
+            "guidance.",
             inputs=[
                 io.Int.Input(
                     "class_number",
@@ -42,11 +43,11 @@ class ImageNetClass(io.ComfyNode):
 
     @classmethod
     def execute(cls, class_number: int) -> io.NodeOutput:
-        if not 0 <= class_number <= _NONE:  # by link, where nobody has checked
+        if not 0 <= class_number <= _NONE:  # the host does not check a number that comes over a link
             raise ValueError(f"class_number is {class_number}, but ImageNet's classes are 0 to 999, and {_NONE} is none")
         return io.NodeOutput(class_conditioning(class_number), class_conditioning(NO_CLASS))
 
 
 def class_conditioning(label: int) -> list[list[Any]]:
-    """Host conditioning of a class. There is no text in it: nodes that work on text fail with it, and do not quietly draw another class."""
+    """Returns the host's conditioning for a class. It has no text, so that nodes that change text fail and do not draw another class."""
     return [[None, {CLASS_LABEL: torch.tensor([label])}]]

@@ -1,4 +1,4 @@
-"""Node Load DiT (class-conditional): a MODEL from a checkpoint that ComfyUI's own loaders do not know."""
+"""Node Load DiT (class-conditional): loads a checkpoint that ComfyUI's own loaders do not know."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class LoadDiT(io.ComfyNode):
 
 
 def names() -> list[str]:
-    """Files of both folders that could be a DiT."""
+    """Returns the files of both folders that could be a DiT."""
     found = {name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)}
     return sorted(name for name in found if name.lower().endswith(SUFFIXES))
 
 
 def _path_of(name: str) -> Path:
-    """Of a file in both folders the one in diffusion_models."""
+    """Returns the path of a file. If both folders have it, it is the one in diffusion_models."""
     paths = [path for folder in _FOLDERS if (path := folder_paths.get_full_path(folder, name)) is not None]
     if not paths:
         raise ValueError(f"{name} is neither in models/diffusion_models nor in models/checkpoints; press R to refresh the list")

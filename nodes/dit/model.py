@@ -1,8 +1,8 @@
-"""A DiT as a MODEL of the host: its noise schedule, its latents, its class label, and how a checkpoint becomes one.
+"""Makes a MODEL of the host from a DiT checkpoint, with its noise levels, its latents and its class label.
 
-Sampling is the host's. Three things differ from the sampler that was published with DiT: the host guides all four channels of the
-noise, where that one guides the first three only; the learned variance is dropped, as DDIM needs none; and the scheduler ddim_uniform
-takes times 1, 21, 41 … of 1000 where the published strided ones are 0, 20, 40 …
+The host samples it. Three things differ from the sampler that was published with DiT: the host guides all four channels of the noise,
+and that one only the first three; the learned variance is dropped, as DDIM needs none; and the scheduler ddim_uniform takes the times 1,
+21, 41 … of 1000, and the published sampler 0, 20, 40 …
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .detect import NotADiTError, name_of, shape_of
 from .network import DiT, DiTShape
 from .weights import open_weights
 
-CLASS_LABEL = "class_label"  # in a conditioning: whole numbers (1,)
-NO_CLASS = -1  # as a label: the null class, whatever its number is in the model
+CLASS_LABEL = "class_label"  # key in a conditioning; the value is a whole number (1,)
+NO_CLASS = -1  # label of the null class, whatever its number in the model
 
 
 class ClassConditionalDiT(comfy.model_base.BaseModel):
-    """Predicts the noise (EPS). A conditioning says its class under CLASS_LABEL."""
+    """A DiT as a model of the host. It predicts the noise (EPS); a conditioning has its class under CLASS_LABEL."""
 
     def __init__(self, model_config: DiTConfig, device: Any = None) -> None:
         super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=DiT)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
-        """Raises ValueError for a conditioning without a class, or of a class that the model has not."""
+        """Returns the class for the network. Raises ValueError for a conditioning without a class, or for an unknown one."""
         label, classes = kwargs.get(CLASS_LABEL), self.diffusion_model.shape.classes
         if label is None:
             raise ValueError("a DiT draws classes and reads no text: connect ImageNet Class to the sampler's positive and negative")
@@ -45,7 +45,7 @@ class ClassConditionalDiT(comfy.model_base.BaseModel):
 
 
 class DiTConfig(comfy.supported_models_base.BASE):
-    """unet_config: {"shape": DiTShape}."""
+    """The host's configuration of a DiT. `unet_config` is {"shape": DiTShape}."""
 
     unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = comfy.latent_formats.SD15  # scale 0.18215
@@ -61,12 +61,19 @@ class DiTConfig(comfy.supported_models_base.BASE):
 
 
 def memory_factor(shape: DiTShape) -> float:
-    """For the host's estimate, which counts values of the latent: PixArt's 0.5 for tokens 1152 wide of 2 by 2 values, in proportion."""
+    """Returns the factor by which the host estimates memory per value of the latent.
+
+    It is in proportion to PixArt's 0.5, which is for tokens of 1152 channels and 2 by 2 values.
+    """
     return 0.5 * (shape.width / 1152) * (2 / shape.patch) ** 2
 
 
 def load_dit(path: Path) -> ModelPatcher:
-    """Raises ValueError, in words for the user, for a file that is no DiT, before its weights are read."""
+    """Loads a DiT.
+
+    Raises:
+        ValueError: For a file that is no DiT, before its weights are read, with a message for the user.
+    """
     try:
         file = open_weights(path)
         shape = shape_of(file.shapes)

@@ -1,8 +1,8 @@
 """The DiT network in the host's layers, under the names that the published checkpoints use.
 
-Written from the paper's equations and those names. x += gate·attn(modulated norm of x), x += gate·mlp(…); every block makes its shifts,
-scales and gates from one vector: time plus class. All layers are the host's `operations`, so that casts, partial loading, fp8 weights
-and LoRAs are its business.
+It is written from the paper's equations and those names. x += gate·attn(modulated norm of x), x += gate·mlp(…); every block makes its
+shifts, scales and gates from one vector: time plus class. All layers are the host's `operations`, so that the host handles casts, partial
+loading, fp8 weights and LoRAs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ from comfy.ldm.modules.attention import optimized_attention
 from einops import rearrange
 from torch import Tensor, nn
 
-_PERIOD = 10000.0  # of the slowest wave, in the time's embedding and in the places'
+_PERIOD = 10000.0  # of the slowest wave, in the embeddings of time and of positions
 
 
 class DiTShape(NamedTuple):
-    """What the weights' shapes tell of a DiT (detect.py).
+    """The sizes of a DiT, which detect.py finds from the shapes of its weights.
 
-    width: channels of a token. patch: side of a token's square of the latent, in_channels deep. grid: side of the table of places in
-    tokens, 0 for none. classes: without the null class, which is the last row of the label table. waves: inputs of the time's embedding.
+    Args:
+        width: Channels of a token.
+        depth: Number of blocks.
+        heads: Heads of attention.
+        mlp_width: Channels inside the MLP.
+        patch: Side of the square of the latent that makes a token.
+        in_channels: Channels of the latent.
+        out_channels: Channels of the prediction: the noise, and in some models its variance.
+        grid: Side, in tokens, of the table of positions. 0 for none.
+        classes: Number of classes, without the null class, which is the last row of the label table.
+        waves: Number of waves in the embedding of time.
     """
 
     width: int
@@ -40,7 +49,12 @@ class DiTShape(NamedTuple):
 
 
 class Maker:
-    """Makes the host's layers, all in one dtype on one device."""
+    """Makes the host's layers, all in one dtype on one device.
+
+    Args:
+        operations: The host's classes of layers.
+        dtype, device: Dtype and device of the weights.
+    """
 
     def __init__(self, operations: Any, dtype: torch.dtype | None, device: Any) -> None:
         self.operations, self.more = operations, {"dtype": dtype, "device": device}
@@ -88,7 +102,12 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = make.modulation(shape.width, 6)
 
     def forward(self, x: Tensor, c: Tensor, transformer_options: dict[str, Any]) -> Tensor:
-        """x: tokens (B, L, C). c: time plus class (B, C)."""
+        """Returns the tokens after the block.
+
+        Args:
+            x: Tokens (B, L, C).
+            c: Time plus class (B, C).
+        """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, transformer_options=transformer_options)
         return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
@@ -113,7 +132,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(make.linear(shape.waves, shape.width), nn.SiLU(), make.linear(shape.width, shape.width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t: (B,), 0 to 999."""
+        """Embeds times (B,), 0 to 999, as (B, C)."""
         half = self.waves // 2
         phases = t.float()[:, None] * torch.exp(-math.log(_PERIOD) / half * torch.arange(half, device=t.device))
         return self.mlp(torch.cat((phases.cos(), phases.sin()), dim=-1).to(dtype))
@@ -135,12 +154,12 @@ class PatchEmbedder(nn.Module):
         self.proj = make.operations.Conv2d(shape.in_channels, shape.width, kernel_size=side, stride=side, bias=True, **make.more)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, rows, columns, width)."""
+        """Makes tokens of a latent: (B, C, H, W) -> (B, rows, columns, width)."""
         return self.proj(x).movedim(1, -1)
 
 
 class DiT(nn.Module):
-    """The noise (B, in_channels, H, W) in a latent; what a checkpoint also says of the noise's variance is dropped."""
+    """Predicts the noise (B, in_channels, H, W) in a latent. The variance that a checkpoint also predicts is dropped."""
 
     def __init__(self, shape: DiTShape, dtype: torch.dtype | None = None, device: Any = None, operations: Any = None, **_more: Any) -> None:
         super().__init__()
@@ -149,14 +168,20 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedder(make, shape)
         self.t_embedder = TimeEmbedder(make, shape)
         self.y_embedder = LabelEmbedder(make, shape)
-        # In float32 whatever the weights are: it is small, and fp8 would spoil it.
+        # In float32, whatever the dtype of the weights: it is small, and fp8 would spoil it.
         table = nn.Parameter(torch.empty(1, shape.grid**2, shape.width, device=device), requires_grad=False) if shape.grid else None
         self.register_parameter("pos_embed", table)
         self.blocks = nn.ModuleList(DiTBlock(make, shape) for _ in range(shape.depth))
         self.final_layer = FinalLayer(make, shape)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor, transformer_options: dict[str, Any] = {}, **_more: Any) -> Tensor:  # noqa: B006
-        """x: (B, in_channels, H, W). timesteps: (B,). y: classes (B,), whole numbers."""
+        """Returns the noise, in the shape of `x`.
+
+        Args:
+            x: Latents (B, in_channels, H, W).
+            timesteps: Times (B,), 0 to 999.
+            y: Classes (B,), whole numbers.
+        """
         height, width = x.shape[-2:]
         side = self.shape.patch
         tokens = self.x_embedder(comfy.ldm.common_dit.pad_to_patch_size(x, (side, side)))
@@ -169,14 +194,14 @@ class DiT(nn.Module):
         return out[:, : self.shape.in_channels, :height, :width]
 
     def _places(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """The checkpoint's table where it fits; for other sizes the same waves, counted on."""
+        """Returns the checkpoint's table of positions where it fits. For other sizes the same waves are computed."""
         if rows == columns == self.shape.grid:
             return comfy.ops.cast_to_input(self.pos_embed, like)
         return places(rows, columns, self.shape.width, like.device).to(like.dtype)
 
 
 def places(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Where each token is (1, rows · columns, width): a quarter each sine and cosine of its column, then of its row."""
+    """Returns the position of every token (1, rows · columns, width): a quarter each of sine and cosine of column, then of row."""
     rates = torch.exp(-math.log(_PERIOD) / (width // 4) * torch.arange(width // 4, device=device))
 
     def waves(count: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""A checkpoint file of a DiT: .safetensors, or .pt as PyTorch writes it. Its names and shapes are read first, its weights when asked.
+"""Reads a checkpoint file of a DiT: .safetensors, or .pt as PyTorch writes it. Names and shapes come first, weights on request.
 
-A .pt file is a pickle and could run a program, so it is read with weights_only: one that holds anything else is refused.
+A .pt file is a pickle and could run a program, so it is read with `weights_only`: a file with anything else in it is refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ SUFFIXES = (".safetensors", ".sft", ".pt")
 
 
 class WeightsFile(NamedTuple):
-    """shapes: of the model's weights by their own names, without what stands before them in the file. read: the weights."""
+    """An opened file.
+
+    Args:
+        shapes: Shapes of the model's weights by name, without the prefix that names have in the file.
+        read: Returns the weights by the same names.
+    """
 
     shapes: Shapes
     read: Callable[[], dict[str, Tensor]]
 
 
 def open_weights(path: Path) -> WeightsFile:
-    """Raises NotADiTError for a file without a DiT's first weight, ValueError, in words for the user, for one that cannot be read."""
+    """Opens a file.
+
+    Raises:
+        NotADiTError: For a file without the first weight of a DiT.
+        ValueError: For a file that cannot be read, with a message for the user.
+    """
     return _open_pickle(path) if path.suffix.lower() == ".pt" else _open_safetensors(path)
 
 
@@ -62,9 +72,9 @@ def _own(of_all: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _unpickled(path: Path) -> Any:
-    """What torch.save was given, its tensors still in the file where the format allows that.
+    """Reads what `torch.save` wrote. Tensors stay in the file where the format allows that.
 
-    The training script of the DiT authors saves its command line beside the weights, as a Namespace: nothing but names and values.
+    The training script of the DiT authors also saves its command line, as a Namespace: that is allowed, as it has only names and values.
     """
     allowing = getattr(torch.serialization, "safe_globals", lambda _classes: nullcontext())  # torch 2.5 and newer
     try:
@@ -80,7 +90,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _tensors(given: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dicts by their dotted names: {"ema": {"pos_embed": …}} has "ema.pos_embed"."""
+    """Yields all tensors of nested dicts with their dotted names: {"ema": {"pos_embed": …}} gives "ema.pos_embed"."""
     if not isinstance(given, Mapping):
         raise NotADiTError("it has no names")
     for key, value in given.items():

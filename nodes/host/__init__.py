@@ -1,7 +1,7 @@
 """Hooks into ComfyUI. `attach` puts a cache on a MODEL; it and the calibrator are built on `listen`.
 
-What hosts differ in has a file each: `recording` (what is done around blocks), `guests` (guiders of two models), `samplers` (what a
-sampler does), `network_options` (what tells passes apart).
+Everything in which hosts differ has a file: `recording` (what they do around blocks), `guests` (guiders of two models), `samplers` (what a
+sampler does to a latent), `network_options` (which options tell passes apart).
 """
 
 from .cached_model import HostOptions, attach, book_of, free_memory

@@ -1,4 +1,4 @@
-"""Puts a cache on a MODEL: every sampling of it gets a run, is shown to the page, and leaves a report."""
+"""Puts a cache on a MODEL. Every sampling of it then gets a run, is shown on the page, and leaves a report."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from .starting import check_transformer, run_start
 class HostOptions(NamedTuple):
     """How a cache behaves besides its settings.
 
-    choose_device: keep features in system memory where the device has too little left.
-    verbose: log every evaluation.
-    node_id: the node under which notices and the running plan are shown.
-    finds_calibration: look for the checkpoint's sidecar where the settings have no calibration.
+    Args:
+        choose_device: Whether to keep features in system memory if the device has too little left.
+        verbose: Whether to log every evaluation.
+        node_id: The node under which notices and the running plan are shown, None for none.
+        finds_calibration: Whether to look for the checkpoint's sidecar if the settings have no calibration.
     """
 
     choose_device: bool = True
@@ -41,15 +42,22 @@ class HostOptions(NamedTuple):
 
 
 def attach(model: ModelPatcher, settings: Settings | Strategy, options: HostOptions = HostOptions()) -> ModelPatcher:
-    """Returns a clone of `model` that samples with the cache. It replaces any cache of ours on the model.
+    """Returns a clone of `model` that samples with the cache, in place of any cache of ours on it.
 
-    A UNet, or mode "off", comes back without one. Settings make a strategy for each run; a strategy given itself is used for all of them.
-    Raises ValueError for a calibration of another checkpoint.
+    A UNet gets no cache, nor does any model in mode "off".
+
+    Args:
+        model: The host's MODEL.
+        settings: `Settings`, which make a strategy for each run, or one strategy for all runs.
+        options: How the cache behaves besides.
+
+    Raises:
+        ValueError: For a calibration of another checkpoint.
     """
     if isinstance(settings, Strategy):
         settings = FixedSettings(fixed=settings)
     if not hasattr(getattr(model, "model", None), "diffusion_model"):  # some packs pass networks of their own as MODEL
-        say(f"DuCa Cache serves models that ComfyUI samples; {type(model).__name__} is passed through unchanged.", options.node_id)
+        say(f"DuCa Cache works on models that ComfyUI itself samples; {type(model).__name__} is passed through unchanged.", options.node_id)
         return model
     clone = detach(model)
     if settings.mode == "off":
@@ -69,29 +77,34 @@ def attach(model: ModelPatcher, settings: Settings | Strategy, options: HostOpti
 
 
 def book_of(model: ModelPatcher) -> RunBook | None:
-    """The finished runs of a model's cache, or None if it has none."""
+    """Returns the finished runs of a model's cache, None for a model without a cache."""
     return model.get_attachment(KEY)
 
 
 class _Runs:
-    """The runs of one cached model: opens one for each sampling, shows it to the page, and keeps its report."""
+    """Opens a run for each sampling of one cached model, shows it on the page and keeps its report.
+
+    Args:
+        lookup: Finds the settings for a sampling.
+        options: How the cache behaves besides.
+    """
 
     def __init__(self, lookup: CalibrationLookup, options: HostOptions) -> None:
         self.book = RunBook()
         self._lookup, self._options = lookup, options
-        self._live: dict[CacheRun, LiveRun] = {}  # those that the page hears of
+        self._live: dict[CacheRun, LiveRun] = {}  # those that the page shows
 
     def open(self, patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any) -> CacheRun | None:
-        """A run for these noise levels; None, said to the user, where the cache must stand aside."""
+        """Opens a run for these noise levels. Returns None, with a notice to the user, where the cache cannot be used."""
         settings, node_id = self._lookup.settings_for(patcher), self._options.node_id
         try:
             start = run_start(patcher, sigmas, sampler, *settings.part)
         except ValueError as reason:
-            say(f"DuCa Cache stands aside: {str(reason).removesuffix('.')}.", node_id)
+            say(f"DuCa Cache is not used in this run: {str(reason).removesuffix('.')}.", node_id)
             return None
 
         def choose_device(needed: int) -> torch.device | None:
-            """System memory where the cache would take more than half of what is free on the device."""
+            """Returns system memory if the cache would take more than half of the free memory of the device, else None."""
             return None if needed * 2 <= free_memory(patcher, start.device) else torch.device("cpu")
 
         def on_evaluation(evaluation: Evaluation) -> None:
@@ -111,14 +124,23 @@ class _Runs:
         return run
 
     def open_as_guest(self, patcher: ModelPatcher, sigmas: torch.Tensor) -> CacheRun | None:
-        """As `open`, of a model that the guider of another one runs."""
+        """Does the same as `open` for a model that the guider of another model runs."""
         run = self.open(patcher, sigmas, None)
         if run is not None and run.plan.skips:
-            run.notify("this is the second model of a guider: with a sampler that adds noise (ancestral, SDE) take the cache off it")
+            run.notify(
+                "this is the second model of a guider, where the cache cannot see which sampler is used: with one that adds noise "
+                "(ancestral, SDE) remove DuCa Cache from this model"
+            )
         return run
 
     def finished(self, run: CacheRun, result: torch.Tensor | None, is_complete: bool = False) -> None:
-        """Closes a run. result: the latent that it gave, if that is known. is_complete: whether it came to its end without one."""
+        """Closes a run and keeps its report.
+
+        Args:
+            run: The run.
+            result: The final latent, None where it is not known.
+            is_complete: Whether the run came to its end although `result` is None.
+        """
         report = run.close(is_complete=is_complete or result is not None)
         self.book.add(report, result)
         if run in self._live:
@@ -128,6 +150,6 @@ class _Runs:
 
 
 def free_memory(patcher: ModelPatcher, device: torch.device) -> int:
-    """Bytes that can be had on the device: where a patcher can answer, weights that it would give back are among them."""
+    """Returns the free bytes on the device. On hosts whose patcher can answer, weights that it could move away count as free."""
     asked = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
     return int(asked(device))

@@ -1,7 +1,7 @@
-"""Serves a cached model that the guider of another model runs, as DualModelGuider runs its unconditional model.
+"""Caches a model that the guider of another model runs, as DualModelGuider runs its unconditional model.
 
-The host calls the OUTER_SAMPLE wrappers of the guider's own model only. For the other model, callbacks of the host say when its pass in an
-evaluation begins, and when it is cleaned up at the end. Which sampler is used is not known there.
+The host calls the OUTER_SAMPLE wrappers of the guider's own model only. For the other model, it calls back when its pass in an evaluation
+begins, and when it is cleaned up at the end. Which sampler is used is not known there.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ CALLBACKS = (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP)
 
 
 class Guest:
-    """Opens a run at the first pass, an evaluation at each, and ends both.
+    """Opens a run at the first pass and an evaluation at every pass, and ends both.
 
-    open_run: given the patcher and the noise levels, a run or None. finished: is handed the run, and whether it came to the last step.
-    carry_out: answers one APPLY_MODEL call with a run: given that, the host's executor, its arguments and its transformer options.
+    Args:
+        open_run: Is called with the patcher and the noise levels, and returns a run or None.
+        finished: Is called with the run at its end, and with whether it came to the last step.
+        carry_out: Answers one APPLY_MODEL call. It gets the run, the transformer options, the host's executor and its arguments.
     """
 
     def __init__(
@@ -44,10 +46,10 @@ class Guest:
         model.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, self._clean_up)
 
     def _prepare_state(self, patcher: ModelPatcher, timestep: torch.Tensor, model_options: dict[str, Any] | None = None) -> None:
-        """The host's callback before every pass of the model. Hosts that give no options have no guider of two models."""
+        """Is the host's callback before every pass of the model. Hosts that pass no options have no guider of two models."""
         options = (model_options or {}).get("transformer_options", {})
         sigmas = options.get("sample_sigmas")
-        if RUN in options or sigmas is None:  # the guider's own model is cached: its run, if it has one, serves this one too
+        if RUN in options or sigmas is None:  # the guider's own model is cached, and its run is used for this model too
             return
         if self._network is None:
             self._run, self._network = self._open_run(patcher, sigmas), patcher.model
@@ -62,7 +64,7 @@ class Guest:
             wrappers.setdefault(kind, {})[KEY] = [wrapper]
 
     def _apply_model(self, executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The APPLY_MODEL wrapper. The options that carry it are the guider's, so it hears of the other model's calls as well."""
+        """Is the APPLY_MODEL wrapper. It is among the guider's options, so it is called for the other model too."""
         options = options_with("uuids", args, kwargs)
         if self._run is None or options is None or executor.class_obj is not self._network:
             return executor(x, t, *args, **kwargs)

@@ -1,8 +1,8 @@
-"""Makes a MODEL's samplings go through a run of ours, by the wrappers that ComfyUI calls on the way.
+"""Makes every sampling of a MODEL go through a run of ours, by wrappers that ComfyUI calls.
 
-OUTER_SAMPLE begins and ends the run, PREDICT_NOISE begins an evaluation, CALC_COND_BATCH tells the sampler's own pass over the
-conds from extra ones, APPLY_MODEL is one call of the model. The wrappers are on a clone of the model: nothing stays on the model
-itself after a call.
+OUTER_SAMPLE begins and ends the run, PREDICT_NOISE is one evaluation, CALC_COND_BATCH separates the sampler's own pass over the conds
+from extra ones, APPLY_MODEL is one call of the model. The wrappers are on a clone of the model: nothing stays on the model itself after a
+call.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ OpenRun = Callable[[ModelPatcher, torch.Tensor, Any], Any]
 
 
 def listen(model: ModelPatcher, open_run: OpenRun, finished: Callable[[Any, Any], None]) -> None:
-    """Makes every sampling of `model` ask `open_run` for a run (or None) and hand it over to `finished` at the end.
+    """Makes every sampling of `model` go through a run.
 
-    open_run: given the patcher, the noise levels and the host's sampler. A run has `evaluation`, `corrected`, `cond_batch` and
-    `model_call` (see cache_core.CacheRun). `finished` gets the run and the latent, or None for it after a cancel or an error.
+    Args:
+        model: The model, which gets the wrappers.
+        open_run: Is called with the patcher, the noise levels and the host's sampler when a sampling begins. It returns a run or None. A
+            run has `evaluation`, `corrected`, `cond_batch` and `model_call`, as `cache_core.CacheRun` has.
+        finished: Is called with the run at its end, and with the final latent, None after a cancel or an error.
     """
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sampling(open_run, finished))
     for kind, wrapper in _DURING_A_RUN.items():
@@ -36,7 +39,7 @@ def listen(model: ModelPatcher, open_run: OpenRun, finished: Callable[[Any, Any]
 
 
 def detach(model: ModelPatcher) -> ModelPatcher:
-    """A clone without a cache of ours."""
+    """Returns a clone without a cache of ours."""
     clone = model.clone()
     if clone.get_attachment(KEY) is not None:
         logging.info("[DuCa] this model already had a DuCa Cache; the later node replaces it")
@@ -49,14 +52,14 @@ def detach(model: ModelPatcher) -> ModelPatcher:
 
 
 def _sampling(open_run: OpenRun, finished: Callable[[Any, Any], None]) -> Callable[..., torch.Tensor]:
-    """The OUTER_SAMPLE wrapper: one run per sampling, ended however the sampling ends."""
+    """Returns the OUTER_SAMPLE wrapper. It opens one run per sampling and ends it, however the sampling ends."""
 
     def outer_sample(executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any):
         guider = executor.class_obj
         run = open_run(guider.model_patcher, sigmas, sampler)
         shared_options = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(shared_options)
-        guider.model_options.setdefault("transformer_options", {})[RUN] = run  # None too: it was asked for
+        guider.model_options.setdefault("transformer_options", {})[RUN] = run  # also None, which says that this sampling goes without one
         result = None
         try:
             result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
@@ -73,7 +76,7 @@ def _predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model
     run: CacheRun | None = model_options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, model_options, seed)
-    # One number read per evaluation, as the kind depends on it. On a GPU this waits for the previous evaluation.
+    # The noise level is read here, as the kind depends on it. On a GPU this waits for the previous evaluation.
     with run.evaluation(float(timestep.flatten()[0])):
         denoised = executor(x, timestep, model_options, seed)
     return run.corrected(x, denoised)

@@ -1,4 +1,4 @@
-"""Samples and decodes as the host's own KSampler and VAE Decode do, for nodes that sample a model themselves."""
+"""Samples and decodes as the host's own KSampler and VAE Decode do, for nodes that sample a model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def ksample(
     denoise: float = 1.0,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
-    """What KSampler gives for its inputs of the same names, on the CPU: a tensor, or several as one (a video with sound).
+    """Samples as KSampler does with its inputs of the same names.
 
-    on_step: called after each step with the number of steps that are done, and of all.
+    Args:
+        on_step: Is called after each step with the numbers of steps that are done, and of all steps.
+
+    Returns:
+        The final latent on the CPU: a tensor, or several as one (a video with sound).
     """
     start = fitted(model, latent)
     noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
@@ -38,14 +42,14 @@ def ksample(
 
 
 def fitted(model: ModelPatcher, latent: dict[str, Any]) -> Any:
-    """What sampling starts from: a tensor, or several as one. An empty latent is given the channels that `model` has.
+    """Returns the latent that sampling starts from: a tensor, or several as one. An empty latent gets the channels of `model`.
 
-    Newer hosts also scale it, by what the node that made it has noted beside it: how many pixels it took for one element.
+    Newer hosts also scale it, by the number of pixels per element that the node that made it has noted beside it.
     """
     notes = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **{name: latent[name] for name in notes if name in latent})
 
 
 def decoded(vae: Any, samples: Any) -> torch.Tensor:
-    """Pictures (N, H, W, C); a video's frames are pictures too, and its sound is left out."""
+    """Decodes a latent into pictures (N, H, W, C). Frames of a video are pictures too; its sound is left out."""
     return vae.decode(samples.unbind()[0] if samples.is_nested else samples).flatten(0, -4)

@@ -1,4 +1,4 @@
-"""Hands one call of the model to a run: says what the call is, and how the host computes it."""
+"""Hands a call of the model to a run, with a description of the call and a function that computes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from .network_options import variant_of
 
 
 def carry_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """One APPLY_MODEL call, answered by the run. options: the transformer options among the arguments."""
+    """Answers one APPLY_MODEL call with a run.
+
+    Args:
+        run: The run.
+        options: The transformer options among the arguments.
+        executor: The host's, which computes the call.
+        x: First argument of the call, the latent; the others follow.
+    """
     call = _describe(executor.class_obj, x, options, _shapes(args, kwargs))
 
     def compute() -> torch.Tensor:
@@ -26,9 +33,9 @@ def carry_out(run: Any, options: dict, executor: Any, x: torch.Tensor, *args: An
 
 
 def _own(given: Any) -> Any:
-    """Copies the lists of a ControlNet's residuals: some networks take residuals off the list, and a call may be made more than once.
+    """Copies the lists of a ControlNet's residuals, as some networks take residuals off them, and a call may be made more than once.
 
-    Some hosts give the residuals by name, others by position.
+    Some hosts pass the residuals by name, others by position.
     """
     if not isinstance(given, dict):
         return given
@@ -36,7 +43,7 @@ def _own(given: Any) -> Any:
 
 
 def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) -> ModelCall:
-    """What the core needs to know of one APPLY_MODEL call."""
+    """Describes an APPLY_MODEL call to the run."""
     network, patcher = unwrapped(base_model.diffusion_model), base_model.current_patcher
     uuids = options.get("uuids") or ()
     conds = tuple(zip(options.get("cond_or_uncond", ()), uuids))
@@ -62,13 +69,13 @@ def _describe(base_model: Any, x: torch.Tensor, options: dict, given: Hashable) 
 
 
 def _shapes(args: tuple, kwargs: dict[str, Any]) -> Hashable:
-    """Shapes of the conditioning. A ControlNet's residuals are left out: they come and go, and change no number of tokens."""
+    """Returns the shapes of the conditioning. A ControlNet's residuals are left out: they come and go, and change no number of tokens."""
     given = {name: value for name, value in kwargs.items() if name not in ("control", "transformer_options")}
     positional = [value for value in args if isinstance(value, torch.Tensor)]
     return tuple((path, tensor.shape) for path, tensor in tensors((positional, given)))
 
 
 def _hook_weights(patcher: Any) -> tuple:
-    """Which hook weights (scheduled LoRAs) are applied, and how strongly: features do not survive their change."""
+    """Returns which hook weights (scheduled LoRAs) are applied, and how strongly. Features are of no use after they change."""
     group = getattr(patcher, "current_hooks", None)
     return tuple((id(hook), float(getattr(hook, "strength", 1.0))) for hook in group.hooks) if group is not None else ()

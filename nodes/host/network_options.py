@@ -1,7 +1,7 @@
 """Picks the transformer options of a call that change what the network computes, in a form that can be compared.
 
-Guidance evaluates the same conds again through a network that differs by its options alone (layers left out, attention replaced, flags of
-one model). Options that are known to change nothing are left out; all others count, so an unknown one makes a pass of its own.
+Guidance evaluates the same conds again in a network that differs by its options only (layers left out, attention replaced, flags of a
+model). Options that are known to change nothing are ignored. All others count, so an unknown option makes a separate pass.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .keys import KEY
 
-_DEEPEST = 4  # containers and closures inside each other, before an object counts by its identity
-_SHORT = 1024  # bytes of a tensor or an array on the CPU that counts by its values, as it may be made anew at every call
+_DEEPEST = 4  # levels of nested containers and closures that are compared; deeper objects count by identity
+_SHORT = 1024  # bytes up to which a tensor or array on the CPU counts by its values, as it may be made anew at every call
 _HARMLESS = frozenset({
-    "cond_or_uncond", "uuids", "sigmas", "sample_sigmas",  # which conds, which noise level: the cache asks for these elsewhere
+    "cond_or_uncond", "uuids", "sigmas", "sample_sigmas",  # conds and noise level, which the cache takes from other places
     "callbacks",  # called around the sampling
     "prefetch_dynamic_vbars", "multigpu_thread_device",  # where and when, not what
     "block_index", "block_type", "total_blocks", "block", "transformer_index",  # the host counts its blocks here
     "img_slice", "original_shape", "activations_shape", "latent_shapes", "grid_sizes", "n_heads", "dim_head",
 })  # fmt: skip
-_numbers = WeakIdKeyDictionary()  # of objects; unlike an address, no number is ever another object's as well
-_functions = WeakIdKeyDictionary()  # what they compared as when they were first met
+_numbers = WeakIdKeyDictionary()  # one for each object; unlike an address, a number is never given to a second object
+_functions = WeakIdKeyDictionary()  # comparable form of each function, made when it was first seen
 _count = itertools.count()
 
 
 def variant_of(options: Mapping[str, Any]) -> frozenset[tuple[str, Hashable]]:
-    """Name and value of every option that may change what the network computes. Empty ones and None count like absent ones."""
+    """Returns name and value of every option that may change what the network computes. Empty values and None count as absent."""
     found = []
     for name, value in options.items():
         if name in _HARMLESS or name.startswith(KEY):
@@ -45,12 +45,15 @@ def variant_of(options: Mapping[str, Any]) -> frozenset[tuple[str, Hashable]]:
 
 
 def _wrappers(value: Mapping[str, Mapping[Any, Any]]) -> Hashable:
-    """Other nodes' wrappers, by identity: they are made once, and what they close over may count steps. Ours say nothing of the network."""
+    """Compares other nodes' wrappers by identity: they are made once, and variables of theirs may count steps. Ours change nothing."""
     return _comparable({kind: {key: own for key, own in by_key.items() if key != KEY} for kind, by_key in value.items()}, 3)
 
 
 def _comparable(value: Any, depth: int) -> Hashable:
-    """Equal for values that do the same, as far as can be told without running them: functions that are made anew at every call too."""
+    """Returns a form that is equal for values with the same effect, as far as can be seen without running them.
+
+    Functions that are made anew at every call count as equal if their code, defaults and closed-over variables are.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (str, bytes, bool, int, float, torch.dtype, torch.device)):
@@ -70,7 +73,7 @@ def _comparable(value: Any, depth: int) -> Hashable:
     if isinstance(value, MethodType):
         return inner(value.__func__), _identity(value.__self__)
     if isinstance(value, FunctionType):
-        if value not in _functions:  # what one and the same function closes over may count steps, or hold what it saw last
+        if value not in _functions:  # made once per function: its closed-over variables may count steps or keep the last call
             cells = tuple(inner(cell.cell_contents) for cell in value.__closure__ or () if _is_filled(cell))
             _functions[value] = _identity(value.__code__), inner(value.__defaults__ or ()), cells
         return _functions[value]
@@ -85,10 +88,10 @@ def _values(value: torch.Tensor | np.ndarray) -> Hashable:
 
 
 def _identity(value: Any) -> Hashable:
-    """Of the object itself: another one is never equal, though it may lie where this one was."""
+    """Identifies the object. Another one is never equal, even if it has the address that this one had."""
     try:
         return type(value).__name__, _numbers.setdefault(value, next(_count))
-    except TypeError:  # of the few kinds that cannot be known again, the address
+    except TypeError:  # the few types without weak references count by their address
         return type(value).__name__, id(value)
 
 

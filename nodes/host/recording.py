@@ -1,6 +1,6 @@
-"""Keeps out of the way of what newer hosts do around a model's blocks on CUDA: recording allocations, and fetching weights ahead.
+"""Adapts to what newer hosts do around a model's blocks on CUDA: they record allocations and fetch weights ahead.
 
-A recorded block must free what it allocates, or the process ends, past any `except`. So whatever the cache keeps is allocated while
+A recorded block must free what it allocates, or the process is aborted, past any `except`. So what the cache keeps is allocated while
 recording is paused. Source: comfy/model_prefetch.py of Comfy-Org/ComfyUI (`pause_malloc_graph`, `cleanup_prefetch_queues`). Hosts
 without these functions get contexts that do nothing.
 """
@@ -24,10 +24,12 @@ _here = threading.local()
 
 
 def unrecorded() -> AbstractContextManager[None]:
-    """What is allocated inside may outlive the block. Such contexts may lie inside each other, but not inside a pause of the host's own,
-    which would end with the first of them."""
+    """Pauses recording, so that tensors allocated inside may outlive the block.
+
+    Such contexts may be nested, but not inside a pause of the host's own, which would end with the first of them.
+    """
     pause = getattr(prefetch, "pause_malloc_graph", None)
-    return nullcontext() if pause is None else _paused(pause)  # torch.compile traces through the first
+    return nullcontext() if pause is None else _paused(pause)  # torch.compile can trace a nullcontext
 
 
 @contextmanager
@@ -42,12 +44,15 @@ def _paused(pause: Callable[[], AbstractContextManager[None]]) -> Iterator[None]
 
 
 def note_skip(options: dict[str, Any], skips: bool) -> None:
-    """Whether the call with these options will run no block; see `diffusion_model`."""
+    """Notes in the options of a call whether it will run no block, for `diffusion_model`."""
     options[SKIPS] = skips
 
 
 def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """The DIFFUSION_MODEL wrapper: weights of blocks that will not run are not fetched. The host sets its option just before this."""
+    """Is the DIFFUSION_MODEL wrapper. It keeps the host from fetching weights of blocks that will not run.
+
+    The host sets its option just before this.
+    """
     options = options_with(SKIPS, args, kwargs)
     if options is not None and options[SKIPS] and _PREFETCHES in options:
         options[_PREFETCHES] = False
@@ -55,7 +60,7 @@ def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def abandoned() -> None:
-    """After a model call that ended half-way: the host unpins the weights it had fetched for it, and forgets the recording."""
+    """Makes the host unpin the weights that it fetched and drop its recording, after a model call that ended half-way."""
     clean_up = getattr(prefetch, "cleanup_prefetch_queues", None)
     if clean_up is not None:
         clean_up()

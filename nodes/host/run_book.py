@@ -1,4 +1,4 @@
-"""Keeps the reports of a cached model's last runs, so that a node finds the run that made its latent."""
+"""Keeps the reports of a cached model's last runs, so that a node can find the run that made its latent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ...cache_core import RunReport
 
-_KEPT = 8  # two samplers on one model, or a few batches, before the oldest is forgotten
+_KEPT = 8  # runs: enough for two samplers on one model, or a few batches
 
 
 class Entry(NamedTuple):
@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 
 
 class RunBook:
-    """Holds plain numbers only. Shared by clones of a model, as ComfyUI copies attachments by reference."""
+    """Keeps the last reports. It holds plain numbers only. Clones of a model share it, as ComfyUI copies attachments by reference."""
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
@@ -30,18 +30,18 @@ class RunBook:
         return self._entries[-1].report if self._entries else None
 
     def find(self, latent: torch.Tensor) -> RunReport | None:
-        """The latest run that gave this latent, or None."""
+        """Returns the report of the latest run that gave this latent, or None."""
         mark = _mark(latent)
         return next((entry.report for entry in reversed(self._entries) if entry.mark == mark), None)
 
     def is_foreign(self, latent: torch.Tensor) -> bool:
-        """Whether none of these runs gave this latent; False too where that cannot be told, as of a run that another guider led."""
-        is_told = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
-        return bool(is_told) and self.find(latent) is None
+        """Returns whether none of these runs gave this latent. False where that is not known, as in a run under another model's guider."""
+        is_known = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
+        return bool(is_known) and self.find(latent) is None
 
 
 def _mark(latent: torch.Tensor | None) -> tuple | None:
-    """Shape and a few values: enough to know a latent again after it was moved to another device."""
+    """Returns shape and a few values of a latent, which identify it on any device. None without one, or for several tensors."""
     if latent is None or latent.is_nested or not latent.numel():
         return None
     flat = latent.detach().flatten()

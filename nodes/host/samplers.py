@@ -1,4 +1,4 @@
-"""Finds out what a sampler of the host does to a latent between evaluations, by running it on a few numbers.
+"""Finds out how a sampler of the host changes a latent between evaluations, by running it on a few numbers.
 
 A forecast is made from older latents. Noise that a sampler adds in between is not in them, so it would stay in the picture.
 """
@@ -17,24 +17,27 @@ import comfy.k_diffusion.sampling
 import torch
 from torch import Tensor
 
-_NUMBERS = 256  # tried at once; the share of noise among so many is known to a few hundredths of itself
+_NUMBERS = 256  # values of the latent in a try; with so many, the share of noise is exact to a few percent of itself
 _HARMLESS = 0.12  # share of noise per step: er_sde adds less in the second half and is fine, ancestral and SDE samplers 0.17 to 1
-_KEPT = 64
-_START = 20_000  # seed of the first latent; another than samplers are given, whose noise must not be the same numbers
-_MOST = 20  # evaluations a step, before a sampler is taken for one that does not end on the stand-in's answers
+_KEPT = 64  # results that are remembered
+_START = 20_000  # seed of the first latent; samplers get another, as their noise must be other numbers
+_MOST = 20  # evaluations per step, after which the sampler is taken to be endless with the stand-in's answers
 _known: OrderedDict[tuple, tuple[Any, float | None]] = OrderedDict()
 
 
 def is_euler(sampler: Any) -> bool:
-    """Whether it is the host's Euler sampler (DDIM is the same one there) and adds no noise between steps."""
+    """Returns whether it is the host's Euler sampler (which DDIM is too) and adds no noise between steps."""
     function = getattr(sampler, "sampler_function", None)
     return function is comfy.k_diffusion.sampling.sample_euler and not sampler.extra_options.get("s_churn")
 
 
 def adds_noise(sampling: Any, sampler: Any, sigmas: Tensor) -> bool | None:
-    """Whether the sampler adds so much noise at these noise levels (n+1,) that a forecast would leave it in; None if it cannot be tried.
+    """Returns whether a sampler adds so much noise that forecasts would leave it in the picture. None if it cannot be tried.
 
-    sampling: the model's `model_sampling`, as some samplers step differently for other kinds of model.
+    Args:
+        sampling: The model's `model_sampling`, as some samplers step differently for other kinds of model.
+        sampler: The host's sampler object.
+        sigmas: Noise levels (steps + 1,).
     """
     share = _remembered(sampling, sampler, sigmas)
     return None if share is None else share > _HARMLESS
@@ -49,18 +52,20 @@ def _remembered(sampling: Any, sampler: Any, sigmas: Tensor) -> float | None:
         return fresh_noise(sampling, function, options, sigmas)
 
     if not all(value is None or isinstance(value, (str, bool, int, float)) for value in options.values()):
-        return _tried(measure)  # a sampler inside another may change, and be another at the same address
+        return _tried(measure)  # an option may be a sampler, which can change, or be replaced at the same address
     key = (id(function), tuple(sorted(options.items())), tuple(sigmas.tolist()), type(sampling))
     if key not in _known:
-        _known[key] = function, _tried(measure)  # with the function, so that its number stays its own
+        _known[key] = function, _tried(measure)  # with the function, so that no other function gets its id
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return _known[key][1]
 
 
 def _tried(measure: Callable[[], list[float]]) -> float | None:
-    """The most noise of any step in the second half, where the picture is made out of what is left; None where a sampler asks the
-    stand-in for more than it has, or gives no numbers."""
+    """Returns the largest share of noise in the second half of the steps, in which what is left in the latent becomes the picture.
+
+    None where a sampler needs more of a model than the stand-in has, or gives NaN.
+    """
     try:
         shares = measure()
     except Exception:  # other packs' samplers may need anything of a model
@@ -71,9 +76,10 @@ def _tried(measure: Callable[[], list[float]]) -> float | None:
 
 @torch.inference_mode()
 def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict[str, Any], sigmas: Tensor) -> list[float]:
-    """Of the latent at every evaluation but the first, the share (0..1, of its variance) that does not come from the one before.
+    """Runs a sampler on `_NUMBERS` numbers, with a model that answers 0 to everything, so that only noise is left.
 
-    The sampler runs on `_NUMBERS` numbers, with a model that answers 0 to everything: what is left is the noise alone.
+    Returns:
+        For the latent at every evaluation but the first, the share 0..1 of its variance that does not come from the latent before.
     """
     latents: list[Tensor] = []
 
@@ -82,8 +88,8 @@ def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict
         if len(latents) > _MOST * len(sigmas):
             raise RecursionError("the sampler does not come to an end")
         answer = torch.zeros_like(x)
-        for told in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers ask for the unguided answer in this way
-            told({"denoised": answer, "cond_denoised": answer, "uncond_denoised": answer, "sigma": sigma, "input": x})
+        for hook in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers get the unguided answer in this way
+            hook({"denoised": answer, "cond_denoised": answer, "uncond_denoised": answer, "sigma": sigma, "input": x})
         return answer
 
     patcher = SimpleNamespace(get_model_object={"model_sampling": sampling}.__getitem__)
@@ -99,6 +105,6 @@ def fresh_noise(sampling: Any, function: Callable[..., Any], extra_options: dict
 
 
 def _unexplained(before: Tensor, after: Tensor) -> float:
-    """Share of `after`'s sum of squares that no multiple of `before` explains."""
+    """Returns the share of the sum of squares of `after` that no multiple of `before` explains."""
     rest = after - before * (before @ after) / (before @ before)
     return float(rest @ rest / (after @ after))

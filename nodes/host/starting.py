@@ -1,4 +1,4 @@
-"""Works out what a run begins with: the network and its family, the noise levels, and what the sampler does."""
+"""Works out what a run begins with: the network and its family, the noise levels, and how the sampler steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from comfy.model_patcher import ModelPatcher
 from ...cache_core import Places, RunStart, Timeline, find_family
 from . import recording, samplers
 
-# Where the blocks of every network are that was sampled, kept as long as the network lives. `bookkeeping`: attributes by which the host
-# keeps track of where weights are and what was fetched (comfy/model_prefetch.py and comfy/ops.py of Comfy-Org/ComfyUI).
+# What was found out about every network that was sampled, kept as long as the network lives. `bookkeeping`: attributes by which the host
+# notes where weights are and what was fetched (comfy/model_prefetch.py and comfy/ops.py of Comfy-Org/ComfyUI).
 _places = Places(bookkeeping=("_v", "_prefetch", "_comfy_graph", "_pin", "weight_", "bias_", "comfy_"))
 
 
@@ -24,7 +24,7 @@ def run_start(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, skip_fr
         skip_from, skip_to: The part 0..1 of the sampling in which evaluations may be skipped.
 
     Raises:
-        ValueError: In words for the user, where the cache cannot serve the model or its noise levels.
+        ValueError: If the cache cannot be used for the model or its noise levels, with a message for the user.
     """
     check_transformer(patcher)
     sampling = patcher.get_model_object("model_sampling")
@@ -45,9 +45,14 @@ def run_start(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, skip_fr
 
 
 def check_transformer(model: ModelPatcher, asker: str = "DuCa Cache") -> None:
-    """Raises ValueError, in words for the user, for a UNet: its blocks change the picture's size, and later ones take from earlier ones.
+    """Refuses a UNet, whose blocks change the size of the picture and whose later blocks use results of earlier ones.
 
-    asker: the node that the words speak of.
+    Args:
+        model: The model.
+        asker: Name of the node, for the message.
+
+    Raises:
+        ValueError: For a UNet, with a message for the user.
     """
     network = model.model.diffusion_model
     if all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks")):
@@ -55,7 +60,7 @@ def check_transformer(model: ModelPatcher, asker: str = "DuCa Cache") -> None:
 
 
 def model_times(sampling: Any, sigmas: torch.Tensor) -> list[float]:
-    """The model's time at each noise level, scaled so that the noisiest is 1."""
+    """Returns the model's time at each noise level, scaled so that the noisiest is 1."""
     levels = torch.cat((torch.as_tensor(sampling.sigma_max).reshape(1).to(sigmas), sigmas))
     times = sampling.timestep(levels).float().cpu()
     return (times[1:] / times[0]).tolist()

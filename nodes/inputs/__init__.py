@@ -1,1 +1,1 @@
-"""Defines inputs that several nodes share, and turns inputs into what the core takes."""
+"""Defines inputs that several nodes share, and turns the values of inputs into what cache_core takes."""

@@ -1,4 +1,4 @@
-"""Turns the inputs of DuCa Cache and Cache Schedule into the core's Settings and Schedule."""
+"""Turns the inputs of DuCa Cache and Cache Schedule into `Settings` and `Schedule` of cache_core."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ def settings_of(
     token_seed: int,
     **given: Any,
 ) -> Settings:
-    """The settings that DuCa Cache's inputs ask for. given: inputs that Settings has by the same names. Raises ValueError."""
+    """Returns the settings for the inputs of DuCa Cache.
+
+    Args:
+        **given: Inputs that `Settings` has by the same names.
+
+    Raises:
+        ValueError: For a value that is not allowed, with a message for the user.
+    """
     check_number("warmup", warmup)
     check_one_of("store_device", store_device, STORE_DEVICES)
     check_one_of("store_dtype", store_dtype, STORE_DTYPES)
@@ -40,9 +47,13 @@ def settings_of(
 
 
 def schedule_of(kind: str, several_evaluations: str, **given: Any) -> Schedule:
-    """The schedule that Cache Schedule's inputs ask for. given: inputs that Schedule has by the same names.
+    """Returns the schedule for the inputs of Cache Schedule.
 
-    Raises ValueError, and a ScheduleTextError for the text.
+    Args:
+        **given: Inputs that `Schedule` has by the same names.
+
+    Raises:
+        ValueError: For a value that is not allowed, with a message for the user. For the text it is a ScheduleTextError.
     """
     check_one_of("several_evaluations", several_evaluations, SEVERAL_EVALUATIONS)
     return Schedule(kind, first_only=several_evaluations == "first only", **given)

@@ -1,14 +1,15 @@
-"""Reads a list of speed-ups that the user wrote."""
+"""Reads the list of speed-ups that a user writes into Cache Sweep."""
 
 from __future__ import annotations
 
-FASTEST, MOST = 6, 12  # a speed-up, and how many of them
+FASTEST, MOST = 6, 12  # the highest speed-up, and the largest number of them
 
 
 def parse_speedups(text: str) -> list[float]:
-    """The numbers of a list such as "1.5, 2, 2.8", without 1, which is no cache and sampled anyway, and each once.
+    """Returns the numbers of a list such as "1.5, 2, 2.8", each once. 1 is left out, as a run without a cache is sampled anyway.
 
-    Raises ValueError, in words for the user, that names the piece that is wrong.
+    Raises:
+        ValueError: With a message for the user that names what is wrong.
     """
     pieces = [piece.strip() for piece in text.replace("\n", ",").split(",") if piece.strip()]
     if len(pieces) > MOST:

@@ -1,1 +1,1 @@
-"""Talks with the page: answers its questions for plans and runs, and sends it notices and progress."""
+"""Connects the nodes to the page: answers requests for plans and runs, and sends notices and progress."""

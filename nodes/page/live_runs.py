@@ -1,4 +1,4 @@
-"""Tells the page what is running under each DuCa Cache node, and keeps the last run of each for a page that asks later."""
+"""Sends the page every run of a DuCa Cache node as it goes on, and keeps the last run of each node for a page that asks later."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from ...cache_core.meter import Evaluation
 from ..pictures.report_text import report_data
 from .notices import running_server
 
-_KEPT = 64  # nodes, before the one that ran longest ago is forgotten
+_KEPT = 64  # nodes that are remembered; the one that ran longest ago is forgotten first
 _EVENT = "duca_cache.run"
 
 
 class Known(NamedTuple):
-    """What a node's last run tells of the next one's costs. network: gone with the model. sampling: the host's noise schedule.
+    """What is known of a node's last run, to predict the next one.
 
-    calibration: the file that was found for the checkpoint, None where there was none.
+    Args:
+        family: Family of the model.
+        network: The network. The reference is dead once the host has dropped the model.
+        sampling: The host's `model_sampling`, which has the noise levels.
+        device: Device of the run.
+        calibration: The file that was found for the checkpoint, None where there was none.
+        shape: What the calls of the run were like, None before a run of this network has ended.
     """
 
     family: ModelFamily
@@ -37,27 +43,34 @@ class Known(NamedTuple):
 
 
 class LiveRun:
-    """One run, as the page hears of it. At most one message an evaluation. Plain numbers only."""
+    """One run as the page shows it. It holds plain numbers only and sends at most one message per evaluation.
+
+    Args:
+        node: Id of the node.
+        number: Number of the run, which the page tells runs apart by.
+        name: Name of the strategy.
+        plan: Letters of the kinds, one per step.
+    """
 
     def __init__(self, node: str, number: int, name: str, plan: str) -> None:
         self.node, self.number, self.name, self.plan = node, number, name, plan
         self.evaluations: list[dict[str, Any]] = []
         self.report: dict[str, Any] | None = None
         server = running_server()
-        self.client = server.client_id if server is not None else None  # who queued it
-        self._tell("start", plan=plan, steps=len(plan), name=name)
+        self.client = server.client_id if server is not None else None  # the browser tab that queued it
+        self._send("start", plan=plan, steps=len(plan), name=name)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        told = {"step": evaluation.step, "kind": evaluation.letter}
-        self.evaluations.append(told)
-        self._tell("evaluation", index=evaluation.index, bytes=evaluation.cache_bytes, **told)
+        entry = {"step": evaluation.step, "kind": evaluation.letter}
+        self.evaluations.append(entry)
+        self._send("evaluation", index=evaluation.index, bytes=evaluation.cache_bytes, **entry)
 
     def end(self, report: RunReport) -> None:
         self.report = report_data(report)
-        self._tell("end", complete=report.is_complete, report=self.report)
+        self._send("end", complete=report.is_complete, report=self.report)
 
     def data(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the run as JSON-ready values."""
         return {
             "run": self.number,
             "active": self.report is None,
@@ -69,14 +82,14 @@ class LiveRun:
             "report": self.report,
         }
 
-    def _tell(self, event: str, **more: Any) -> None:
+    def _send(self, event: str, **more: Any) -> None:
         server = running_server()
         if server is not None:
             server.send_sync(_EVENT, {"event": event, "node": self.node, "run": self.number, **more}, self.client)
 
 
 class LiveRuns:
-    """By node id; of two graphs that use the same one, the later run counts."""
+    """Keeps the last run of every node, by node id. If two graphs use the same id, the later run counts."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, LiveRun] = OrderedDict()

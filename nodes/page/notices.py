@@ -1,4 +1,4 @@
-"""Tells the user something: in the log, under the node, and as a toast (web/duca_notices.js)."""
+"""Shows notices to the user: in the log, under the node, and as a toast (web/duca_notices.js)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def say(text: str, node_id: str | None = None) -> None:
-    """Once is the caller's business. Works without a running server, as in tests."""
+    """Shows a notice in all three places, at every call. Without a running server, as in tests, only in the log."""
     logging.warning("[DuCa] %s", text)
     server = running_server()
     if server is not None:
@@ -15,14 +15,14 @@ def say(text: str, node_id: str | None = None) -> None:
 
 
 def show(text: str, node_id: str | None = None) -> None:
-    """Only under the node."""
+    """Shows a text under the node only, in place of the one before."""
     server = running_server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id, server.client_id)
 
 
 def running_server():
-    """The host's server; None in a process without one, as in tests."""
+    """Returns the host's server, None in a process without one, as in tests."""
     try:
         from server import PromptServer
     except ImportError:

@@ -1,4 +1,4 @@
-"""Works out what a DuCa Cache node would do, from its inputs and before anything is sampled, for the page to draw."""
+"""Works out what a DuCa Cache node would do with its inputs, for the page to show before anything is sampled."""
 
 from __future__ import annotations
 
@@ -28,15 +28,25 @@ PRESETS = MappingProxyType({"Best quality": 1.5, "Balanced": 2.0, "Fast": 2.8, "
 _MEANINGS = MappingProxyType(
     {
         Kind.FULL: "every block runs",
-        Kind.INCREMENTAL: "blocks run, with low-rank increments for their layers (ICC)",
-        Kind.CONSERVATIVE: "attention is kept, some tokens are recomputed (DuCa)",
+        Kind.INCREMENTAL: "blocks run, but linear layers return kept outputs plus a low-rank increment (ICC)",
+        Kind.CONSERVATIVE: "attention from the cache, some tokens recomputed (DuCa)",
         Kind.SKIPPED: "no block runs: the result is reused or forecast",
     }
 )
 
 
 def preview(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer to the page's request (JSON-ready both). Raises ValueError in words, a ScheduleTextError for a schedule's text."""
+    """Returns the answer to the page's request for a plan.
+
+    Args:
+        body: The request, as read from JSON.
+
+    Returns:
+        JSON-ready values.
+
+    Raises:
+        ValueError: With a message for the user. For the text of a schedule it is a ScheduleTextError.
+    """
     asked = read(body)
     steps = len(asked.steps)
     notes: list[str] = []
@@ -46,7 +56,7 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as reason:
         if asked.network is not None:
             raise
-        notes.append(f"{reason} (shown without, until the model has been sampled once)")  # the checkpoint's own may be found then
+        notes.append(f"{reason} (until the model has been sampled once, the plan is shown without a calibration)")  # it may be found then
         strategy = _without_calibration(settings).strategy(start)
     plan = strategy.policy.plan(steps, start.window)
     notes += strategy.notices
@@ -67,7 +77,10 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(asked: Asked) -> RunStart:
-    """As a run would begin: exactly for a model that was sampled before, else with noise levels as far apart as the calibration's."""
+    """Returns what a run would begin with.
+
+    For a model that was sampled before, this is exact. Else the noise levels are spaced as in the calibration, or evenly without one.
+    """
     settings, known, network = asked.settings, asked.known, asked.network
     if known is not None and network is not None:
         sigmas = _sigmas(known, asked.sampling, asked.total)[asked.steps.start : asked.steps.stop + 1]
@@ -85,11 +98,14 @@ def _start(asked: Asked) -> RunStart:
 
 
 class _Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """Of most models that are served, for one that is not known yet."""
+    """Stands in for the sampling of a model that is not known yet. Most models have this one."""
 
 
 def _steps(asked: Mapping[str, Any], sampling: Any, sigmas: torch.Tensor) -> tuple[bool, bool | None]:
-    """Whether the sampler takes Euler's steps, and whether it adds noise, as a run would find; Euler's where the page found no sampler."""
+    """Returns whether the sampler takes Euler steps and whether it adds noise, as a run would find.
+
+    Where the page found no sampler, Euler's is assumed.
+    """
     name = asked.get("sampler_name")
     if name not in comfy.samplers.KSampler.SAMPLERS:
         return name is None, False
@@ -98,7 +114,7 @@ def _steps(asked: Mapping[str, Any], sampling: Any, sigmas: torch.Tensor) -> tup
 
 
 def _sigmas(known: Known, sampling: Mapping[str, Any], steps: int) -> torch.Tensor:
-    """The host's noise levels, as its KSampler takes them."""
+    """Returns the noise levels (steps + 1,) that the host's KSampler would use."""
     scheduler, denoise = sampling.get("scheduler"), sampling.get("denoise")
     scheduler = scheduler if scheduler in comfy.samplers.KSampler.SCHEDULERS else "simple"
     part = denoise if isinstance(denoise, (int, float)) and 0 < denoise < 1 else 1.0
@@ -107,13 +123,13 @@ def _sigmas(known: Known, sampling: Mapping[str, Any], steps: int) -> torch.Tens
 
 
 def _spread(forecast: Forecast | None, steps: int) -> list[float]:
-    """Times for a run of `steps` steps: the calibrated ones, between them linear."""
+    """Returns times for a run of `steps` steps, interpolated between those of the calibration; evenly spaced without one."""
     known = forecast.step_times if forecast is not None else (1.0, 1 / steps)
     return np.interp(np.linspace(0, len(known) - 1, steps), range(len(known)), known).tolist() if steps > 1 else [1.0]
 
 
 def _without_calibration(settings: Settings) -> Settings:
-    """The same in mode auto without a calibration, a searched schedule as a front-loaded one."""
+    """Returns the same settings in mode auto without a calibration. A searched schedule becomes a front-loaded one."""
     schedule = settings.schedule
     if schedule is not None:
         policy = "front-loaded" if schedule.needs_forecast else schedule.policy
@@ -129,11 +145,11 @@ def _costs(strategy: Strategy, plan: Plan, asked: Asked) -> dict[str, Any]:
 
 
 def _quality(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
-    """What the calibration says of the picture."""
+    """Returns what the calibration says about the quality of the picture."""
     calibration, path = settings.calibration, asked.calibration
     if calibration is None or path is None:
         is_looked_for = asked.known is None and bool(calibrations.used_sections(settings))
-        text = "not calibrated" + (" yet: a file of its own is looked for at sampling" if is_looked_for else "")
+        text = "not calibrated" + (" yet: sampling looks for the checkpoint's own calibration" if is_looked_for else "")
         state = "unused" if path is not None else "none"
         return {
             "calibration": {"state": state, "name": path.name if path else None, "text": text},
@@ -142,12 +158,17 @@ def _quality(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
         }
     said = {"state": "used", "name": path.name, "text": f"calibrated on {calibration.about.prompt_count} prompts"}
     expected = _expected(calibration, plan)
-    quality = f"expected {expected['psnr']:.1f} dB against no cache" if expected is not None else "quality not measured for this"
+    quality = (
+        f"expected PSNR {expected['psnr']:.1f} dB against no cache" if expected is not None else "quality not measured for such a plan"
+    )
     return {"calibration": said, "expected": expected, "quality": quality}
 
 
 def _expected(calibration: Calibration, plan: Plan) -> dict[str, float] | None:
-    """PSNR (dB) on the calibration's prompts at this share of full evaluations, between those that were tried; None beyond them."""
+    """Returns the PSNR (dB) to expect, with the calibration and without it. None for a plan that it says nothing about.
+
+    It is the mean over the calibration's prompts, interpolated over the share of full evaluations between the plans that were tried.
+    """
     tried = calibration.forecast.tried if calibration.forecast is not None else ()
     if not tried or plan.count(Kind.INCREMENTAL) or plan.count(Kind.CONSERVATIVE):
         return None

@@ -1,4 +1,4 @@
-"""Reads and checks the page's request for a plan. Nothing in it is taken on trust."""
+"""Reads the page's request for a plan, and checks every value in it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from ..sidecars import calibrations
 from .live_runs import Known, live_runs
 
 _MOST_STEPS = 1000
-_MOST_LEVELS = 10_000  # of a schedule that only a part is sampled of
+_MOST_LEVELS = 10_000  # noise levels, of which a denoise below 1 samples only the last ones
 _USUAL_STEPS = 28
 
 
 class Asked(NamedTuple):
     """A request that was checked.
 
-    known: what the node's last run tells.
-    calibration: the file that was named, or found in that run.
-    sampling: what the page found of the sampler, by input name.
-    steps: the steps of the sampler's schedule that it runs.
-    total: the number of steps of the whole schedule, of which one of several samplers runs only a part.
-    is_assumed: whether the page found no number of steps.
+    Args:
+        settings: The settings that the node's inputs ask for.
+        known: What is known of the node's last run, None before the first.
+        calibration: The file that a Load Calibration names, or that the last run found. None if there is none.
+        sampling: What the page found of the sampler, by the names of its inputs.
+        steps: The steps that the sampler runs, out of all.
+        total: Number of all steps. One of several samplers in a row runs only a part of them.
+        is_assumed: Whether `total` is assumed, as the page found no number of steps.
     """
 
     settings: Settings
@@ -47,12 +49,19 @@ class Asked(NamedTuple):
 
     @property
     def network(self) -> nn.Module | None:
-        """The network that the node's last run sampled, if it is still there."""
+        """The network that the node's last run sampled, None if there is none any more."""
         return self.known.network() if self.known is not None else None
 
 
 def read(body: Any) -> Asked:
-    """Raises ValueError in words, a ScheduleTextError for a schedule's text."""
+    """Reads a request.
+
+    Args:
+        body: The request, as read from JSON.
+
+    Raises:
+        ValueError: With a message for the user. For the text of a schedule it is a ScheduleTextError.
+    """
     if not isinstance(body, Mapping):
         raise ValueError("the request must be an object")
     node = body.get("node_id")
@@ -92,13 +101,13 @@ def _whole(sampling: Mapping[str, Any], name: str, usual: int) -> int:
 
 
 def _check_denoise(sampling: Mapping[str, Any], steps: int) -> None:
-    """The host works out a schedule of steps / denoise noise levels, of which only the last `steps` are run."""
+    """Refuses a `denoise` that makes too many noise levels: the host works out steps / denoise of them and runs the last `steps`."""
     denoise = sampling.get("denoise")
     if denoise is None:
         return
     check_number("denoise", denoise, 0)
     if denoise and steps / denoise > _MOST_LEVELS:
-        raise ValueError(f"{steps} steps with a denoise of {denoise:g} are a part of more than {_MOST_LEVELS} noise levels")
+        raise ValueError(f"{steps} steps with a denoise of {denoise:g} need more than {_MOST_LEVELS} noise levels: use a higher denoise")
 
 
 def _schedule(given: Any) -> Schedule | None:
@@ -106,7 +115,7 @@ def _schedule(given: Any) -> Schedule | None:
 
 
 def _inputs(node: type[io.ComfyNode], given: Any) -> dict[str, Any]:
-    """Every plain input of a node by name: as given, if it is of the right kind and within its range, or its default."""
+    """Returns the values of all plain inputs of a node, by name: the given ones, checked for type and range, or the defaults."""
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"the inputs of {node.define_schema().display_name} must be an object")
     values = {}
@@ -134,7 +143,7 @@ def _checked(field: Any, value: Any) -> Any:
 
 
 def _sidecar(name: Any, known: Known | None) -> Path | None:
-    """The file a Load Calibration node names, or the one that the node's last run found. No name leads out of the folders."""
+    """Returns the file that a Load Calibration names, or the one that the last run found. No name leads out of the folders."""
     if name is None:
         return known.calibration if known is not None else None
     if not isinstance(name, str) or name not in sidecars.names():

@@ -1,4 +1,4 @@
-"""Shows how far a node is that works in several stages: one bar over all of them, and the stage in words under the node."""
+"""Shows the progress of a node that works in several stages: one bar for all of them, and the name of the stage under the node."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import comfy.utils
 
 from . import notices
 
-_STEPS = 1000  # of the bar
+_STEPS = 1000  # steps of the bar
 
 
 class StagedProgress:
-    """One bar whose stages take the shares of it that they are expected to take of the time."""
+    """Shows one bar, in which each stage has the share that it is expected to have of the time.
+
+    Args:
+        expected: Time that each stage takes, in any unit, in the order of the stages.
+        node_id: The node that the bar belongs to.
+    """
 
     def __init__(self, expected: Mapping[Any, float], node_id: str | None) -> None:
-        """expected: how long each stage takes, in any unit, in the order of the stages."""
         total = sum(expected.values())
         self._shares = {stage: time / total for stage, time in expected.items()}
         self._starts = {stage: sum(list(self._shares.values())[:i]) for i, stage in enumerate(expected)}
@@ -25,7 +29,10 @@ class StagedProgress:
         self._node_id, self._shown = node_id, ""
 
     def show(self, stage: Hashable, done: int, total: int, text: str) -> None:
-        """Shows that `done` of `total` parts of a stage are done. Raises the host's own exception after a cancel."""
+        """Shows that `done` of `total` parts of a stage are done, and `text` under the node.
+
+        After a cancel it raises the host's own exception.
+        """
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._bar.update_absolute(round(_STEPS * (self._starts[stage] + self._shares[stage] * done / max(total, 1))))
         if text != self._shown:

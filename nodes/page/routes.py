@@ -1,4 +1,4 @@
-"""Answers the pack's two addresses on the host's server: the plan of a node's inputs, and what runs under a node."""
+"""Answers the pack's two addresses on the host's server: the plan for a node's inputs, and the last run of a node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST = 64 * 1024  # bytes of a request
 
 
 def register() -> None:
-    """Adds them to the running server; does nothing in a process without one."""
+    """Adds the addresses to the running server. Does nothing in a process without one."""
     server = running_server()
     if server is not None:
         server.routes.post("/duca_cache/plan")(plan)
@@ -25,7 +25,7 @@ def register() -> None:
 
 
 async def plan(request: web.Request) -> web.Response:
-    """POST: what `plan_preview.preview` makes of the JSON body; 400 with the reason in words."""
+    """Answers POST with `plan_preview.preview` of the JSON body, or with status 400 and a message for the user."""
     text = await _body(request)
     if text is None:
         return web.json_response({"error": "the request is too long"}, status=413)
@@ -39,13 +39,13 @@ async def plan(request: web.Request) -> web.Response:
         return web.json_response({"error": str(error), "input": "text", "position": error.position}, status=400)
     except ValueError as error:
         return web.json_response({"error": str(error), "input": None, "position": None}, status=400)
-    except Exception:  # in its own words, which may name files of this machine, only for the log
+    except Exception:  # its own message may name files of this machine, so it goes to the log only
         logging.exception("[DuCa] the plan could not be worked out")
         return web.json_response({"error": "the plan could not be worked out: see the log", "input": None, "position": None}, status=500)
 
 
 async def _body(request: web.Request) -> bytes | None:
-    """None as soon as it is too long, whatever length the request says it has."""
+    """Reads the body. Returns None as soon as it is too long, whatever length the request states."""
     body = bytearray()
     async for piece in request.content.iter_any():
         body += piece
@@ -55,7 +55,7 @@ async def _body(request: web.Request) -> bytes | None:
 
 
 async def run(request: web.Request) -> web.Response:
-    """GET with node_id: what runs under the node, or ran last."""
+    """Answers GET with `node_id`: the run that goes on under the node, or its last one."""
     found = live_runs.run_of(request.query.get("node_id", ""))
     if found is None:
         return web.json_response({"error": "nothing has run under this node"}, status=404)

@@ -1,1 +1,1 @@
-"""Makes the pictures and texts that nodes give out: comparisons, plots and reports."""
+"""Makes the pictures and texts that nodes put out: comparisons, plots and reports."""

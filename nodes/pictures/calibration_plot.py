@@ -1,4 +1,4 @@
-"""Draws a calibration: expected error and sensitivity per step, and the share of every layer that its factors keep."""
+"""Draws a calibration: the expected error and sensitivity of every step, and the share of every layer that its factors keep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ERROR, _SENSITIVITY, _FULL = "#D55E00", "#0072B2", "#999999"  # Okabe and Ito's
 
 
 def calibration_plot(calibration: Calibration) -> torch.Tensor:
-    """An image (1, H, W, 3) in 0..1."""
+    """Returns the plot as an image (1, H, W, 3) in 0..1."""
     forecast, factors = calibration.forecast, calibration.factors
     panels = (forecast is not None) + (factors is not None)
     figure = Figure(figsize=(9, 3.4 * panels), dpi=110, layout="constrained")
@@ -29,7 +29,11 @@ def calibration_plot(calibration: Calibration) -> torch.Tensor:
 
 
 def expected_errors(forecast: Forecast, number: int) -> list[float | None]:
-    """Relative root mean square error of every step's forecast in the plan `number`, None where it is full."""
+    """Returns the relative root mean square error of every step's forecast, None where the step is full.
+
+    Args:
+        number: Which of the forecast's tried plans.
+    """
     tried = forecast.tried[number]
     error = error_of(forecast.model, tried.share)
     errors: list[float | None] = []
@@ -44,7 +48,7 @@ def expected_errors(forecast: Forecast, number: int) -> list[float | None]:
 
 
 def _draw_forecast(axes, forecast: Forecast) -> None:
-    """The plan in the middle of the speeds stands for all."""
+    """Draws errors and sensitivities of one of the tried plans: that of the middle speed."""
     number = len(forecast.tried) // 2
     tried = forecast.tried[number]
     errors = expected_errors(forecast, number)

@@ -9,7 +9,7 @@ from ...cache_core.calibration.calibration import Calibration, TriedPlan
 
 
 def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
-    """A few lines for people: what it was made on, what to expect, where it is."""
+    """Returns a few lines for users: what the calibration was made on, what to expect of it, and where it is."""
     about = calibration.about
     size = " x ".join(map(str, about.token_grid))
     schedule = f"{about.steps} steps {about.sampler}/{about.scheduler}, cfg {about.guidance:g}"

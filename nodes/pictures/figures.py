@@ -1,4 +1,4 @@
-"""Turns a drawn figure into an image of the host."""
+"""Turns a Matplotlib figure into an image of the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def image_of(figure: Figure) -> torch.Tensor:
-    """An image (1, H, W, 3) in 0..1."""
+    """Draws the figure and returns it as an image (1, H, W, 3) in 0..1."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype("float32") / 255

@@ -1,4 +1,4 @@
-"""Draws a finished run: one bar per evaluation, coloured and hatched by kind."""
+"""Draws a finished run as one bar per evaluation, coloured and hatched by kind."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from matplotlib.patches import Patch
 from ...cache_core import Kind, RunReport
 from .figures import image_of
 
-# Okabe and Ito's colour-blind safe palette; hatches and the letters below the bars say the same without colour.
+# Okabe and Ito's palette, safe for colour-blind eyes. Hatches, and letters below the bars, say the same without colour.
 _STYLE = {
     Kind.FULL: ("#0072B2", ""),
     Kind.INCREMENTAL: ("#009E73", "xx"),
     Kind.CONSERVATIVE: ("#E69F00", "//"),
     Kind.SKIPPED: ("#56B4E9", ".."),
 }
-_LETTERS = 60  # more of them would run into each other
+_LETTERS = 60  # most letters below the bars; more would overlap
 
 
 def report_plot(report: RunReport) -> torch.Tensor:
-    """An image (1, H, W, 3) in 0..1."""
+    """Returns the plot as an image (1, H, W, 3) in 0..1."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     evaluations = report.evaluations

@@ -8,11 +8,11 @@ from typing import Any
 from ...cache_core import Kind, RunReport
 
 _MIB = 2**20
-_LABELS = MappingProxyType({**{kind.value: kind.label for kind in Kind}, "-": "elsewhere"})
+_LABELS = MappingProxyType({**{kind.value: kind.label for kind in Kind}, "-": "by another node"})
 
 
 def report_text(report: RunReport, verbose: bool = False) -> str:
-    """A few lines for people; `verbose` adds one per evaluation."""
+    """Returns a few lines for users. `verbose` adds one per evaluation."""
     evaluations = report.evaluations
     counts = ", ".join(f"{count} {_LABELS[letter]}" for letter, count in _counts(report).items())
     lines = [
@@ -27,12 +27,12 @@ def report_text(report: RunReport, verbose: bool = False) -> str:
         *(f"note         {notice}" for notice in report.notices),
     ]
     if verbose:
-        lines += [f"{e.index:4d}  step {e.step:3d}  sigma {e.sigma:.4f}  {e.label:12s} {e.ms:8.1f} ms" for e in evaluations]
+        lines += [f"{e.index:4d}  step {e.step:3d}  sigma {e.sigma:.4f}  {e.label:15s} {e.ms:8.1f} ms" for e in evaluations]
     return "\n".join(lines)
 
 
 def report_data(report: RunReport) -> dict[str, Any]:
-    """Returns the same as JSON-ready values, for scripts and the page. Kinds are their letters in a plan, "-" for another node's answer."""
+    """Returns the run as JSON-ready values, for scripts and the page. Kinds are letters as in a plan, "-" where another node answered."""
     return {
         "setting": report.setting,
         "family": report.family,
@@ -55,6 +55,6 @@ def report_data(report: RunReport) -> dict[str, Any]:
 
 
 def _counts(report: RunReport) -> dict[str, int]:
-    """Evaluations of every kind, by its letter; where another node answered some, those too."""
+    """Returns the number of evaluations of every kind, by its letter, and of those that another node answered, if any."""
     elsewhere = sum(evaluation.kind is None for evaluation in report.evaluations)
     return {kind.value: report.count(kind) for kind in Kind} | ({"-": elsewhere} if elsewhere else {})

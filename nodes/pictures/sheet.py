@@ -1,4 +1,4 @@
-"""Draws pictures with text below in lines and columns, and a scale of colours."""
+"""Lays pictures out in lines and columns with text below, and draws a scale of colours."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-_NARROWEST, _WIDEST = 230, 8192  # pixels: a cell, so that its text has room, and a sheet, for memory
+_NARROWEST, _WIDEST = 230, 8192  # pixels: least width of a cell, for its text, and largest of a sheet, for memory
 _SMALLEST_TEXT = 13
 _PAPER, _INK, _FAINT = "#ffffff", "#1a1a1a", "#5c5c5c"
-COLOURS = matplotlib.colormaps["inferno"]  # rises evenly in lightness, so colour-blind eyes and grey prints read it alike
-_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # there wherever matplotlib is; also Cyrillic and Greek
+COLOURS = matplotlib.colormaps["inferno"]  # its lightness rises evenly, so that it also reads well for colour-blind eyes and in grey
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # comes with matplotlib; has Cyrillic and Greek letters, too
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting's pictures, drawn as one block, and the lines of text below."""
+    """The pictures of a setting, which are drawn as one block, and the lines of text below."""
 
     pictures: Sequence[Image.Image]
     texts: Sequence[str]
 
 
 class Measures:
-    """Of a sheet with as many columns, in pixels. Pictures are enlarged or reduced by a whole factor, and all else follows their size."""
+    """The measures of a sheet, in pixels. Pictures are enlarged or reduced by whole factors, and all else follows their size.
+
+    Args:
+        cell: One of the sheet's cells; all have as many pictures, of the same size.
+        columns: Number of columns.
+    """
 
     def __init__(self, cell: Cell, columns: int) -> None:
         count, (width, height) = len(cell.pictures), cell.pictures[0].size
@@ -48,7 +53,7 @@ class Measures:
 
 
 def drawn_sheet(lines: Sequence[Sequence[Cell | None]], measures: Measures) -> Image.Image:
-    """The cells in lines, None left blank."""
+    """Draws a sheet. A cell that is None stays blank."""
     gap, block = measures.gap, measures.block
     texts = max(len(cell.texts) for line in lines for cell in line if cell is not None)
     step = (block[0] + gap, block[1] + measures.line * texts + gap)
@@ -71,7 +76,7 @@ def _place(sheet: Image.Image, cell: Cell, corner: tuple[int, int], measures: Me
 
 
 def with_scale(sheet: Image.Image, scale: float, measures: Measures) -> Image.Image:
-    """The sheet with its colours explained below."""
+    """Returns the sheet with a scale of its colours below, from 0 to `scale`."""
     font, line, left = measures.font, measures.line, measures.gap
     width = min(sheet.width - 2 * left, 40 * left)
     whole = Image.new("RGB", (sheet.width, sheet.height + 4 * line), _PAPER)
@@ -86,7 +91,7 @@ def with_scale(sheet: Image.Image, scale: float, measures: Measures) -> Image.Im
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """With an ellipsis where it is wider than `width` pixels."""
+    """Returns the text, cut short with an ellipsis where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     kept = next((end for end in range(len(text) - 1, 0, -1) if font.getlength(text[:end] + "…") <= width), 0)
@@ -94,10 +99,10 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def pixels(colours: np.ndarray) -> Image.Image:
-    """From (H, W, 3 or more) in 0..1, of which only three are taken."""
+    """Returns the picture of colours (H, W, 3 or more) in 0..1. Only the first three channels are used."""
     return Image.fromarray((colours[..., :3] * 255).round().astype(np.uint8))
 
 
 def as_image(sheet: Image.Image) -> torch.Tensor:
-    """The host's image (1, H, W, 3) in 0..1."""
+    """Returns the sheet as an image of the host (1, H, W, 3) in 0..1."""
     return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -1,4 +1,4 @@
-"""Draws the pictures that Cache Sweep compares: one prompt, without a cache and with caches of several speed-ups."""
+"""Samples the pictures that Cache Sweep compares: one prompt, without a cache and at several speed-ups."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from ..host.ksampler import decoded, ksample
 from ..page.progress import StagedProgress
 from .comparison import Row
 
-_WARM_UP_STEPS = 2  # some schedulers cannot make fewer
-_DECODING = 0.05 / 0.95  # of the time that all samplings take
-_OnStep = Callable[[int, int], None]  # as of `ksample`
+_WARM_UP_STEPS = 2  # the fewest that all schedulers can make
+_DECODING = 0.05 / 0.95  # expected time of decoding, as a share of the time of all samplings
+_OnStep = Callable[[int, int], None]  # see `ksample`
 
 
 @dataclass(frozen=True)
 class Run:
-    """One sampling. speedup: of its cache; None samples without one."""
+    """One sampling to compare.
+
+    Args:
+        label: Name in the table.
+        steps: Number of steps.
+        speedup: Speed-up of its cache, None for a run without one.
+    """
 
     label: str
     steps: int
@@ -31,15 +37,18 @@ class Run:
 
     @property
     def expected_time(self) -> float:
-        """In steps without a cache."""
+        """The time that it should take, in steps without a cache."""
         return self.steps / (self.speedup or 1)
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """latent: what the sampler ended in, a tensor or several as one. seconds: it took.
+    """The result of one sampling.
 
-    compute: so many times less than in full, as counted; None: no cache.
+    Args:
+        latent: The final latent, a tensor or several as one.
+        seconds: Time that the sampling took.
+        compute: Multiply-adds of the run in full, divided by those done. None without a cache.
     """
 
     latent: Any
@@ -48,21 +57,31 @@ class _Sampled:
 
 
 def in_fewer_steps(run: Run) -> Run:
-    """What takes as long without a cache."""
+    """Returns the run without a cache that should take as long."""
     steps = max(1, round(run.expected_time))
     return Run(f"no cache, {steps} steps", steps)
 
 
 def draw(model: ModelPatcher, vae: Any, mode: str, runs: Sequence[Run], inputs: Mapping[str, Any], node_id: str | None) -> dict[Run, Row]:
-    """What each run gave, against the first one.
+    """Samples and decodes all runs.
 
-    mode: of the caches. inputs: of `ksample`, without the steps. node_id: the node under which the progress is shown.
+    Args:
+        model: The model. A cache of ours on it is removed.
+        vae: The host's VAE.
+        mode: Mode of the caches.
+        runs: What to sample. Time and compute of all are measured against the first.
+        inputs: Inputs of `ksample`, without the steps.
+        node_id: The node under which progress is shown.
 
-    Raises ValueError for a model that cannot be cached, and the host's own exception after a cancel.
+    Returns:
+        The pictures of each run, with time and compute.
+
+    Raises:
+        ValueError: For a model that cannot be cached. After a cancel the host's own exception is raised.
     """
     plain = host.detach(model)
     host.check_transformer(plain, "Cache Sweep")
-    # What only the first sampling does (loading the model, knowing it by its weights) would else make the uncached run look slow.
+    # The first sampling loads the model and takes its fingerprint, which would make the uncached run look slow.
     warm_up = Run("warming up", _WARM_UP_STEPS, 1.0)
     samplings = [warm_up, *runs]
     expected: dict[Run | str, float] = {run: run.expected_time for run in samplings}
@@ -71,7 +90,7 @@ def draw(model: ModelPatcher, vae: Any, mode: str, runs: Sequence[Run], inputs: 
     for number, run in enumerate(samplings):
         name = f"{run.label} ({number} of {len(runs)})" if number else run.label
         sampled[run] = _sample(plain, mode, run, inputs, _shown(progress, run, name))
-    rows = {}  # decoded after all are sampled: on a small GPU the VAE drives the model out, and loading it again would be timed
+    rows = {}  # decoded after all are sampled: on a small GPU the VAE takes the model's place, and loading it again would be timed
     for done, run in enumerate(runs):
         progress.show("decoding", done, len(runs), f"decoding {done} of {len(runs)}")
         rows[run] = _row(run, sampled[run], runs[0], sampled[runs[0]], decoded(vae, sampled[run].latent))
@@ -86,7 +105,7 @@ def _shown(progress: StagedProgress, run: Run, name: str) -> _OnStep:
 def _row(run: Run, own: _Sampled, reference: Run, whole: _Sampled, pictures: torch.Tensor) -> Row:
     compute = own.compute if run.speedup is not None else reference.steps / run.steps
     stood_aside = run.speedup is not None and own.compute is None
-    return Row(f"{run.label} (stood aside)" if stood_aside else run.label, pictures, whole.seconds / own.seconds, compute)
+    return Row(f"{run.label} (cache not used)" if stood_aside else run.label, pictures, whole.seconds / own.seconds, compute)
 
 
 def _sample(plain: ModelPatcher, mode: str, run: Run, inputs: Mapping[str, Any], on_step: _OnStep) -> _Sampled:

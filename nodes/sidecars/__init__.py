@@ -1,7 +1,7 @@
-"""Keeps what was learned of a checkpoint in a file, its sidecar, and finds the file again when the checkpoint is sampled.
+"""Keeps the calibration of a checkpoint in a file, its sidecar, and finds the file when the checkpoint is sampled.
 
-`folder` is where they lie, `lookup` finds the one of a loaded model, `calibrations` is what nodes use. `calibrating` makes new ones; it
-samples, so it stands on the host's room and is not imported here.
+`folder` knows where the files are, `lookup` finds the one of a loaded model, and `calibrations` is for the nodes. `calibrating` makes new
+ones. It samples, so it needs `nodes.host` and is not imported here.
 """
 
 from .fingerprints import belongs, fingerprint_of

@@ -1,4 +1,4 @@
-"""Reads a loaded model's base weights: the checkpoint's own, whatever LoRA is on them and however they are packed."""
+"""Reads the base weights of a loaded model: the checkpoint's own, whatever LoRA is on them and however they are packed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from torch import Tensor
 
 from ...cache_core.calibration.fingerprint import VALUES
 
-_COMPILED = "_orig_mod."  # torch.compile's addition to names; it may have come before or after a LoRA was put on
+_COMPILED = "_orig_mod."  # torch.compile adds it to names, before or after a LoRA was put on
 
 
 @dataclass(frozen=True, eq=False)
 class BaseWeight:
-    """A base weight, and the module it belongs to as `attribute`."""
+    """A base weight.
+
+    Args:
+        module: The module that it belongs to.
+        attribute: Its name there.
+        tensor: The weight as it is kept: as loaded, or packed.
+    """
 
     module: Any
     attribute: str
@@ -26,13 +32,13 @@ class BaseWeight:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is ComfyUI-GGUF's: often packed bytes, which say they have the dense weight's shape."""
+        """Whether it is a weight of ComfyUI-GGUF: often packed bytes, whose `shape` is that of the dense weight."""
         return hasattr(self.tensor, "tensor_shape") and hasattr(self.module, "get_weight")
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one it is kept in, which tells how far it was rounded; of packed integers, that in which they are unpacked."""
-        for tensor in (self._kept(), self.tensor):  # a quantised weight calls itself by the dtype it is computed in
+        """The dtype that it is kept in, by which it was rounded. For packed integers, the dtype that they are unpacked to."""
+        for tensor in (self._kept(), self.tensor):  # the dtype of a quantised weight is that of its computation
             if tensor.is_floating_point():
                 return tensor.dtype
         return torch.float32
@@ -42,7 +48,7 @@ class BaseWeight:
             convert = getattr(self.module, f"convert_{self.attribute}", None)  # the host's, for scaled and quantised weights
             return self.tensor if convert is None else convert(self.tensor)
         packed: Any = self.tensor
-        patches, packed.patches = getattr(packed, "patches", []), []  # LoRAs, which it would add to what it unpacks
+        patches, packed.patches = getattr(packed, "patches", []), []  # LoRAs, which `get_weight` would add
         try:
             return self.module.get_weight(packed, torch.float32)
         finally:
@@ -55,17 +61,20 @@ class BaseWeight:
         return kept.as_subclass(Tensor)
 
     def some_bytes(self) -> bytes:
-        """A few from the middle, as they lie in memory."""
+        """Returns a few bytes from the middle of it, as they lie in memory."""
         flat = self._kept().reshape(-1)
         return flat[flat.numel() // 2 :][:16].view(torch.uint8).cpu().numpy().tobytes()
 
 
 def base_weights(model: ModelPatcher) -> dict[str, BaseWeight]:
-    """All that count for a fingerprint, by the model's own names. The host must have ejected the model (`model.use_ejected()`)."""
-    # clones share their backups; a patcher of its own on the same network has others, and is found here while it is loaded
+    """Returns all weights that count for a fingerprint, by the model's own names.
+
+    The host must have ejected the model (`model.use_ejected()`).
+    """
+    # clones share their backups; an independent patcher of the same network has other ones, which are found while it is loaded
     patchers = [*(m.model for m in comfy.model_management.current_loaded_models if model.is_clone(m.model)), model]
     originals: dict[str, Tensor] = {}
-    # a LoRA by hook comes on top of what was loaded, so what it replaced is the base only where nothing else was replaced
+    # a LoRA by hook is put on last, so what it replaced is the base weight only where no other LoRA replaced it before
     for table in (*(p.hook_backup for p in patchers), *(p.backup for p in patchers)):
         originals.update((key.replace(_COMPILED, ""), kept[0]) for key, kept in table.items())
     weights = {}

@@ -1,4 +1,4 @@
-"""Calibrates a MODEL: samples it with the host's own sampler as often as the core's Calibrator asks, and shows how far it is."""
+"""Calibrates a MODEL: samples it with the host's own sampler as often as `Calibrator` asks, and shows the progress."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ _VERSION = "0.1.0"
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is sampled, and how: what a KSampler would be given. positives, negatives: one conditioning per prompt.
+    """The prompts and how they are sampled, as inputs of a KSampler.
 
-    latent: (1, …), where sampling starts from, usually empty, in the model's channels. Prompt number k is sampled with seed + k.
+    Args:
+        positives, negatives: One conditioning per prompt.
+        latent: (1, …), usually empty, in the model's channels. Sampling starts from it.
+        sampler, scheduler: Names of the host.
+        steps: Number of steps.
+        guidance: The cfg.
+        seed: Seed of prompt 0. Prompt k has `seed + k`.
     """
 
     positives: Sequence[Any]
@@ -40,7 +46,7 @@ class Sampling:
     seed: int
 
     def run(self, model: ModelPatcher, prompt: int) -> torch.Tensor:
-        """The latent that the host's sampler ends in."""
+        """Samples a prompt, given by its number, and returns the final latent."""
         return ksample(
             model, self.positives[prompt], self.negatives[prompt], {"samples": self.latent}, seed=self.seed + prompt, steps=self.steps,
             cfg=self.guidance, sampler_name=self.sampler, scheduler=self.scheduler,
@@ -48,14 +54,22 @@ class Sampling:
 
 
 def calibrate(model: ModelPatcher, sampling: Sampling, wishes: Wishes, name: str, node_id: str | None = None) -> Calibration:
-    """Samples `model` as often as needed and returns what was learned; writes nothing. A cancel ends it at once.
+    """Samples `model` as often as needed and returns the calibration. It writes no file. A cancel ends it at once.
 
-    Raises ValueError, in words for the user, for a model that cannot be calibrated.
+    Args:
+        model: The model.
+        sampling: The prompts and how they are sampled.
+        wishes: What the calibration is to have.
+        name: Name of the model in the calibration. If empty, that of its family.
+        node_id: The node under which progress is shown.
+
+    Raises:
+        ValueError: For a model that cannot be calibrated, with a message for the user.
     """
     host.check_transformer(model, "SVD Calibrator")
     plain = host.detach(model)
     family = find_family(plain.model.diffusion_model)
-    fingerprint = fingerprint_of(model)  # first, as there may be none
+    fingerprint = fingerprint_of(model)  # before the samplings, as it may fail
     sigmas: list[list[float]] = []
 
     def sample(prompt: int, make: Callable[[RunStart], CacheRun]) -> torch.Tensor:
@@ -99,7 +113,7 @@ def _about(family: str, name: str, sampling: Sampling, wishes: Wishes, learned: 
 
 
 def _expected_times(wishes: Wishes) -> dict[str, float]:
-    """How long each stage of the Calibrator takes, against each other."""
+    """Returns the expected time of each stage of `Calibrator`, relative to the others."""
     stages = (
         ("recording", 0.1, True),
         ("measuring sensitivity", 0.2, wishes.forecast),

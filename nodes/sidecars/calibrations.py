@@ -1,4 +1,4 @@
-"""Reads calibrations from sidecars, checks them against a model, and finds the one of a model's checkpoint."""
+"""Reads calibrations from sidecars, checks that they belong to a model, and finds the one of a model's checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .fingerprints import belongs
 from .folder import state_of
 from .lookup import find, reason_of
 
-_USED_SECTION = MappingProxyType({"auto": "forecast", "icc": "icc"})  # of a calibration, by mode
+_USED_SECTION = MappingProxyType({"auto": "forecast", "icc": "icc"})  # section of a calibration that each mode uses
 SEARCHING_MODES = tuple(_USED_SECTION)
 
 
 def used_sections(settings: Settings) -> tuple[str, ...]:
-    """The sections of a calibration that a run with these settings could use."""
+    """Returns the sections of a calibration that a run with these settings could use."""
     used = {_USED_SECTION.get(settings.mode)} - {None}
     if settings.schedule is not None and settings.mode != "off":
         used |= {"forecast"} if settings.schedule.needs_forecast else set()
@@ -33,30 +33,33 @@ def used_sections(settings: Settings) -> tuple[str, ...]:
 
 
 def load(path: Path, sections: tuple[str, ...] | None = None) -> Calibration:
-    """What the sidecar at `path` holds, or only some of its sections. Raises SidecarError."""
-    return _read(path, sections, state_of(path) if path.is_file() else None)  # the reader says what is wrong with a missing file
+    """Reads a sidecar, or only some of its sections. Raises SidecarError."""
+    return _read(path, sections, state_of(path) if path.is_file() else None)  # for a missing file the reader raises the error
 
 
 def sections_of(path: Path) -> tuple[str, ...]:
-    """Which sections a sidecar has. Raises SidecarError."""
+    """Returns which sections a sidecar has. Raises SidecarError."""
     return tuple(peek(path).tensors)
 
 
 def check(calibration: Calibration, model: ModelPatcher) -> None:
-    """Raises ValueError where the calibration is of another checkpoint than the model."""
+    """Raises ValueError, with a message for the user, for a calibration of another checkpoint than the model's."""
     if not belongs(calibration.fingerprint, model):
         raise ValueError(
             f"the calibration {calibration.about.model_name!r} was made on another checkpoint than this model: "
-            "load the one that belongs to it, or calibrate"
+            "connect the calibration of this checkpoint, or make one with SVD Calibrator"
         )
 
 
 def calibration_of(model: ModelPatcher, section: str | None, refused: Callable[[str], None]) -> tuple[Path, Calibration] | None:
-    """The model's own sidecar and what it holds; None where there is none, or it lacks the section.
+    """Returns the path and the calibration of the model's own sidecar. None where there is none, or where it lacks the section.
 
-    section: the only one to read; None reads all. refused: called, in words for the user, for each file that cannot be used.
+    It raises nothing: where a file cannot be read, sampling goes on without a calibration.
 
-    Raises nothing: a sampling goes on without a calibration.
+    Args:
+        model: The model.
+        section: The only section to read. None reads all.
+        refused: Is called with a message for the user for each file that cannot be used.
     """
     try:
         found = find(model, lambda path, reason: refused(unusable(path, reason)))
@@ -75,15 +78,23 @@ def calibration_of(model: ModelPatcher, section: str | None, refused: Callable[[
 
 
 def unusable(path: Path, why: str | Exception) -> str:
-    """That the file cannot be used, in words for the user, who need not know where on this machine it lies."""
+    """Returns a message for the user that a file cannot be used. It names the file without its folder."""
     reason = reason_of(why) if isinstance(why, SidecarError) else getattr(why, "strerror", None) or why
     return f"the calibration {path.name} cannot be used: {reason}"
 
 
 class CalibrationLookup:
-    """Adds the checkpoint's own calibration to settings, where they have none and could use one.
+    """Adds the checkpoint's own calibration to settings that have none and could use one.
 
-    It is looked for at every sampling: it may have been made since the last one. found: the file that was found for the last sampling.
+    It is looked for at every sampling, as it may have been made since the last one.
+
+    Args:
+        settings: The settings.
+        is_on: Whether to look for a calibration at all.
+        node_id: The node under which notices are shown.
+
+    Attributes:
+        found: The file that was found for the last sampling, or None.
     """
 
     def __init__(self, settings: Settings, is_on: bool = True, node_id: str | None = None) -> None:
@@ -110,6 +121,6 @@ class CalibrationLookup:
             say(f"DuCa Cache: {text}.", self._node_id)
 
 
-@lru_cache(maxsize=1)  # samplings follow each other with the same one, and it may be large
+@lru_cache(maxsize=1)  # consecutive samplings mostly use the same one, and it may be large
 def _read(path: Path, sections: tuple[str, ...] | None, _state: tuple[int, int] | None) -> Calibration:
     return Calibration.from_sidecar(read(path, sections))

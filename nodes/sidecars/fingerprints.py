@@ -1,4 +1,4 @@
-"""Takes the fingerprint of a loaded model, and keeps it for as long as the network lives."""
+"""Takes the fingerprint of a loaded model and remembers it as long as the network lives."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from .older_names import Shape, namings
 
 
 def fingerprint_of(model: ModelPatcher) -> Fingerprint:
-    """Of the checkpoint's own weights, whether a LoRA is on the model or any clone of it, applied or not.
+    """Returns the fingerprint of the checkpoint's own weights, whatever LoRAs are on the model or on clones of it.
 
     Clones share one network and one table of the weights that LoRAs replaced, and the host fills that table whenever it changes a
-    weight. What leaves no original there cannot be undone and counts as the checkpoint's own: weights that another node changed by
-    itself, modules that it replaced while the model is loaded, and LoRAs of a patcher that is no clone, once it is no more loaded.
+    weight. A change without an entry there cannot be undone and counts as the checkpoint's own: weights that another node changed
+    without the host, modules that it replaced while the model is loaded, and LoRAs of a patcher that is no clone and not loaded any more.
 
-    Weights are taken as the layers use them: scaled fp8 with its scale (and fp8's rounding allowed for), GGUF and the host's kinds
-    of integers unpacked, which match the same file and not the one it was made from. What nothing here unpacks does not count.
+    Weights are taken as the layers use them: scaled fp8 with its scale (fp8's rounding is allowed for), GGUF and the host's integer
+    formats unpacked; these match the same file and not the file that it was made from. Formats that cannot be unpacked do not count.
 
-    Kept per network, and taken anew when its base weights are others. Raises ValueError when there are no weights to take it of.
+    It is remembered per network and taken again when the base weights have changed.
+
+    Raises:
+        ValueError: If the model has no weights to take it of.
     """
     return all_fingerprints_of(model).fingerprint
 
 
 def belongs(fingerprint: Fingerprint, model: ModelPatcher) -> bool:
-    """Whether a sidecar's fingerprint is of the model's checkpoint, also one taken in the older way. Raises as `fingerprint_of` does."""
+    """Returns whether a sidecar's fingerprint, also of an older form, is of the model's checkpoint. Raises as `fingerprint_of` does."""
     return all_fingerprints_of(model).include(fingerprint)
 
 
 def all_fingerprints_of(model: ModelPatcher) -> Fingerprints:
-    """The model's fingerprint, and on request those that older sidecars have of it. Raises as `fingerprint_of` does."""
+    """Returns the model's fingerprint and, on request, those that older sidecars have of it. Raises as `fingerprint_of` does."""
     with model.use_ejected():  # as the host does to get at names and weights
         weights = base_weights(model)
     network = unwrapped(model.model.diffusion_model)
-    # bytes and not identities or versions: moving a model makes new tensors, and the host writes past the versions
+    # bytes, as moving a model makes new tensors, and the host changes weights without a new version number
     state = b"".join(weight.some_bytes() for weight in list(weights.values())[:: max(1, len(weights) // TENSORS)])
     if network not in _known or _known[network][0] != state:
         _known[network] = state, _fingerprint(weights), {}
@@ -51,14 +54,20 @@ def all_fingerprints_of(model: ModelPatcher) -> Fingerprints:
 
 
 class Fingerprints(NamedTuple):
-    """A model's weights and their fingerprint. older: the fingerprints that older sidecars may hold of them, by structure."""
+    """A model's weights and their fingerprints.
+
+    Args:
+        weights: Base weights by name.
+        fingerprint: Their fingerprint.
+        older: The fingerprints that older sidecars may hold of them, by structure. Filled in when asked for.
+    """
 
     weights: Mapping[str, BaseWeight]
     fingerprint: Fingerprint
     older: dict[str, Fingerprint | None]
 
     def taken_as(self, structure: str) -> Fingerprint | None:
-        """The one to compare with a sidecar's fingerprint of this `structure`; None where that is of other weights."""
+        """Returns the fingerprint to compare with a sidecar's of this `structure`. None where that is of other weights."""
         if structure == self.fingerprint.structure:
             return self.fingerprint
         if structure not in self.older:
@@ -66,12 +75,12 @@ class Fingerprints(NamedTuple):
         return self.older[structure]
 
     def include(self, fingerprint: Fingerprint) -> bool:
-        """Whether a sidecar's fingerprint is of these weights."""
+        """Returns whether a sidecar's fingerprint is of these weights."""
         mine = self.taken_as(fingerprint.structure)
         return mine is not None and fingerprint.matches(mine)
 
 
-# of every network that was looked at: a few of its bytes, its fingerprint and the older ones
+# for every network: a few bytes of its weights, its fingerprint and the older ones
 _known: WeakKeyDictionary[nn.Module, tuple[bytes, Fingerprint, dict[str, Fingerprint | None]]] = WeakKeyDictionary()
 
 
@@ -80,7 +89,7 @@ def _fingerprint(weights: Mapping[str, BaseWeight]) -> Fingerprint:
 
 
 def _older_fingerprint(weights: Mapping[str, BaseWeight], structure: str) -> Fingerprint | None:
-    """As an older sidecar took it, on the host whose names and shapes give `structure`; None where none do."""
+    """Returns the fingerprint as an older sidecar took it, with the names and shapes that give `structure`. None where none do."""
     for names in namings(_shapes(weights)):
         if structure_of({name: shape for name, (_, shape) in names.items()}) == structure:
             return _taken(names, weights, with_vectors=True)
@@ -92,9 +101,14 @@ def _shapes(weights: Mapping[str, BaseWeight]) -> dict[str, Shape]:
 
 
 def _taken(names: Mapping[str, tuple[str | None, Shape]], weights: Mapping[str, BaseWeight], with_vectors: bool = False) -> Fingerprint:
-    """The fingerprint under other names. names: to each its name in `weights` (None: it is not there) and its shape.
+    """Takes the fingerprint of weights under other names.
 
-    Makes only those weights dense that are sampled: of a large packed model that is seconds instead of minutes.
+    Only weights that are sampled are made dense: of a large packed model that takes seconds instead of minutes.
+
+    Args:
+        names: For every other name, the name in `weights` (None if it is not there) and the shape.
+        weights: Base weights by name.
+        with_vectors: Whether vectors count, as in older sidecars.
     """
     order = list(names)
     marks = {name: torch.tensor(float(i), device="cpu").expand(shape) for i, (name, (_, shape)) in enumerate(names.items())}

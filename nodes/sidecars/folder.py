@@ -15,16 +15,16 @@ from ...cache_core.calibration.sidecar import Sidecar, SidecarError, write
 FOLDER = "duca_calibration"
 ENDING = ".duca.safetensors"
 _SUFFIX = ".safetensors"
-_BESIDE = ("diffusion_models", "checkpoints")  # where checkpoints are; "unet" is the host's older name of the first
+_BESIDE = ("diffusion_models", "checkpoints")  # folders of checkpoints; "unet" is the host's older name of the first
 _WEIGHTS = re.compile(r"\.(safetensors|sft|gguf|ckpt|pt|pth|bin)$", re.IGNORECASE)
-_LONGEST = 120  # bytes of a name: with what is added, the writer's temporary file too, it stays below the 255 of most disks
+_LONGEST = 120  # bytes of a name: with all that is added, also for the temporary file, it stays below the 255 of most disks
 
 
 def register() -> None:
-    """Makes the folder known to the host, after those the user configured; creates nothing. May be called again."""
+    """Adds the folder to the host's list, after those that the user configured. Creates nothing, and may be called again."""
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    # extra_model_paths.yaml leaves no extensions, which to the host means every file
+    # from extra_model_paths.yaml there are no extensions, which means all files to the host
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, _SUFFIX})
 
 
@@ -32,20 +32,20 @@ register()
 
 
 def names() -> list[str]:
-    """The files in the folders for sidecars, as a combo shows them. Not looked into, so not all need be sidecars."""
+    """Returns the files in the folders for sidecars, as a combo shows them. They are not read, so some may be no sidecars."""
     return [name for name in _listed(FOLDER) if name.lower().endswith(_SUFFIX)]
 
 
 def path_of(name: str) -> Path:
-    """The file of one of `names`. Raises FileNotFoundError when it is gone; no name leads out of the folders."""
+    """Returns the file of one of `names`. Raises FileNotFoundError if it is gone. No name leads out of the folders."""
     return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
 def default_path(model_name: str, fingerprint: Fingerprint) -> Path:
-    """Where the sidecar of a model goes: in the first folder, named after the model and its weights.
+    """Returns where the sidecar of a model goes: in the first folder, named after the model and its weights.
 
-    Of `model_name` only the last part counts, without a checkpoint's ending. Everything but letters, digits, - and _ is
-    replaced, dots too: so the name stays in the folder, and none is one that Windows reserves ("nul.x").
+    Only the last part of `model_name` is used, without the ending of a checkpoint. Everything but letters, digits, - and _ is replaced,
+    dots too, so that the file stays in the folder and never has a name that Windows reserves ("nul.x").
     """
     name = _WEIGHTS.sub("", re.split(r"[/\\]", model_name)[-1])
     safe = re.sub(r"[^\w-]+", "_", name).strip("_-").encode()[:_LONGEST].decode(errors="ignore")
@@ -53,7 +53,7 @@ def default_path(model_name: str, fingerprint: Fingerprint) -> Path:
 
 
 def state() -> tuple:
-    """Changes when a file in the folders for sidecars comes, goes or is written anew."""
+    """Returns a value that changes when a file in the folders for sidecars comes, goes or is written again."""
     found = []
     for path in candidates():
         with suppress(OSError):
@@ -62,13 +62,13 @@ def state() -> tuple:
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Changes when the file is written anew. Raises OSError where it is not there."""
+    """Returns a value that changes when the file is written again. Raises OSError if it is not there."""
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
 
 
 def make_folder() -> None:
-    """Makes the folder that `save` writes to. Raises SidecarError where it cannot be made or written to: better before minutes of work."""
+    """Makes the folder that `save` writes to. Call it before the work, as it raises SidecarError if `save` could not write there."""
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def make_folder() -> None:
 
 
 def save(sidecar: Sidecar) -> Path:
-    """Writes to the model's `default_path`, replacing what is there, and returns it. Raises SidecarError when it cannot."""
+    """Writes a sidecar to the model's `default_path` and returns the path. Replaces a file that is there. Raises SidecarError."""
     make_folder()
     path = default_path(sidecar.about.model_name, sidecar.fingerprint)
     write(path, sidecar)
@@ -87,7 +87,7 @@ def save(sidecar: Sidecar) -> Path:
 
 
 def candidates() -> list[Path]:
-    """Every file that should be a sidecar, once."""
+    """Returns every file that should be a sidecar, once."""
     named = [(FOLDER, name) for name in names()]
     named += [(folder, name) for folder in _BESIDE for name in _listed(folder) if name.lower().endswith(ENDING)]
     paths = (folder_paths.get_full_path(folder, name) for folder, name in named)
@@ -95,9 +95,9 @@ def candidates() -> list[Path]:
 
 
 def _listed(folder: str) -> list[str]:
-    """Names of the files in a folder of the host and below. Never raises: a combo that does takes all nodes off the page."""
-    if folder != FOLDER:  # these can be large, and the host keeps their lists until a folder changes
-        with suppress(OSError):  # which it raises once a folder it has seen is gone
+    """Returns the names of the files in a folder of the host and below. It never raises: the page would lose all nodes."""
+    if folder != FOLDER:  # these can be large, and the host remembers their lists until a folder changes
+        with suppress(OSError):  # raised if a folder that the host has listed is gone
             return folder_paths.get_filename_list(folder)
     with suppress(OSError):
         return folder_paths.get_filename_list_(folder)[0]

@@ -1,4 +1,4 @@
-"""Finds which sidecar belongs to a loaded model: the one of its checkpoint, whatever the dtype, the host and the LoRAs on it."""
+"""Finds the sidecar of a loaded model's checkpoint, whatever the dtype, the version of the host and the LoRAs on it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from ...cache_core.calibration.sidecar import About, Contents, SidecarError, pee
 from .fingerprints import all_fingerprints_of
 from .folder import candidates, state_of
 
-Refused = Callable[[Path, str], None]  # is called with a file that cannot be used, and with why and what to do
+Refused = Callable[[Path, str], None]  # is called with a file that cannot be used, and with the reason and a remedy
 
 
 class Found(NamedTuple):
-    """A sidecar, and what it says of itself."""
+    """A sidecar, and what it says about the calibration."""
 
     path: Path
     about: About
 
 
 def find(model: ModelPatcher, refused: Refused = lambda path, reason: None) -> Found | None:
-    """The most recently created sidecar of the model's checkpoint, or None; of two equally old the later written, then by path.
+    """Returns the most recently created sidecar of the model's checkpoint, or None.
 
-    refused: called for every file that should be a sidecar and cannot be read, at each search; none of them ends the search.
-    Without a sidecar of the model's family the weights are not looked at, so this costs next to nothing.
-    Raises ValueError as `fingerprint_of` does.
+    Of two that are equally old it is the one that was written later, then the one with the later path. Without a sidecar of the model's
+    family the weights are not read, so the search costs next to nothing.
+
+    Args:
+        model: The model.
+        refused: Is called at each search with every file that should be a sidecar and cannot be read. The search goes on.
+
+    Raises:
+        ValueError: As `fingerprint_of` does.
     """
     family = find_family(model.model.diffusion_model)
     seen = [(path, mtime, said) for path, mtime, said in _files.all_of(candidates(), refused) if said.about.family == family.name]
@@ -42,13 +48,16 @@ def find(model: ModelPatcher, refused: Refused = lambda path, reason: None) -> F
 
 
 class _Files:
-    """What files said of themselves when they were read before."""
+    """Remembers the contents of files that were read before."""
 
     def __init__(self) -> None:
         self._read: dict[tuple[Path, int, int], Contents] = {}
 
     def all_of(self, paths: Iterable[Path], refused: Refused) -> list[tuple[Path, int, Contents]]:
-        """Path, time of change and contents of all that can be read. Keeps no others: a right that was missing leaves no trace."""
+        """Returns path, time of change and contents of all files that can be read.
+
+        Only these are remembered, so that a file without permission is tried again.
+        """
         before, self._read = self._read, {}
         for path in paths:
             try:
@@ -56,7 +65,7 @@ class _Files:
                 self._read[key] = before[key] if key in before else peek(path)
             except SidecarError as error:
                 refused(path, reason_of(error))
-            except OSError:  # it was there when the folder was listed
+            except OSError:  # the file is gone since the folder was listed
                 continue
         return [(path, mtime, said) for (path, mtime, _), said in self._read.items()]
 
@@ -65,5 +74,5 @@ _files = _Files()
 
 
 def reason_of(error: SidecarError) -> str:
-    """What is wrong and what to do, without the file's path."""
+    """Returns the reason of an error and the remedy, without the path of the file."""
     return f"{error.reason}; {error.remedy}"

@@ -49,7 +49,7 @@ def test_slider_and_presets_change_the_plan(comfy: ComfyPage):
     expect(fast).to_have_attribute("aria-pressed", "true")
     expect(full).to_have_count(STEPS * 10 // 28)
     assert comfy.widget("DuCaCache", "speedup") == float(fast.get_attribute("data-speedup"))
-    expect(strip.locator(".duca-text")).to_contain_text("10 full, 18 aggressive")
+    expect(strip.locator(".duca-text")).to_contain_text("10 full, 18 skipped")
 
 
 @on_pages("own-classic", "newest-vue")

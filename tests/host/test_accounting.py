@@ -234,7 +234,7 @@ def test_the_report_counts_evaluations_and_measures_time(model):
     text = report_text(report)
     assert "place        found and proved: skips double_blocks, single_blocks" in text
     assert report_data(report)["place"] == report.place
-    assert f"23: {report.count(Kind.FULL)} full, 0 calibrated, 0 conservative, {report.count(Kind.SKIPPED)} aggressive" in text
+    assert f"23: {report.count(Kind.FULL)} full, 0 incremental, 0 conservative, {report.count(Kind.SKIPPED)} skipped" in text
     assert f"{report.compute_speedup:.2f}x less" in text
     assert len(report_data(report)["evaluations"]) == 23
     assert report_text(report, verbose=True).count("\n") == text.count("\n") + 23

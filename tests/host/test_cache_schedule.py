@@ -253,5 +253,5 @@ def test_the_nodes_inputs_are_settings(model):
         "start_percent": 0.1, "end_percent": 0.9, "store_device": "CPU", "store_dtype": "fp8", "token_seed": 5,
     }  # fmt: skip
     made = settings_of(**cache, schedule=Schedule())
-    assert (made.start, made.end, made.warmup, made.seed) == (0.1, 0.9, None, 5) and made.schedule == Schedule()
+    assert (made.skip_from, made.skip_to, made.warmup, made.seed) == (0.1, 0.9, None, 5) and made.schedule == Schedule()
     assert made.storage.dtype is torch.float8_e4m3fn and made.storage.device == torch.device("cpu")

@@ -182,7 +182,7 @@ def test_a_run_whose_cache_stood_aside_says_so(model, monkeypatch):
 
     monkeypatch.setattr(cached_model, "run_start", refuse)
     _, _, table, images = sweep(model, fewer_steps=False).result
-    assert cells(table)[1][:3] == ["auto 2x (stood aside)", "identical", "1.000"] and cells(table)[1][4] == "-"
+    assert cells(table)[1][:3] == ["auto 2x (cache not used)", "identical", "1.000"] and cells(table)[1][4] == "-"
     assert torch.equal(images[0], images[1])
 
 

@@ -114,7 +114,7 @@ def test_a_run_follows_its_plan(model, factors, plan, sampling):
     assert kinds(report) == plan and not report.notices
     assert report.predicted_bytes == report.peak_bytes == report.evaluations[-1].cache_bytes
     assert psnr(result, sample(model, steps=8, **sampling)) > 17
-    assert f"{plan.count('i')} calibrated" in report_text(report)
+    assert f"{plan.count('i')} incremental" in report_text(report)
 
 
 def test_the_policy_of_the_method(model, factors):

@@ -111,7 +111,7 @@ def test_a_cache_that_stands_aside_says_so_once(model, other, monkeypatch):
     euler, prompts = comfy.samplers.sampler_object("euler"), (encode_prompt("red apple"), encode_prompt(""))
     latent = torch.zeros(1, 3, 48, 48)
     comfy.sample.sample_custom(cached(model, **AUTO), latent, 2.5, euler, rising, *prompts, latent, disable_pbar=True, seed=0)
-    assert len(said) == 1 and "stands aside" in said[0]
+    assert len(said) == 1 and "is not used in this run" in said[0]
     if DualModelGuider is not None:
         guider = DualModelGuider.execute(model, prompts[0], 2.5, cached(other, **AUTO), prompts[1]).args[0]
         guider.sample(latent, latent, euler, rising, disable_pbar=True, seed=0)

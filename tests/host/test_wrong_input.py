@@ -108,7 +108,7 @@ def test_bad_values_that_reach_the_node_by_link_stop_it_before_sampling(wrong, w
         *(({name: value}, words) for name, words in (("kind", "schedule"), ("unit", "unit"), ("several_evaluations", "several"))
           for value in ("none", 5, ["F"])),
         ({"kind": "custom text", "text": 5}, "written as text"),
-        ({"calibration": "mine"}, "calibration takes"),
+        ({"calibration": "mine"}, "calibration must be connected to"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
@@ -166,4 +166,4 @@ def test_a_network_that_the_host_does_not_sample_is_passed_through(said):
     """Some packs return such a model from a loader under the type MODEL."""
     network = torch.nn.Linear(2, 2)
     assert host.attach(network, Settings()) is network
-    assert said == ["DuCa Cache serves models that ComfyUI samples; Linear is passed through unchanged."]
+    assert said == ["DuCa Cache works on models that ComfyUI itself samples; Linear is passed through unchanged."]

@@ -67,7 +67,7 @@ def test_a_plan_without_a_run(ask):
     status, answer = ask(request(speedup=3.5))
     assert status == 200
     assert answer["plan"] == "FaFaFaaaFaaaFaaaFaaaFaaaFaaa" and answer["name"] == "auto 3.5x"
-    assert answer["counts"] == {"full": 8, "calibrated": 0, "conservative": 0, "aggressive": 20}
+    assert answer["counts"] == {"F": 8, "i": 0, "c": 0, "a": 20}
     assert [kind["letter"] for kind in answer["kinds"]] == ["F", "i", "c", "a"]
     assert answer["is_counted"] is False and answer["cache_bytes"] is None and 3.4 < answer["speedup"] < 3.5
     assert answer["quality"] == "not calibrated" and answer["expected"] is None and not answer["assumed_steps"]

@@ -82,7 +82,7 @@ def test_off_is_bit_identical_to_no_node_and_the_cache_is_faster(client):
     cached, outputs = picture(client, demo(steps=20, mode="auto", speedup=4.0))
     assert not np.array_equal(plain, cached)
     report = outputs["DuCaCacheReport"]["duca_cache_report"][0]
-    assert report["counts"] == {"full": 5, "calibrated": 0, "conservative": 0, "aggressive": 15}
+    assert report["counts"] == {"F": 5, "i": 0, "c": 0, "a": 15}
     assert report["complete"] and report["time_speedup"] > 1.2
     assert "20: 5 full" in outputs["DuCaCacheReport"]["text"][0]
     again, _ = picture(client, demo(steps=20, mode="off", tail=1))  # another input, so that the node runs again
@@ -125,7 +125,7 @@ def test_the_demo_model_with_custom_sampling_nodes(client):
         "9": {"class_type": "DuCaCacheReport", "inputs": {"samples": ["8", 0], "model": ["2", 0]}},
     }  # fmt: skip
     report = client.run(prompt).outputs["9"]["duca_cache_report"][0]
-    assert report["complete"] and report["counts"]["full"] == 3 and len(report["evaluations"]) == 9
+    assert report["complete"] and report["counts"]["F"] == 3 and len(report["evaluations"]) == 9
 
 
 def test_the_pack_loads_cleanly_and_its_script_is_served(server, client):

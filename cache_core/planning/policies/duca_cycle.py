@@ -24,7 +24,7 @@ class DucaCycle:
         ValueError: For a `cycle_length` below 1, a negative number of steps, or other letters than c and a.
     """
 
-    about: ClassVar[str] = "full, conservative and skipped in turn"
+    about: ClassVar[str] = "full, conservative (attention from the cache, some tokens recomputed) and skipped in turn"
     takes: ClassVar[frozenset[str]] = frozenset({"speedup", "cycle_length", "costs"})
 
     cycle_length: int = 5

@@ -23,7 +23,7 @@ class Patterned:
         ValueError: For a negative number of steps.
     """
 
-    about: ClassVar[str] = "your own"
+    about: ClassVar[str] = "what you write in text"
     takes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     pattern: Pattern = Pattern((), (Kind.FULL,))

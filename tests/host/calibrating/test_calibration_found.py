@@ -105,7 +105,7 @@ def test_one_of_another_checkpoint_is_refused_before_sampling(kept, model, evalu
     calibration = LoadCalibration.execute(kept.name).result[0]
     perturbed(model)
     for mode in ("auto", "icc", "paper"):
-        with pytest.raises(ValueError, match=r"'made' was made on another checkpoint .* load the one that belongs to it, or calibrate"):
+        with pytest.raises(ValueError, match=r"'made' was made on another checkpoint .* connect the calibration of this checkpoint"):
             cache(model, calibration, mode=mode)
     assert cache(model, calibration, mode="off").wrappers == model.wrappers
     assert not evaluations
