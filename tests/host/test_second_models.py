@@ -20,7 +20,7 @@ from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.host import cached_model
 from helpers.factors import exact_factors
-from helpers.sampling import cached, kinds, last_report, linear_sites_of, perturbed, psnr, sample
+from helpers.sampling import cached, kinds, last_report, perturbed, psnr, sample
 
 try:
     from comfy_extras.nodes_custom_sampler import DualModelGuider
@@ -158,7 +158,7 @@ def evaluated(networks, sites, plan, threaded) -> tuple:
     from comfyui_duca.cache_core import Plan
     from comfyui_duca.cache_core.planning.policies import Given
 
-    factors = exact_factors(linear_sites_of(networks[0])) if "i" in plan else None
+    factors = exact_factors(sites) if "i" in plan else None
     strategy = Strategy(Given(Plan.parse(plan)), Reuse(), token_share=0.25, factors=factors)
     levels = [1 - i / len(plan) for i in range(len(plan) + 1)]
     run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, Timeline(levels), range(len(plan))))
