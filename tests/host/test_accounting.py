@@ -19,7 +19,7 @@ from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.planning.policies import DucaCycle, FrontLoaded, Given
 from comfyui_duca.cache_core.predictors import Reuse
 from comfyui_duca.cache_core.store import FeatureStore
-from comfyui_duca.cache_core.strategy import Settings, Strategy
+from comfyui_duca.cache_core.strategy import FixedSettings, Settings, Strategy
 from comfyui_duca.nodes import host
 from comfyui_duca.nodes.demo_flux import encode_prompt, load_demo_model
 from comfyui_duca.nodes.pictures.report_plot import report_plot
@@ -208,11 +208,13 @@ def test_costs_shown_before_a_run_are_those_counted_after_it(model, settings):
     """The page's preview, once the model was sampled, shows the share of multiply-adds and the bytes."""
     if "plan" in settings:
         factors = exact_factors(linear_sites_of(model.model.diffusion_model))
-        settings = {"chosen": Strategy(Given(Plan.parse(settings["plan"])), Reuse(), factors=factors)}
-    patched = cached(model, **settings)
+        made = FixedSettings(fixed=Strategy(Given(Plan.parse(settings["plan"])), Reuse(), factors=factors))
+    else:
+        made = Settings(**settings)
+    patched = host.attach(model, made)
     sample(patched, steps=8)
     report = last_report(patched)
-    strategy, plan = strategy_of(Settings(**settings), 8)
+    strategy, plan = strategy_of(made, 8)
     costs = expected_costs(strategy, plan, report.shape)
     assert kinds(report) == str(plan) and costs.is_counted and costs.bytes == report.peak_bytes
     assert costs.compute == pytest.approx(sum(e.macs for e in report.evaluations) / sum(e.full_macs for e in report.evaluations))

@@ -184,7 +184,7 @@ def test_partial_denoise_and_split_samplers_follow_their_own_levels(model):
 
 def test_start_and_end_percent_are_parts_of_the_sampling(model):
     """Outside 0.25-0.75 of the host's own percentages, every evaluation is full."""
-    patched = cached(model, mode="forecast", predictor="reuse", cycle_length=20, warmup=0, start=0.25, end=0.75)
+    patched = cached(model, mode="forecast", predictor="reuse", cycle_length=20, warmup=0, skip_from=0.25, skip_to=0.75)
     sample(patched)
     sampling = model.get_model_object("model_sampling")
     high, low = float(sampling.percent_to_sigma(0.25)), float(sampling.percent_to_sigma(0.75))

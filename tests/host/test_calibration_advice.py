@@ -60,7 +60,7 @@ def test_searches_start_with_the_number_of_full_evaluations(start, window, full,
 def start_of(times, network=None, window=None, is_euler=True) -> RunStart:
     steps = len(times)
     timeline = Timeline([*times, 0.0], [*times, 0.0])
-    return RunStart(network or nn.Module(), FLUX, timeline, range(steps) if window is None else window, is_euler)
+    return RunStart(network or nn.Module(), FLUX, timeline, range(steps) if window is None else window, is_euler=is_euler)
 
 
 def test_mode_auto_follows_a_calibration():
@@ -120,15 +120,16 @@ def test_a_calibration_that_was_no_better_says_so():
 def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
     far = start_of([3.0, 2.0, 1.0, 0.5])
     plain = Settings(speedup=2.0, tail=1).strategy(far)
-    assert plain.policy == FrontLoaded(2.0, tail=1) and plain.predictor == AUTO and not plain.notices
+    assert plain.policy == FrontLoaded(2.0, tail=1) and plain.predictor == AUTO
+    assert len(plain.notices) == 1 and plain.notices[0].startswith("only 2 of 4 steps are computed in full")
     strategy = Settings(speedup=2.0, tail=1, calibration=calibration_of(forecast_of(), None)).strategy(far)
     assert strategy.notices and strategy == replace(plain, notices=strategy.notices)
     notices = []
     run = CacheRun(strategy, RunStart(torch.nn.Module(), FLUX, far.timeline, far.window), say=notices.append)
     assert notices == run.report.notices == list(strategy.notices) and "the calibration is not used" in notices[0] and "3" in notices[0]
     factors = Settings(speedup=2.0, tail=1, calibration=calibration_of(None, some_factors())).strategy(far)
-    (notice,) = factors.notices
-    assert factors == replace(plain, notices=(notice,)) and "the calibration is not used: it has only low-rank factors" in notice
+    notice, few = factors.notices
+    assert factors == replace(plain, notices=(notice, few)) and "the calibration is not used: it has only low-rank factors" in notice
 
 
 # -- mode icc -----------------------------------------------------------------------------------------------------------------

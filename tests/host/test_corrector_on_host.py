@@ -19,14 +19,14 @@ def model():
     return load_demo_model()
 
 
-def uncorrected(speedup: float) -> dict:
-    return {"chosen": Strategy(FrontLoaded(speedup), AUTO)}
+def uncorrected(model, speedup: float):
+    return host.attach(model, Strategy(FrontLoaded(speedup), AUTO))
 
 
 @pytest.mark.parametrize("prompt", ["red apple", "tiger face", "castle"])
 def test_the_picture_is_closer_to_the_uncached_one(model, prompt):
     reference = sample(model, steps=28, prompt=prompt)
-    plain, better = cached(model, **uncorrected(2.8)), cached(model, speedup=2.8)
+    plain, better = uncorrected(model, 2.8), cached(model, speedup=2.8)
     gain = psnr(sample(better, steps=28, prompt=prompt), reference) - psnr(sample(plain, steps=28, prompt=prompt), reference)
     assert gain > 0.2
     assert last_report(better).corrected == 8 and last_report(plain).corrected == 0  # there are nine gaps, the last of which ends the run

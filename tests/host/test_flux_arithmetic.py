@@ -200,7 +200,7 @@ def test_unknown_modulation_is_computed_in_full(network, monkeypatch):
         expected = network(x, torch.tensor([0.75]), context, y)
     assert torch.equal(evaluate(run, network, 0.75, x, context, y, conds=("a",)), expected)
     assert run.report.evaluations[-1].kind is Kind.FULL
-    assert "per-token modulation" in run.report.notices[0]
+    assert "modulation_dims do not give" in run.report.notices[0]
 
 
 def test_family_is_found_by_structure(network):

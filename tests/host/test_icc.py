@@ -43,7 +43,7 @@ class Driver:
     """Makes the evaluations of a run over some conds, without a plan. Each cond has a slot."""
 
     def __init__(self, network, sites, factors, conds="ab", fmt=StoreFormat()):
-        self.network, self.layer_calls = network, FactorisedLayers(tuple(sites), factors)
+        self.network, self.layers = network, FactorisedLayers(tuple(sites), factors)
         self.store = FeatureStore(fmt)
         self.slots = {cond: Slot(self.store, 1) for cond in conds}
         self.known = {number: known_of(network, SIZE, number) for number in range(1, len(conds) + 1)}
@@ -51,7 +51,7 @@ class Driver:
     def call(self, conds, sigma) -> EngineCall:
         return EngineCall(
             model=self.network, known=self.known[len(conds)], family=FLUX, slots=[self.slots[c] for c in conds], time=sigma,
-            choice=TokenSelection(0.0, 0), linears=self.layer_calls,
+            selection=TokenSelection(0.0, 0), layers=self.layers,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -193,14 +193,14 @@ def test_at_small_rank_every_linear_is_the_papers(network, sites, small_factors)
     driver.full("ab", 1.0, *inputs(0))
     reference(inputs(0)[0], torch.ones(2), *inputs(0)[1:])
     reference.factors = small_factors
-    kept = {key: feature.data.clone() for key, feature in driver.slots["a"].layer_calls.items()}
+    kept = {key: feature.data.clone() for key, feature in driver.slots["a"].layers.items()}
     for seed, sigma in ((1, 0.7), (2, 0.4)):
         result = driver.icc("ab", sigma, *inputs(seed))
         assert_near(result, reference(inputs(seed)[0], torch.full((2,), sigma), *inputs(seed)[1:])[0])
         with torch.inference_mode():
             exact = network(inputs(seed)[0], torch.full((2,), sigma), *inputs(seed)[1:])
         assert (result - exact).abs().max() > 0.01 * exact.abs().max()  # rank 8 is far from exact
-    assert all(torch.equal(driver.slots["a"].layer_calls[key].data, value) for key, value in kept.items())
+    assert all(torch.equal(driver.slots["a"].layers[key].data, value) for key, value in kept.items())
     assert driver.slots["a"].anchors[-1].time == 0.4  # the hidden state is this evaluation's
 
 
@@ -232,7 +232,7 @@ def test_what_is_kept_of_a_layer_that_clamps_its_input(network):
     call = driver.call("a", 1.0)
     with torch.inference_mode(), forward_overrides(keeping_layers(call)):
         site.module(torch.full((1, 5, 40), 100.0))
-    assert driver.slots["a"].layer_calls[site.projection_key].data[0, 0].tolist() == [4000.0, 4000.0, 4000.0]
+    assert driver.slots["a"].layers[site.projection_key].data[0, 0].tolist() == [4000.0, 4000.0, 4000.0]
 
 
 def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_factors):
@@ -253,9 +253,9 @@ def test_unknown_calls_are_refused_and_nothing_is_written(network, sites, small_
         with pytest.raises(UnsupportedCallError, match="more often than before"):
             site.module(torch.zeros(2, 192, 256))
     with torch.inference_mode(), forward_overrides(keeping_layers(call)):  # the host's answer, kept once
-        before = driver.slots["a"].layer_calls[site.output_key]
+        before = driver.slots["a"].layers[site.output_key]
         assert site.module(torch.zeros(192, 256)).shape == (192, 768)
-        assert driver.slots["a"].layer_calls[site.output_key] is before
+        assert driver.slots["a"].layers[site.output_key] is before
 
 
 def test_forwards_are_restored_also_after_an_error_inside_a_block(network, sites, small_factors):

@@ -21,7 +21,7 @@ RUN = {"steps": len(PLAN), "size": (16, 16)}
 def run(model) -> tuple[torch.Tensor, str, list[str]]:
     cached = host.attach(model, Strategy(Given(Plan.parse(PLAN))))
     latent = sample(cached, **RUN)
-    return latent, kinds(last_report(cached)), [text for text in last_report(cached).notices if "described" in text]
+    return latent, kinds(last_report(cached)), [text for text in last_report(cached).notices if "what the cache expects" in text]
 
 
 def test_a_replay_that_is_right_is_used():

@@ -96,7 +96,7 @@ def test_sensitivity_is_the_effect_of_one_forecast_evaluation(model, monkeypatch
     values per square of the time that a step lasts are interpolated, also if statistics are kept of fewer evaluations.
     """
     monkeypatch.setattr(calibrate, "_NODES", nodes)
-    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)  # saves time
+    monkeypatch.setattr(calibrate.Trials, "best", lambda *_: None)  # saves time
     forecast = calibrator(model, prompts=[1]).run().forecast
     times, reference = forecast.step_times, drawn(model, 1)
     measured = []
@@ -117,7 +117,7 @@ def test_sensitivity_is_the_effect_of_one_forecast_evaluation(model, monkeypatch
 
 def test_both_halves_of_the_prompts_count(model, learned, monkeypatch):
     """Statistics are averaged, and of sensitivities the geometric mean is taken."""
-    monkeypatch.setattr(calibrate.Trials, "choose", lambda *_: None)
+    monkeypatch.setattr(calibrate.Trials, "best", lambda *_: None)
     halves = [calibrator(model, prompts=[prompt]).run().forecast.model for prompt in range(2)]
     whole = learned.forecast.model
     torch.testing.assert_close(whole.gram, (halves[0].gram + halves[1].gram) / 2)
@@ -214,7 +214,7 @@ def test_only_what_is_surely_better_is_chosen(gains, chosen):
         gain = gains[met[-1]][prompt] if met[-1] != PLAIN else 0.0
         return references[prompt] + noise * 0.1 * 10 ** (-gain / 20)
 
-    tried = trials.Trials(halves, whole, run_start, sampled, references).choose(4)
+    tried = trials.Trials(halves, whole, run_start, sampled, references).best(4)
     assert (tried.searched_from, tried.share) == chosen and tried.plan == plans[chosen[0]][2]
     assert set(met) == {PLAIN, *gains}, "calibrated weights are tried on the best plan alone"
     assert tried.psnr - tried.uncalibrated == pytest.approx(np.mean(gains[chosen]) if chosen != PLAIN else 0.0, abs=1e-3)
@@ -229,7 +229,7 @@ def test_searched_plans_are_not_tried_where_nothing_is_corrected():
         met.add(str(make(run_start)._strategy.policy.plan(12, range(12))))
         return torch.ones(1)
 
-    tried = trials.Trials(halves, halves[0], run_start, sampled, [torch.zeros(1)] * 2).choose(4)
+    tried = trials.Trials(halves, halves[0], run_start, sampled, [torch.zeros(1)] * 2).best(4)
     assert met == {str(FrontLoaded(3.0).plan(12, range(12)))} and not tried.searched_from
 
 
