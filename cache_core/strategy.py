@@ -203,15 +203,15 @@ class Settings:
         forecast = self.calibration.forecast
         if forecast is None:
             return replace(uncalibrated, notices=(_FACTORS_ONLY,))
-        full = max(2, round(start.timeline.steps / self.speedup))
-        tried, refused = _tried_plan(forecast, start, full)
+        budget = max(2, round(start.timeline.steps / self.speedup))
+        tried, refused = _tried_plan(forecast, start, budget)
         if tried is None:
             return replace(uncalibrated, notices=refused)
         notices: tuple[str, ...] = ()
         if tried.searched_from and start.is_euler:
             times = start.timeline.times[:-1]
             window = range(start.window.start, min(start.window.stop, len(times) - self.tail))
-            policy = Given(searched_plan(forecast, times, window, full, tried.searched_from, is_corrected=True))
+            policy = Given(searched_plan(forecast, times, window, budget, tried.searched_from, is_corrected=True))
         elif tried.searched_from:  # without the corrector no such plan was tried
             notices = ("the calibration's plan is used with the samplers euler and ddim only; this run has the plan of auto",)
         predictor = predictor_of(forecast.model, tried.share)
@@ -265,13 +265,13 @@ def _warnings(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _tried_plan(forecast: Forecast, start: RunStart, full: int) -> tuple[TriedPlan | None, tuple[str, ...]]:
+def _tried_plan(forecast: Forecast, start: RunStart, budget: int) -> tuple[TriedPlan | None, tuple[str, ...]]:
     """Returns the plan and the predictor that did best in the trials of a calibration, or None and a notice with the reason.
 
     Args:
         forecast: The forecast of the calibration.
         start: The run that it is wanted for.
-        full: Number of full evaluations of the run.
+        budget: Number of full evaluations of the run.
     """
     if forecast.model.has_no_input is bool(start.family.embed):
         return None, (_OTHER_INPUT,)
@@ -279,4 +279,4 @@ def _tried_plan(forecast: Forecast, start: RunStart, full: int) -> tuple[TriedPl
         check_covered(forecast, start.timeline.times[:-1])
     except NotCoveredError as reason:
         return None, (f"the calibration is not used: {reason}",)
-    return tried_plan_at(forecast, start.timeline.steps, full), ()
+    return tried_plan_at(forecast, start.timeline.steps, budget), ()

@@ -9,10 +9,10 @@ from .cache_report import CacheReport
 from .cache_schedule import CacheSchedule
 from .cache_sweep import CacheSweep
 from .demo_flux import DemoFlux
-from .dit.imagenet_class import ImageNetClass
-from .dit.load_dit import LoadDiT
 from .duca_cache import DucaCache
+from .imagenet_class import ImageNetClass
 from .load_calibration import LoadCalibration
+from .load_dit import LoadDiT
 from .page import routes
 from .prompt_list import PromptList
 from .svd_calibrator import SvdCalibrator

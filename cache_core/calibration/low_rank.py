@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.linear_sites import LinearSite
-from ..families.fused import LinearPart
+from ..families.shared.fused import LinearPart
 from ..overrides import Forward, forward_overrides
 
 METHODS = ("svd", "ca_svd", "cd_svd")

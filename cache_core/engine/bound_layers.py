@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from ..discovery.places import Known
-from ..families.base import ModelFamily
+from ..families.shared.base import ModelFamily
 from ..store import memory_ends
 from .call import EngineCall
 from .linear_sites import FactorisedLayers, Factors, linear_sites

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..discovery.place import Place
 from ..discovery.places import Known
 from ..discovery.trees import Path, tensors
-from ..families.base import ModelFamily
+from ..families.shared.base import ModelFamily
 from ..overrides import Override, around
 from ..store import Unrecorded, memory_ends
 from .inputs import ModelInput
@@ -38,7 +38,7 @@ class EngineCall:
         given: The model's input, for a predictor that uses it. Hidden states are then kept minus the embedded input, and the input is
             kept beside them. None for all other predictors.
         layers: The linear layers of an incremental evaluation, or of a full one that keeps what those need. None for all others.
-        rests: Keys of the sublayers that rest in this full evaluation: what is kept of them answers (see `families.base.Site`).
+        rests: Keys of the sublayers that rest in this full evaluation: what is kept of them answers (see `families.shared.base.Site`).
         unrecorded: Context around the allocation of what outlives a block (see `store.Unrecorded`).
         keeps_hidden: Whether copies of the last hidden state stay in `hidden` too, for a proof.
         is_trial: Whether a conservative evaluation leaves the kept features as they are.

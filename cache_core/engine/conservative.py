@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.base import Stack
+from ..families.shared.base import Stack
 from ..overrides import Forward, Override, around, forward_overrides
 from ..refusals import UnsupportedCallError
 from ..store import Feature, FeatureStore
@@ -20,7 +20,7 @@ from .call import EngineCall
 
 
 class BlockFeatures:
-    """Gives a block's replay its kept features, over all rows of a call (see `families.base.Cached`).
+    """Gives a block's replay its kept features, over all rows of a call (see `families.shared.base.Cached`).
 
     Args:
         call: The call.

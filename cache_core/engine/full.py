@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.base import Site, Stack
+from ..families.shared.base import Site, Stack
 from ..overrides import Forward, Override, around, forward_overrides, uncompiled
 from .call import EngineCall
 from .incremental import keeping_layers

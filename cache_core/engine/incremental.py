@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
 from torch import Tensor
 
 from ..overrides import Forward, Override, around, forward_overrides, uncompiled
@@ -49,7 +50,7 @@ def incremental(call: EngineCall, store: FeatureStore) -> Iterator[None]:
             the full evaluation.
     """
     assert call.layers is not None, "plans with incremental evaluations are refused without factors"
-    overrides: list[Override] = [(site.module, _calibrating(call, site, store)) for site in call.layers.sites]
+    overrides: list[Override] = [(site.module, _incrementing(call, site, store)) for site in call.layers.sites]
     overrides += call.entry()
     overrides.append((call.last_block, around(after=call.remember_hidden)))
     with uncompiled(), forward_overrides(overrides):
@@ -73,7 +74,7 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
                 return forward(*args, **kwargs)
             projection = _project(site, tokens, _factors(call))  # before the call, as fp8 layers clamp their input in place
             result = forward(*args, **kwargs)
-            output = site.ordered(result).reshape(*tokens.shape[:2], result.shape[-1])
+            output = rearrange(site.ordered(result), "... C -> (...) C").unflatten(0, tokens.shape[:2])
             for slot, y, z in zip(call.slots, call.rows(output), call.rows(projection)):
                 slot.remember_layer(_numbered(site.output_key, number), y)
                 slot.remember_layer(_numbered(site.projection_key, number), z)
@@ -84,7 +85,7 @@ def _keeping(call: EngineCall, site: LinearSite) -> Callable[[Forward], Forward]
     return make
 
 
-def _calibrating(call: EngineCall, site: LinearSite, store: FeatureStore) -> Callable[[Forward], Forward]:
+def _incrementing(call: EngineCall, site: LinearSite, store: FeatureStore) -> Callable[[Forward], Forward]:
     def make(_forward: Forward) -> Forward:
         number = 0
 

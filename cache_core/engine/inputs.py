@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..discovery.place import Kept, Place
-from ..families.base import ModelFamily
+from ..families.shared.base import ModelFamily
 from ..overrides import Override, around
 from ..refusals import UnknownInputError
 from ..store import Unrecorded

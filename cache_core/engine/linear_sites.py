@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..blocks import blocks_at, unwrapped
 from ..discovery.layers import LayerCall, LayerKey
-from ..families.base import ModelFamily
-from ..families.fused import UNSPLIT, LinearPart
+from ..families.shared.base import ModelFamily
+from ..families.shared.fused import UNSPLIT, LinearPart
 from ..refusals import UnsupportedCallError
 from ..store import StoreFormat
 from .slot import SiteKey

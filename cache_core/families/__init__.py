@@ -7,7 +7,6 @@ from torch import nn
 from ..blocks import unwrapped
 from .anima import ANIMA
 from .aura import AURA
-from .base import ModelFamily, Site, Stack
 from .cosmos import COSMOS
 from .cosmos_predict2 import COSMOS_PREDICT2
 from .dit import DIT
@@ -24,6 +23,7 @@ from .opensora2 import OPENSORA2
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
+from .shared.base import ModelFamily, Site, Stack
 from .stable_audio import STABLE_AUDIO
 from .wan import WAN, WAN_ANIMATE, WAN_HUMO, WAN_I2V, WAN_S2V, WAN_VACE
 

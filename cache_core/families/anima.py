@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .as_read import takes
 from .cosmos_predict2 import COSMOS_PREDICT2
+from .shared.as_read import takes
 
 
 def _is_anima(model: Any) -> bool:

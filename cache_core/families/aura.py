@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack, modulate
-from .replaying import renewed, stream_sites
+from .shared.base import Cached, ModelFamily, Stack, modulate
+from .shared.replaying import renewed, stream_sites
 
 
 def _is_aura(model: nn.Module) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from .base import Cached, ModelFamily, Stack
-from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, in_grid, sites, spread
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.replaying import renewed
+from .shared.video_blocks import CROSS, MLP, SELF, in_grid, sites, spread
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack
-from .fused import equal_parts
-from .patches import patches
-from .replaying import gated, stream_sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.fused import equal_parts
+from .shared.patches import patches
+from .shared.replaying import gated, stream_sites
 
 
 def _is_dit(model: nn.Module) -> bool:

@@ -8,8 +8,8 @@ and image in different orders; the order does not matter here.
 
 from __future__ import annotations
 
-from .flux_blocks import flux_like, has_flux_blocks
-from .patches import patches
+from .shared.flux_blocks import flux_like, has_flux_blocks
+from .shared.patches import patches
 
 FLUX = flux_like(
     name="flux",

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Cached, ModelFamily, Stack
-from .replaying import gated, stream_sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.replaying import gated, stream_sites
 
 
 def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:

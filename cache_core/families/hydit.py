@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack
-from .fused import equal_parts
-from .patches import patches
-from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.fused import equal_parts
+from .shared.patches import patches
+from .shared.replaying import renewed
+from .shared.video_blocks import CROSS, MLP, SELF, sites
 
 
 def _is_hydit(model: nn.Module) -> bool:

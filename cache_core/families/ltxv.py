@@ -18,9 +18,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..refusals import UnsupportedCallError
-from .base import Cached, ModelFamily, Stack
-from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, sites, spread
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.replaying import renewed
+from .shared.video_blocks import CROSS, MLP, SELF, sites, spread
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack
-from .fused import LinearPart
-from .replaying import sandwiched, stream_sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.fused import LinearPart
+from .shared.replaying import sandwiched, stream_sites
 
 _JOINT = "txt+img+padding"
 

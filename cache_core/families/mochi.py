@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack
-from .fused import equal_parts
-from .patches import patches
-from .replaying import renewed, stream_sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.fused import equal_parts
+from .shared.patches import patches
+from .shared.replaying import renewed, stream_sites
 
 _FUSED = equal_parts("attn.qkv_x", "qkv") | equal_parts("attn.qkv_y", "qkv") | equal_parts("mlp_x.w1", "vg") | equal_parts("mlp_y.w1", "vg")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack
-from .replaying import sandwiched, stream_sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.replaying import sandwiched, stream_sites
 
 _JOINT = "txt+ref+img"
 

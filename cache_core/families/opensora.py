@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from ..blocks import unwrapped
 from ..refusals import UnsupportedCallError
-from .as_read import takes
-from .base import Cached, ModelFamily, Site, Stack
-from .fused import equal_parts
-from .patches import patches
-from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF
+from .shared.as_read import takes
+from .shared.base import Cached, ModelFamily, Site, Stack
+from .shared.fused import equal_parts
+from .shared.patches import patches
+from .shared.replaying import renewed
+from .shared.video_blocks import CROSS, MLP, SELF
 
 _PARAMETERS = ("x", "y", "t", "mask", "x_mask", "t0", "T", "S")
 _LISTS = ("spatial_blocks", "temporal_blocks")

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import unwrapped
-from .base import Cached, modulate
-from .flux_blocks import flux_like, has_flux_blocks
-from .fused import LinearPart
-from .replaying import renewed
+from .shared.base import Cached, modulate
+from .shared.flux_blocks import flux_like, has_flux_blocks
+from .shared.fused import LinearPart
+from .shared.replaying import renewed
 
 _JOINT = "txt+img"
 

@@ -14,11 +14,11 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import Cached, ModelFamily, Stack
-from .fused import equal_parts
-from .patches import patches
-from .replaying import renewed
-from .video_blocks import CROSS, MLP, SELF, sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.fused import equal_parts
+from .shared.patches import patches
+from .shared.replaying import renewed
+from .shared.video_blocks import CROSS, MLP, SELF, sites
 
 
 def _is_pixart(model: nn.Module) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..refusals import UnsupportedCallError
-from .base import Cached, ModelFamily, Stack
-from .replaying import gated, stream_sites
+from .shared.base import Cached, ModelFamily, Stack
+from .shared.replaying import gated, stream_sites
 
 
 def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..refusals import UnsupportedCallError
-from .base import Cached, ModelFamily, Site, Stack
-from .fused import equal_parts
-from .patches import patches
-from .replaying import gated, stream_sites
+from .shared.base import Cached, ModelFamily, Site, Stack
+from .shared.fused import equal_parts
+from .shared.patches import patches
+from .shared.replaying import gated, stream_sites
 
 
 def _is_sd3(model: nn.Module) -> bool:

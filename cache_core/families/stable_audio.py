@@ -18,9 +18,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..refusals import UnsupportedCallError
-from .base import Cached, ModelFamily, Site, Stack
-from .fused import LinearPart, equal_parts
-from .replaying import renewed
+from .shared.base import Cached, ModelFamily, Site, Stack
+from .shared.fused import LinearPart, equal_parts
+from .shared.replaying import renewed
 
 _PATH, _FRAMES = "transformer.layers", "time+audio"
 _ONCE: Mapping[str, tuple[str, ...]] = MappingProxyType(

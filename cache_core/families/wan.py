@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import ModelFamily, Stack
-from .patches import patches
-from .wan_blocks import SITES, replay
+from .shared.base import ModelFamily, Stack
+from .shared.patches import patches
+from .shared.wan_blocks import SITES, replay
 
 
 def _family(name: str, class_names: tuple[str, ...], sees_clip: bool | None = None, more: tuple[str, ...] = ()) -> ModelFamily:

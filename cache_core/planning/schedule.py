@@ -61,7 +61,7 @@ class Schedule:
         if self.unit == "steps" and 0 < self.skip_to < self.skip_from:
             raise ValueError(f"skip_from and skip_to are steps with skip_from <= skip_to, not {self.skip_from:g} and {self.skip_to:g}")
         check_type("calibration", self.calibration, Calibration, "SVD Calibrator or Load Calibration")
-        if self._takes("text"):
+        if self.is_written:
             parse(self.text)
 
     @property
@@ -75,14 +75,19 @@ class Schedule:
         return self._takes("searched")
 
     @property
+    def is_written(self) -> bool:
+        """Whether it is the user's own text."""
+        return self._takes("text")
+
+    @property
     def needs_factors(self) -> bool:
         """Whether it needs low-rank factors."""
-        return self._takes("text") and parse(self.text).has(Kind.INCREMENTAL)
+        return self.is_written and parse(self.text).has(Kind.INCREMENTAL)
 
     @property
     def name(self) -> str:
         """The name of the schedule in reports."""
-        if self._takes("text"):
+        if self.is_written:
             return f"custom {self.text.strip()}"
         in_cycles = self.cycle_length and self._takes("cycle_length")
         return f"{self.policy} {f'N={self.cycle_length}' if in_cycles else f'{self.speedup:g}x'}"
@@ -124,7 +129,7 @@ class Schedule:
             tail=self.tail,
             text=self.text,
             costs=costs,
-            searched=None if forecast is None else lambda full: nested_plan(forecast, times, window, full, start.is_euler),
+            searched=None if forecast is None else lambda budget: nested_plan(forecast, times, window, budget, start.is_euler),
         )
 
     def _window(self, start: RunStart) -> range:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-_ON_SCHEDULE = 0.01  # a level above a step's own by less than this share of the gap to the step before still counts as the step's
+_ON_STEP = 0.01  # a level above a step's own by less than this share of the gap to the step before still counts as the step's
 
 
 class Timeline:
@@ -34,7 +34,7 @@ class Timeline:
         if len(self.times) != len(self.sigmas):
             raise ValueError(f"{len(self.sigmas)} noise levels but {len(self.times)} times")
         gaps = [0.0] + [a - b for a, b in zip(self.sigmas, self.sigmas[1:])]
-        self._thresholds = [-(s + _ON_SCHEDULE * gap) for s, gap in zip(self.sigmas[:-1], gaps)]
+        self._thresholds = [-(s + _ON_STEP * gap) for s, gap in zip(self.sigmas[:-1], gaps)]
 
     @property
     def steps(self) -> int:

@@ -38,7 +38,7 @@ class Input(NamedTuple):
         return self.options.get("default", allowed[0] if allowed else "")
 
 
-class Kind(NamedTuple):
+class NodeClass(NamedTuple):
     """A node class. Sockets come before widgets, as the page has them."""
 
     name: str
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
     outputs: tuple[tuple[str, str], ...]  # name, type
 
     @classmethod
-    def read(cls, name: str, node: Any) -> Kind:
+    def read(cls, name: str, node: Any) -> NodeClass:
         groups = node.INPUT_TYPES()
         inputs = [
             Input(key, kind, options, group == "required")
@@ -69,7 +69,7 @@ class Node:
         title: Shown in place of the class's name, unless empty.
     """
 
-    def __init__(self, number: int, kind: Kind, place: tuple[int, int, int], given: Mapping[str, Any], title: str) -> None:
+    def __init__(self, number: int, kind: NodeClass, place: tuple[int, int, int], given: Mapping[str, Any], title: str) -> None:
         self.id, self.kind, self.place, self.given, self.title = number, kind, place, given, title
         unknown = set(given) - {known.name for known in kind.inputs}
         assert not unknown, f"{kind.name} has no {unknown}"
@@ -117,7 +117,7 @@ class Sheet:
 
     def add(self, kind: str, /, title: str = "", **given: Any) -> Node:
         """Adds a node. `given` has nodes for sockets and values for widgets; other widgets keep their default."""
-        known = Kind.read(kind, self._classes[kind])
+        known = NodeClass.read(kind, self._classes[kind])
         node = Node(len(self._nodes) + 2, known, (self._x, self._y, self._width), given, title)
         self._nodes.append(node)
         self._y += node.height + _GAP

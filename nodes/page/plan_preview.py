@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -60,7 +61,7 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
         strategy = _without_calibration(settings).strategy(start)
     plan = strategy.policy.plan(steps, start.window)
     notes += strategy.notices
-    if settings.schedule is not None and settings.schedule.policy == "custom text":
+    if settings.schedule is not None and settings.schedule.is_written:
         notes.append(parse(settings.schedule.text).mapping(steps))
     return {
         "steps": steps,
@@ -68,7 +69,7 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
         "plan": str(plan),
         "name": strategy.name,
         "counts": {kind.value: plan.count(kind) for kind in Kind},
-        "kinds": [{"letter": kind.value, "label": kind.label, "meaning": _MEANINGS[kind]} for kind in Kind],
+        "kinds": [{"letter": kind.value, "meaning": _MEANINGS[kind]} for kind in Kind],
         **_costs(strategy, plan, asked),
         **_quality(settings, asked, plan),
         "notes": notes,
@@ -129,12 +130,12 @@ def _spread(forecast: Forecast | None, steps: int) -> list[float]:
 
 
 def _without_calibration(settings: Settings) -> Settings:
-    """Returns the same settings in mode auto without a calibration. A searched schedule becomes a front-loaded one."""
+    """Returns the same settings in mode auto without a calibration. A searched schedule becomes one of the usual policy."""
     schedule = settings.schedule
     if schedule is not None:
-        policy = "front-loaded" if schedule.needs_forecast else schedule.policy
-        schedule = Schedule(policy, schedule.speedup, text=schedule.text, warmup=schedule.warmup, tail=schedule.tail)
-    return Settings(mode="auto", speedup=settings.speedup, schedule=schedule)
+        policy = Schedule().policy if schedule.needs_forecast else schedule.policy
+        schedule = replace(schedule, policy=policy, calibration=None)
+    return replace(settings, mode="auto", calibration=None, schedule=schedule)
 
 
 def _costs(strategy: Strategy, plan: Plan, asked: Asked) -> dict[str, Any]:

@@ -113,8 +113,8 @@ def _sample(plain: ModelPatcher, mode: str, run: Run, inputs: Mapping[str, Any],
     if run.speedup is not None:
         model = host.attach(plain, Settings(mode=mode, speedup=run.speedup))
     on_step(0, run.steps)
-    begun = time.perf_counter()
+    began = time.perf_counter()
     result = ksample(model, steps=run.steps, on_step=on_step, **inputs)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - began
     book = host.book_of(model)
     return _Sampled(result, seconds, book.last.compute_speedup if book is not None and book.last is not None else None)

@@ -8,7 +8,7 @@ import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite
-from comfyui_duca.cache_core.families.fused import UNSPLIT
+from comfyui_duca.cache_core.families.shared.fused import UNSPLIT
 from helpers.layers import ClippedInput, linear, reference_product
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""The core room needs torch, numpy, safetensors and pytest alone, and no test file imports another."""
+"""The core room needs only torch, numpy, safetensors, einops and pytest, and no test file imports another."""
 
 from __future__ import annotations
 

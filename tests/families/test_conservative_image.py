@@ -14,7 +14,7 @@ import torch
 from checks import assert_cost_is_what_torch_counts
 from comfyui_duca.cache_core import Settings
 from comfyui_duca.cache_core.engine import TokenSelection
-from comfyui_duca.cache_core.families.replaying import sandwiched
+from comfyui_duca.cache_core.families.shared.replaying import sandwiched
 from comfyui_duca.nodes import host
 from making import Case, text
 from reference_blocks import REFERENCES, arguments

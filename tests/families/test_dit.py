@@ -9,12 +9,12 @@ import comfy.sample
 import folder_paths
 import pytest
 import torch
-from comfyui_duca.nodes.dit import load_dit as load_node
-from comfyui_duca.nodes.dit.imagenet_class import ImageNetClass, class_conditioning
-from comfyui_duca.nodes.dit.load_dit import LoadDiT
+from comfyui_duca.nodes import load_dit as load_node
 from comfyui_duca.nodes.dit.model import NO_CLASS, DiTConfig, memory_factor
 from comfyui_duca.nodes.dit.network import DiT
 from comfyui_duca.nodes.duca_cache import DucaCache
+from comfyui_duca.nodes.imagenet_class import ImageNetClass, class_conditioning
+from comfyui_duca.nodes.load_dit import LoadDiT
 from runs import kinds, report_of, sample
 from zoo_dit import CASES, SHAPE, assert_near, dit, network_of, normal, plain_of, saved, weights_of
 

@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F  # noqa: N812
 from comfy.model_patcher import ModelPatcher
-from comfyui_duca.nodes.dit.imagenet_class import class_conditioning
 from comfyui_duca.nodes.dit.model import DiTConfig
 from comfyui_duca.nodes.dit.network import DiTShape
+from comfyui_duca.nodes.imagenet_class import class_conditioning
 from making import Case, text, tiny
 from torch import Tensor, nn
 from zoo_image import normal

@@ -12,10 +12,12 @@ from comfyui_duca.cache_core.calibration.sidecar import About
 from comfyui_duca.cache_core.calibration.use import NotCoveredError, nested_plan
 from comfyui_duca.cache_core.costs import assumed_costs
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.planning.policies import POLICIES, FrontLoaded, Within
+from comfyui_duca.cache_core.planning import schedule as schedule_module
+from comfyui_duca.cache_core.planning.policies import POLICIES, FixedInterval, FrontLoaded, Within
 from comfyui_duca.cache_core.planning.schedule import Schedule
 from comfyui_duca.cache_core.predictors import AUTO, Calibrated, Chebyshev, Reuse
 from comfyui_duca.cache_core.tuning import Wishes
+from comfyui_duca.nodes import cache_schedule
 from comfyui_duca.nodes.cache_schedule import CacheSchedule
 from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.inputs.settings import schedule_of, settings_of
@@ -245,6 +247,20 @@ def test_only_the_first_of_several_evaluations_computes(model):
 def test_an_incremental_letter_without_factors_is_refused_with_a_remedy(model):
     with pytest.raises(ValueError, match="low-rank factors first"):
         sample(cached(model, schedule=Schedule("custom text", text="FiFa")), steps=8)
+
+
+def test_a_policy_in_the_table_is_offered_by_the_node(monkeypatch):
+    """One line in the table: the node lists it, explains it and makes a schedule of it."""
+
+    class Twice(FixedInterval):
+        about = "every second step"
+
+    table = {**POLICIES, "twice": Twice}
+    for module in (cache_schedule, schedule_module):
+        monkeypatch.setattr(module, "POLICIES", table)
+    kind = next(field for field in CacheSchedule.define_schema().inputs if field.id == "kind")
+    assert kind.options[-1] == "twice" and kind.tooltip.endswith("twice: every second step.")
+    assert schedule_of(**{**INPUTS, "kind": "twice"}).policy == "twice"
 
 
 def test_the_nodes_inputs_are_settings(model):

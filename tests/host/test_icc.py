@@ -15,7 +15,7 @@ from comfyui_duca.cache_core.engine.linear_sites import (
 )
 from comfyui_duca.cache_core.families import undescribed
 from comfyui_duca.cache_core.families.flux import FLUX
-from comfyui_duca.cache_core.families.fused import UNSPLIT, LinearPart
+from comfyui_duca.cache_core.families.shared.fused import UNSPLIT, LinearPart
 from comfyui_duca.cache_core.overrides import forward_overrides
 from comfyui_duca.cache_core.refusals import UnsupportedCallError
 from comfyui_duca.cache_core.store import FeatureStore, StoreFormat

@@ -11,7 +11,7 @@ import torch
 from comfyui_duca.cache_core.calibration import low_rank
 from comfyui_duca.cache_core.calibration.low_rank import Magnitudes, dense_weight, factorise_sites, measuring
 from comfyui_duca.cache_core.engine.linear_sites import LinearSite, check_shapes
-from comfyui_duca.cache_core.families.fused import UNSPLIT
+from comfyui_duca.cache_core.families.shared.fused import UNSPLIT
 from comfyui_duca.nodes.demo_flux import encode_prompt
 from helpers.layers import ClippedInput, linear, reference_product
 

@@ -286,7 +286,7 @@ def unset(patched: ModelPatcher) -> ModelPatcher:
 def test_a_call_given_up_half_way_is_cleaned_up_after(model, recorder, monkeypatch, letter):
     """A skip or a replay that meets arguments it does not know raises inside the host's forward, where weights are pinned."""
     from comfyui_duca.cache_core.engine import skip
-    from comfyui_duca.cache_core.families.base import Stack
+    from comfyui_duca.cache_core.families.shared.base import Stack
 
     def refuses(*_args):
         raise UnsupportedCallError("test")

@@ -284,7 +284,7 @@ def test_factors_are_those_of_the_models_layers(small, method):
 
 
 @pytest.mark.parametrize("more", [{"steps": [6, 5]}, {"scheduler": ["simple", "beta"]}], ids=str)
-def test_prompts_with_different_schedules_are_refused(small, more):
+def test_prompts_with_different_noise_levels_are_refused(small, more):
     with pytest.raises(ValueError, match="different noise levels"):
         calibrator(small, **more).run()
 

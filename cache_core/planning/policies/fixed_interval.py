@@ -22,7 +22,7 @@ class FixedInterval:
     """
 
     about: ClassVar[str] = "full every N steps"
-    takes: ClassVar[frozenset[str]] = frozenset({"speedup", "cycle_length"})
+    takes: ClassVar[frozenset[str]] = frozenset({"speedup", "cycle_length", "costs"})
 
     interval: int = 4
     warmup: int = 3

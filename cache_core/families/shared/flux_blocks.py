@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..refusals import UnsupportedCallError
+from ...refusals import UnsupportedCallError
 from .base import Cached, ModelFamily, Site, Stack, modulate
 from .flux_fused import FLUX_FUSED
 from .replaying import finite, renewed, stream_sites

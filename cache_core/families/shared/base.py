@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..blocks import blocks_at
-from ..refusals import UnknownInputError, UnsupportedCallError
+from ...blocks import blocks_at
+from ...refusals import UnknownInputError, UnsupportedCallError
 from .as_read import has
 from .fused import LinearPart
 

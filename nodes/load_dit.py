@@ -7,8 +7,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from .model import load_dit
-from .weights import SUFFIXES
+from .dit.model import load_dit
+from .dit.weights import SUFFIXES
 
 _FOLDERS = ("diffusion_models", "checkpoints")
 

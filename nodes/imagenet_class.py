@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from .model import CLASS_LABEL, NO_CLASS
+from .dit.model import CLASS_LABEL, NO_CLASS
 
 _NONE = 1000  # ImageNet's classes are 0 to 999
 _SHOWN = (

@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from ..blocks import unwrapped
+from ...blocks import unwrapped
 
 
 def takes(module: object, *parameters: str) -> bool:

@@ -1,0 +1,1 @@
+"""What families are made of: their description, the conservative arithmetic that several share, fused layers."""
