@@ -29,8 +29,8 @@ class Accounts:
         plan: The plan of the run.
         report: The report in which predictions are entered.
         store: Keeps the features.
-        choose_device: Is called with the bytes that will be kept and returns the device to keep them on, None for the model's.
-            Where it is None itself, `store.format` is left as it is.
+        choose_device: Is called with the bytes that will be kept and returns the device to keep them on, None for the model's. Without
+            it, `store.format` decides.
     """
 
     def __init__(
@@ -41,7 +41,10 @@ class Accounts:
 
     @contextmanager
     def counting(self, engine: EngineCall, strategy: Strategy, kind: Kind) -> Iterator[None]:
-        """Counts the multiply-adds of the call inside the context, if it is the first of its kind."""
+        """Counts the multiply-adds of the call inside the context, and enters them in `engine.known.costs`.
+
+        Counting takes time, so it is done only for the first call with each key.
+        """
         key = _key(engine, strategy, kind)
         if key in engine.known.costs:
             yield

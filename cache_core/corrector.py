@@ -33,7 +33,7 @@ class Corrector:
         plan: Plan of the run.
 
     Attributes:
-        corrected: Number of full evaluations that were corrected so far.
+        corrected: Number of full evaluations so far that corrected the error of a gap.
     """
 
     def __init__(self, timeline: Timeline, plan: Plan) -> None:

@@ -27,7 +27,8 @@ class Costs(NamedTuple):
     Args:
         compute: Multiply-adds as a share of those without a cache.
         bytes: Bytes of the cache at most, None where they are not known.
-        is_counted: Whether the costs were counted on this model. If not, those of a usual one were taken.
+        is_counted: Whether the model was sampled before, so that its full evaluations were counted. If not, all costs are those of a usual
+            model.
     """
 
     compute: float
@@ -68,7 +69,7 @@ def expected_costs(strategy: Strategy, plan: Plan, shape: CallShape | None) -> C
 
 
 def cost_key(kind: Kind, strategy: Strategy) -> Hashable:
-    """Returns a key under which evaluations of one kind have the same multiply-adds, whatever else the strategy is."""
+    """Returns the key under which `Known.costs` has the multiply-adds of a kind. Strategies with the same key cost the same."""
     if kind is Kind.SKIPPED and strategy.predictor.uses_input:
         return kind, "corrected"
     if kind is Kind.CONSERVATIVE:

@@ -24,12 +24,12 @@ class Evaluation:
         sigma: The noise level.
         planned: The kind that the plan has for the step.
         kind: The costliest kind that one of its model calls really was. None where no call reached the model, as another node answered.
-        calls: Number of model calls.
-        skipped: Number of calls that were skipped.
+        calls: Number of model calls, without those that another node answered.
+        skipped: Number of these calls that were skipped.
         macs: Multiply-adds done, embedding and head included.
         full_macs: Multiply-adds of the same evaluation in full.
         ms: Wall time in milliseconds, 0 before the end of the run.
-        cache_bytes: Bytes kept after it.
+        cache_bytes: Bytes of memory that the cache holds after it, spare memory included.
     """
 
     index: int
@@ -75,7 +75,7 @@ class RunReport:
         evaluations: All evaluations, in order.
         predicted_bytes: Bytes that the cache was predicted to hold.
         peak_bytes: The most bytes that it really held.
-        corrected: Number of full evaluations that were corrected for the forecasts before them.
+        corrected: Number of full evaluations that corrected the error of the skipped ones before them.
         notices: The notices that the user got during the run.
         is_complete: False after a cancel or an error.
         shape: What the calls were like, None where none was cached.
@@ -99,7 +99,7 @@ class RunReport:
 
     @property
     def compute_speedup(self) -> float:
-        """Multiply-adds of the same evaluations in full, divided by those done."""
+        """Multiply-adds of the same evaluations in full, divided by those done. 1 if none were done."""
         done = sum(e.macs for e in self.evaluations)
         return sum(e.full_macs for e in self.evaluations) / done if done else 1.0
 
@@ -109,7 +109,7 @@ class RunReport:
 
     @property
     def time_speedup(self) -> float:
-        """Time of all evaluations if each took the median of the full ones, divided by the time taken."""
+        """Time of all evaluations if each took the median of the full ones, divided by the time taken. 1 if that is not known."""
         full = [e.ms for e in self.evaluations if e.kind is Kind.FULL]
         return statistics.median(full) * len(self.evaluations) / self.total_ms if full and self.total_ms else 1.0
 
@@ -136,7 +136,13 @@ def unsaid(report: RunReport, timeline: Timeline, is_explained: bool) -> list[st
 
 
 class Stopwatch:
-    """Times work between two marks. On CPU and CUDA the device need not wait for a mark; times are read once, at the end."""
+    """Measures the time between two marks.
+
+    On CPU and CUDA, setting a mark does not wait for the device. On other devices it does.
+
+    Args:
+        device: Device that does the work.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -153,7 +159,7 @@ class Stopwatch:
         return event
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """Returns the time between two marks. Waits for the device to reach the later one."""
+        """Returns the milliseconds between two marks. Waits for the device to reach the later one."""
         if not self._is_cuda:
             return (end - start) * 1000
         end.synchronize()

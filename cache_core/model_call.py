@@ -25,7 +25,7 @@ class ModelCall:
         weights: Identifies weights that change while sampling (hook LoRAs). Features are only used while it is equal.
         is_copy: Whether the network holds the weights of the run's own network on another device.
         starting: Is called with the kind of evaluation each time before the model is run.
-        abandoned: Is called when that ended half-way, by an exception of the cache's own.
+        abandoned: Is called when a run of the model ended half-way, by an exception that the cache raised or during a proof.
     """
 
     model: nn.Module
@@ -41,5 +41,5 @@ class ModelCall:
 
     @property
     def likeness(self) -> Hashable:
-        """Equal for calls that are alike: what is found out about one call of a network holds for all those of it."""
+        """Compares equal for calls of a network that have the same place and costs: with equal shapes, options and number of conds."""
         return self.signature, self.given, self.variant, len(self.conds)

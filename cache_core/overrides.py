@@ -50,7 +50,12 @@ def uncompiled() -> AbstractContextManager[None]:
 
 
 def around(before: Callable[[tuple, dict], None] | None = None, after: Callable[[Any], None] | None = None) -> Callable[[Forward], Forward]:
-    """Returns an override that runs the present forward, calls `before` with its arguments and `after` with its result."""
+    """Returns the second part of an `Override`, which lets the present forward run and listens to it.
+
+    Args:
+        before: Is called with the arguments (args, kwargs) before the forward runs. None for nothing.
+        after: Is called with the result. None for nothing.
+    """
 
     def make(forward: Forward) -> Forward:
         def listened(*args: Any, **kwargs: Any) -> Any:

@@ -80,9 +80,9 @@ class Placing:
         return _key(call) in self._proved and (known.is_confirmed or self._proved[_key(call)] == evaluation)
 
     def sketches(self, call: ModelCall, evaluation: int) -> Mapping[Path, Tensor]:
-        """Returns the sketches of a proof in the evaluation before, for the first skip.
+        """Returns the sketches (B, L, at most 8) of a proof in this evaluation or the one before, for the first skip, and forgets them.
 
-        Older ones tell nothing, as another latent was embedded.
+        Empty if there was no proof, or an older one, which shows nothing, as another latent was embedded.
         """
         proved, sketches = self._sketches.pop(_key(call), (evaluation, {}))
         return sketches if evaluation - proved <= 1 else {}
@@ -138,6 +138,9 @@ class Placing:
     def prove(self, call: ModelCall, compute: Callable[[], Tensor], answer: Tensor, engine: EngineCall, evaluation: int) -> bool:
         """Returns whether the place still holds, after a full evaluation that kept copies of its hidden state. If not, it is forgotten.
 
+        True also for an answer with NaN or infinite values, which proves nothing. Where a skip changes the embedded input, the place
+        leaves out fewer lists of blocks from here on.
+
         Args:
             call: The call.
             compute: Runs it again on the same inputs.
@@ -169,7 +172,7 @@ class Placing:
         """Returns whether conservative evaluations answer as full ones do. Is called after a full evaluation that kept sublayers.
 
         The same call is evaluated conservatively: as nothing has changed, its answer must be the same. This is tried once in a run, and
-        leaves the kept features as they are.
+        leaves the kept features as they are. True also where the replay itself refuses the call, as it does so again when it is due.
 
         Args:
             call: The call.

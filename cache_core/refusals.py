@@ -1,4 +1,4 @@
-"""Defines why a call of the model cannot be served from the cache. These errors are raised inside it; it is then computed in full."""
+"""Errors that say why the cache cannot answer a model call. They are raised inside the host's call, which is then computed in full."""
 
 from __future__ import annotations
 

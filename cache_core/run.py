@@ -133,7 +133,7 @@ class CacheRun:
         self._slots.next_pass()
 
     def model_call(self, call: ModelCall, compute: Callable[[], Tensor]) -> Tensor:
-        """Answers one model call. `compute` runs the host's model; it may be called more than once."""
+        """Returns the answer to one model call. `compute` runs the host's model; it may be called more than once, or not at all."""
         if not self._may_cache(call):
             return self._past_the_cache(call, compute)
         try:
@@ -153,7 +153,10 @@ class CacheRun:
             self._layers.clear()
 
     def close(self, is_complete: bool = False) -> RunReport:
-        """Frees every tensor, whatever state the run is in, and returns the finished report."""
+        """Frees every tensor, whatever state the run is in, and returns the finished report.
+
+        `is_complete` is False after a cancel or an error. Times in the report are then 0, and it gets no more notices.
+        """
         self.report.peak_bytes = self.store.peak_bytes
         self.report.is_complete = is_complete
         if is_complete:

@@ -21,7 +21,7 @@ freed at its end."""
 
 
 class StoreFullError(Exception):
-    """The device has no room for another feature."""
+    """A device has no memory left for the cache: for a feature, for factors or for a proof."""
 
 
 @contextmanager

@@ -81,10 +81,10 @@ class Settings:
 
     Args:
         mode: One of `MODES`.
-        speedup: Wanted number of evaluations per full evaluation, at least 1.
-        cycle_length: Steps from one full evaluation to the next. 0 follows `speedup`.
+        speedup: Number of steps divided by the cost of the plan in full evaluations, at least 1. Skipped steps cost nothing.
+        cycle_length: Steps from one full evaluation to the next. 0 follows `speedup`. Mode "auto" does not use it.
         token_share: Share 0..1 of the tokens that a conservative evaluation recomputes.
-        warmup: Full steps at the beginning. None takes the default of the mode.
+        warmup: Full steps at the beginning. None takes the default of the mode. Mode "auto" does not use it.
         tail: Full steps at the end.
         skip_from, skip_to: Part 0..1 of the sampling in which evaluations may be skipped.
         predictor: A key of `PREDICTORS`, for mode "forecast".
@@ -92,7 +92,7 @@ class Settings:
         storage: Device and dtype in which features are kept.
         calibration: Calibration of the model. Mode "auto" uses its forecast, mode "icc" its factors.
         schedule: Chooses the full steps in place of `speedup`, `cycle_length`, `warmup`, `tail`, `skip_from` and `skip_to`. The mode still
-            chooses how the other steps are filled.
+            chooses how the other steps are filled. Mode "off" does not use it.
 
     Raises:
         ValueError: For a value that is not allowed, with a message for the user.

@@ -24,7 +24,13 @@ _MIB = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: the file is unfit or cannot be written; 2: the command line is wrong."""
+    """Runs a command and returns the exit status: 0 when done, 1 for a file that cannot be read, used or written.
+
+    A wrong command line ends the process with status 2.
+
+    Args:
+        arguments: The command line without the program. None takes that of the process.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "shrink" and options.drop is None and options.rank is None:

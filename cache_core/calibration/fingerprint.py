@@ -19,13 +19,16 @@ _SLACK = 2.0  # both sides may be rounded, and some loaders round stochastically
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """What is kept of the base weights; compare with `matches`, not with `==`.
+    """Identifies a checkpoint by names, shapes and some values of its weights. Compare with `matches`, not with `==`.
 
-    structure: sha256 over names and shapes of all tensors that count, 64 hex characters; equal only where the same ones count.
-    dtype: the least precise dtype among them, as torch names it ("bfloat16"); it says how far values may be rounded.
-    values: (m, 64) float32 with 1 <= m <= 64: a row per sampled tensor, evenly spread over the names in order. A row of NaN is of
-    a tensor that is not there to be looked at.
-    Raises ValueError when the three are not of that form.
+    Args:
+        structure: sha256 over names and shapes of all tensors that count, 64 hex characters.
+        dtype: The least precise dtype among these tensors, as torch names it ("bfloat16"). Values may be rounded as in this dtype.
+        values: (m, 64) float32 with 1 <= m <= 64, one row for each sampled tensor. The sampled tensors are evenly spread over the sorted
+            names. A row of NaN stands for a tensor whose values are not known.
+
+    Raises:
+        ValueError: If an argument does not have that form.
     """
 
     structure: str
@@ -44,15 +47,19 @@ class Fingerprint:
 
     @classmethod
     def of(cls, named_tensors: Iterable[tuple[str, Tensor]], with_vectors: bool = False) -> Fingerprint:
-        """Fingerprint of (name, weight) pairs, in any order; names should be the model's own, without a loader's prefix.
+        """Takes the fingerprint of weights.
 
-        Floating tensors of two dimensions or more and 64 elements or more count. A checkpoint pins these, and hosts agree on their
-        names, whereas they rename vectors (a norm's scale) and make some that no checkpoint has.
-        with_vectors: count vectors too, as fingerprints in older sidecars did.
+        Floating-point tensors with at least two dimensions and 64 elements count. These come from the checkpoint, under names that hosts
+        agree on. Vectors (a norm's scale) are renamed by some hosts, and some vectors are in no checkpoint.
 
-        Pairs are taken one at a time and only their samples are kept, so weights may be made dense on the fly.
-        Packed formats (GGUF) are not floating and do not count: give their dense weights.
-        Raises ValueError when nothing counts.
+        Args:
+            named_tensors: (name, weight) pairs in any order. Names are the model's own, without the prefix of a loader. Packed weights
+                (GGUF) must be given dense, as their integers do not count. Pairs are taken one at a time and only samples are kept, so
+                an iterator may make weights dense one after another.
+            with_vectors: Whether vectors count too, as in the fingerprints of older sidecars.
+
+        Raises:
+            ValueError: If no tensor counts.
         """
         found = []
         for name, weight in named_tensors:
@@ -68,9 +75,11 @@ class Fingerprint:
         return cls(structure, str(coarsest).removeprefix("torch."), torch.stack([found[i][3] for i in chosen]))
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both are of one checkpoint: equal structure, and 99.9 % of the values equal up to twice the coarser dtype's rounding.
+        """Returns whether both fingerprints are of one checkpoint.
 
-        In bf16, fp16 or fp32 a fine-tune is told apart; between fp8 loads only one whose weights moved by more than fp8's steps.
+        They are if the structures are equal and 99.9 % of the values differ by no more than twice the rounding of the coarser dtype. So a
+        fine-tune loaded in bf16, fp16 or fp32 does not match its base. Loaded in fp8, it does not if its weights moved by more than the
+        steps of fp8.
         """
         if self.structure != other.structure or self.values.shape != other.values.shape:
             return False
@@ -82,10 +91,10 @@ class Fingerprint:
         return bool(len(agrees)) and agrees.double().mean().item() >= _AGREEING
 
     def _rounding(self) -> Tensor:
-        """Half a step of each row's dtype (2, m, 1) float64: relative to a normal value, and absolute near zero.
+        """Returns half a step of each row's dtype, (2, m, 1) float64: relative to a normal value, and absolute near zero.
 
-        fp8 e4m3: 2^-4 and 2^-10; bf16 2^-8; fp16 2^-11; fp32 2^-24. A row that a coarser dtype holds exactly was rounded to
-        that before, as when an fp8 file is loaded in bf16.
+        The relative one is 2^-4 for fp8 e4m3 (absolute 2^-10), 2^-8 for bf16, 2^-11 for fp16 and 2^-24 for fp32. A row that a coarser
+        dtype holds exactly was rounded to that dtype before, as when an fp8 file is loaded in bf16.
         """
         rows = self.values.cpu()
         steps = _half_step(getattr(torch, self.dtype)).expand(2, len(rows), 1)
@@ -96,27 +105,27 @@ class Fingerprint:
 
     @property
     def short(self) -> str:
-        """8 hex characters for file names, from the structure and the signs of the sampled values.
+        """8 hex characters for file names, made from the structure and the signs of the sampled values.
 
-        Rounding keeps the sign, that of a value rounded to zero included (-0.0), so this is the same for every cast of one
-        checkpoint to an IEEE-like dtype. Only formats without a negative zero (the fnuz fp8 kinds) may change it.
+        Rounding keeps signs, also of values rounded to zero (-0.0), so all casts of one checkpoint have the same characters. Only dtypes
+        without a negative zero (the fnuz dtypes of fp8) may change them.
         """
         signs = torch.signbit(self.values.cpu()).flatten().tolist()
         return hashlib.sha256((self.structure + "".join("-" if sign else "+" for sign in signs)).encode()).hexdigest()[:8]
 
 
 def structure_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The structure of a fingerprint for which tensors of these names and shapes count."""
+    """Returns the `structure` of a fingerprint in which tensors of these names and shapes count."""
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of the indices 0..count-1, evenly spread and with both ends."""
+    """Returns `wanted` of the indices 0..count-1, evenly spread, the first and the last included."""
     return [i * (count - 1) // max(1, wanted - 1) for i in range(wanted)]
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """64 values (64,) float32 on the CPU, spread over all of `weight`; copies no more than those, whatever its strides."""
+    """Returns 64 values of a weight, evenly spread, (64,) float32 on the CPU. It copies no others, whatever the strides."""
     if weight.dtype.itemsize == 1:  # indexing is not defined for every fp8 kind on every device, for bytes it is
         return _pick(weight.view(torch.uint8)).view(weight.dtype).float().nan_to_num(0.0, 0.0, 0.0).cpu()
     return _pick(weight).float().nan_to_num(0.0, 0.0, 0.0).cpu()

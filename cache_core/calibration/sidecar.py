@@ -1,29 +1,30 @@
-"""The calibration sidecar: one safetensors file that keeps what a calibration run learned about a checkpoint.
+"""Writes and reads sidecars: safetensors files that each keep the calibration of one checkpoint.
 
 Tensors are named `<section>.<name>`. A file has one or both sections, and always `fingerprint.values` (m, 64) float32.
 
 | section | name | shape | dtype | |
 | --- | --- | --- | --- | --- |
-| forecast | gram | (n, n) | float64 | products of the block stack's increments at two steps |
-| | uu | (n, n, d, d) | float32 | products of the input tokens at two steps |
-| | uz | (n, n, d, r) | float16 or float32 | products of input tokens and increments, in the basis |
-| | basis | (C, r) | float32 | directions of the increments that are kept |
-| | sensitivity | (n,) | float64 | how much a step's error weighs in the final image |
-| | step_times | (k,) | float64 | the model's time at every step of the calibrated schedule |
-| | plans | (p, k) | float32 | what did best per budget: 0 skipped, 1 full, 2 calibrated |
-| | results | (p, 4) | float64 | share of calibrated weights (-1: none), PSNR, uncalibrated PSNR, start of the search (0: none) |
-| icc | energy | (parts,) | float32 | share of each part's square norm that its factors keep, by name |
+| forecast | gram | (n, n) | float64 | inner products of the hidden states (minus the embedded input) at two evaluations, mean per token |
+| | uu | (n, n, d, d) | float32 | the same of the channels of two inputs |
+| | uz | (n, n, d, r) | float16 or float32 | the same of the channels of inputs and of hidden states, in the basis |
+| | basis | (C, r) | float32 | orthonormal directions of hidden channels |
+| | sensitivity | (n,) | float64 | squared move of the final latent per squared error of a forecast |
+| | step_times | (k,) | float64 | the model's time (0..1) at every step of the calibrated runs |
+| | plans | (p, k) | float32 | the plan that did best for each budget: 0 skipped, 1 full, 2 incremental |
+| | results | (p, 4) | float64 | per plan: share of calibrated weights (-1: none), PSNR and uncalibrated PSNR (dB), origin of the search |
+| icc | energy | (parts,) | float32 | share 0..1 of each part's square norm that its factors keep, parts sorted by name |
 | | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any below | columns by importance, most important first |
 | | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any below | |
 
-n: recorded evaluations; k: steps; p: budgets; d: channels of an input token; C: channels of a hidden token; r: kept directions.
-Floats of 64, 32 or 16 bits, finite.
+Sizes: n recorded evaluations, k steps, p budgets, d channels of an input token, C channels of a hidden token, r directions, m sampled
+tensors. The origin is 0 without a search, 1 for "general" and 2 for "even gaps" (`use.origin_plan`). "Any below" is any of float64,
+float32, float16 and bfloat16. All values are finite.
 
 Metadata: `duca_format` "1"; `about` (JSON of About); `sections` (JSON: per section and tensor its dtype, shape and sha256);
-`fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. safetensors itself sees to the file's layout,
-`digest` to the metadata and the sha256 of each tensor to its values, so a change of any byte is noticed.
+`fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. safetensors itself checks the file's layout, `digest`
+the metadata and the sha256 of each tensor its values, so a change of any byte is noticed.
 
-A file is replaced whole or not at all, and a reader meanwhile sees the old or the new one.
+A file is replaced whole or not at all. A reader sees the old file or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -72,9 +73,13 @@ _PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before the file is replaced once 
 
 @dataclass(frozen=True, eq=False)
 class Sidecar:
-    """What a sidecar holds. sections: "forecast" and/or "icc", each its tensors by name; names, shapes and dtypes above.
+    """The contents of a sidecar.
 
-    No two tensors overlap in memory: safetensors writes none that do.
+    Args:
+        about: How the calibration was made.
+        fingerprint: Fingerprint of the checkpoint.
+        sections: Tensors by name, of the sections "forecast", "icc" or both. The docstring of this module has names, shapes and dtypes. No
+            two tensors may share memory, as safetensors does not write such tensors.
     """
 
     about: About
@@ -84,22 +89,35 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a sidecar says without its sections' tensors. tensors: what they are, per section and name."""
+    """The contents of a sidecar without the tensors of its sections.
+
+    Args:
+        about: How the calibration was made.
+        fingerprint: Fingerprint of the checkpoint.
+        tensors: Dtype, shape and hash of every tensor, by section and name.
+    """
 
     about: About
     fingerprint: Fingerprint
     tensors: Mapping[str, Mapping[str, TensorInfo]]
 
     def nbytes(self, section: str) -> int:
-        """Bytes of a section's tensors, 0 for one the file does not have."""
+        """Returns the bytes of a section's tensors, 0 for a section that the file does not have."""
         return sum(info.nbytes for info in self.tensors.get(section, {}).values())
 
 
 def write(path: _Path, sidecar: Sidecar) -> None:
-    """Writes `sidecar` to `path`, replacing what is there in one go; of two writers at once the last wins.
+    """Writes a sidecar, in place of a file that is there. If two processes write at once, the file of the later one stays.
 
-    Raises SidecarError when the sidecar breaks a rule of this module, or when the folder cannot be written to or the disk
-    is full; what was there before then still is. Memory: safetensors before 0.8 copies all tensors first.
+    safetensors before 0.8 copies all tensors first, so it takes their memory a second time.
+
+    Args:
+        path: The file. If it is a link, the file that it leads to is replaced.
+        sidecar: What to write.
+
+    Raises:
+        SidecarError: If the sidecar breaks a rule of this module, if the folder cannot be written to, or if the disk is full. A file that
+            was there before is left as it was.
     """
     try:
         target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
@@ -114,11 +132,18 @@ def write(path: _Path, sidecar: Sidecar) -> None:
 
 
 def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
-    """The sidecar at `path`; with `sections`, those only, and no other section's tensors are read or checked. () reads none.
+    """Reads a sidecar and checks what it reads.
 
-    Tensors are on the CPU and do not depend on the file any more.
-    Raises SidecarError for any file that is not whole, sound and of this format, or that lacks a section asked for;
-    ValueError for a section name that no file has.
+    Args:
+        path: The file.
+        sections: Names of the sections to read. None reads all, () none. The tensors of other sections are neither read nor checked.
+
+    Returns:
+        The sidecar. Its tensors are copies on the CPU, so the file may change afterwards.
+
+    Raises:
+        SidecarError: If the file cannot be read, is damaged or of another format, or lacks a section that was asked for.
+        ValueError: For a name that is no section of any sidecar.
     """
     wanted = None if sections is None else tuple(sections)
     if wanted is not None and not set(wanted) <= set(SECTIONS):
@@ -127,12 +152,16 @@ def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
 
 
 def peek(path: _Path) -> Contents:
-    """What the file at `path` says of itself, without reading its sections: for lists. Raises SidecarError as `read` does."""
+    """Reads metadata and fingerprint of a sidecar but no section, which is quick enough for lists of files.
+
+    Raises:
+        SidecarError: If the file cannot be read, is damaged or of another format.
+    """
     return _steadily(path, _contents)
 
 
 def _encode(sidecar: Sidecar) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of the file. Raises RefusedError for what `read` would refuse."""
+    """Returns the tensors and the metadata of the file. Raises RefusedError for a sidecar that `read` would refuse."""
     groups = {**sidecar.sections, FINGERPRINT: {"values": sidecar.fingerprint.values}}
     catalogue: dict[str, dict[str, TensorInfo]] = {section: {} for section in groups}
     tensors = {}
@@ -166,7 +195,10 @@ def _replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 
 
 def _put(written: Path, target: Path) -> None:
-    """Windows replaces no file that is open, as it is to a reader for a moment: torch opens it without FILE_SHARE_DELETE."""
+    """Moves the written file to its target. Tries again on Windows, which does not replace a file while a reader has it open.
+
+    torch opens files without FILE_SHARE_DELETE.
+    """
     for pause in _PAUSES:
         with suppress(PermissionError):
             written.replace(target)
@@ -176,7 +208,7 @@ def _put(written: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Removes what writers of this file left behind that were killed."""
+    """Removes what writers of this file left when they were killed."""
     for stray in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > _STRAY_AGE:
@@ -200,7 +232,7 @@ def _contents(file: Any) -> Contents:
 
 
 def _header(file: Any) -> Header:
-    """The metadata, and that the file has just the tensors it lists."""
+    """Reads the metadata and checks that the file has exactly the tensors that it lists."""
     header = from_metadata(file.metadata())
     odd = {f"{section}.{name}" for section, tensors in header.catalogue.items() for name in tensors} ^ set(file.keys())
     if odd:
@@ -228,7 +260,7 @@ def _load(file: Any, header: Header, section: str) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _opened(path: _Path) -> Iterator[Any]:
-    """safe_open, with every way a file can be unfit as a SidecarError."""
+    """Opens a file with `safe_open` and raises every error inside the context as a SidecarError."""
     try:
         with Path(path).open("rb"):  # safe_open calls a file that may not be read, and a folder, something else
             pass
@@ -244,7 +276,10 @@ def _opened(path: _Path) -> Iterator[Any]:
 
 
 def _steadily(path: _Path, take: Callable[[Any], _T], tries: int = _TRIES) -> _T:
-    """What `take` makes of the open file; again where it is replaced meanwhile: safe_open opens it twice, for header and tensors."""
+    """Returns the result of `take` for the open file. Tries again if the file was replaced meanwhile.
+
+    safe_open opens a file twice, for header and tensors, which may then be of two files.
+    """
     before = _identity(path)
     try:
         with _opened(path) as file:

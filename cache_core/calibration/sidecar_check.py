@@ -1,4 +1,4 @@
-"""What a sidecar may hold: its metadata as text, and the rules every file is held to, before writing and after reading."""
+"""Converts the metadata of a sidecar to and from text, and checks it before writing and after reading."""
 
 from __future__ import annotations
 
@@ -43,7 +43,13 @@ _FORECAST = MappingProxyType(
 
 
 class SidecarError(Exception):
-    """A sidecar cannot be read or written. path: the file; reason: what is wrong; remedy: what to do about it."""
+    """A sidecar cannot be read or written.
+
+    Args:
+        path: The file.
+        reason: What is wrong, for the user.
+        remedy: What the user can do about it.
+    """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
         super().__init__(os.fspath(path), reason, remedy)  # so that it can be sent between processes
@@ -56,7 +62,12 @@ class SidecarError(Exception):
 
 
 class RefusedError(ValueError):
-    """What a rule here raises; whoever knows the path makes a SidecarError of it."""
+    """The contents of a sidecar break a rule of this file. `sidecar`, which knows the path, raises it as a SidecarError.
+
+    Args:
+        reason: What is wrong, for the user.
+        remedy: What the user can do about it.
+    """
 
     def __init__(self, reason: str, remedy: str = COPY_AGAIN) -> None:
         super().__init__(reason)
@@ -68,11 +79,21 @@ class RefusedError(ValueError):
 class About:
     """How a calibration was made.
 
-    family, model_name, sampler, scheduler: as the pack and the host name them. guidance: the CFG scale.
-    steps: k. sigmas: the k+1 noise levels. times: the model's time, scaled to 0..1, at each of the n recorded evaluations.
-    token_grid: size of the latent, (H, W) or (T, H, W). prompt_count, seeds: what was calibrated on.
-    rank, method: of the icc section ("ca_svd", "cd_svd", "svd"), 0 and "" without one.
-    versions: of pack, torch and comfyui. created: ISO 8601 date.
+    Args:
+        family: Name of the model's family.
+        model_name: Name that the user gave the model, or that of its family.
+        sampler, scheduler: Names of the host.
+        steps: Steps of the calibrated runs, k.
+        guidance: CFG scale.
+        sigmas: The k+1 noise levels.
+        times: The model's time (0..1) at each of the n recorded evaluations, noisiest first.
+        token_grid: Size of the latent, (H, W) or (T, H, W).
+        prompt_count: Number of prompts.
+        seeds: Seed of each prompt.
+        rank: Rank that was asked for in section "icc", 0 without one.
+        method: Method of section "icc", one of `low_rank.METHODS`, "" without one.
+        versions: Versions of "pack", "torch" and "comfyui".
+        created: Date and time in ISO 8601.
     """
 
     family: str
@@ -94,7 +115,13 @@ class About:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the metadata lists it. dtype: safetensors' name ("F32"). sha256: of its bytes, hex."""
+    """A tensor as the metadata lists it.
+
+    Args:
+        dtype: Name of the dtype in safetensors, such as "F32".
+        shape: Its shape.
+        sha256: Hash of its bytes, in hex.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -110,7 +137,14 @@ Catalogue = Mapping[str, Mapping[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class Header:
-    """All a sidecar says without its tensors. catalogue: also has the section "fingerprint"."""
+    """The metadata of a sidecar.
+
+    Args:
+        about: How the calibration was made.
+        catalogue: Every tensor of the file, by section and name. "fingerprint" is a section here.
+        structure: As in `Fingerprint`.
+        fingerprint_dtype: `Fingerprint.dtype`.
+    """
 
     about: About
     catalogue: Catalogue
@@ -119,7 +153,11 @@ class Header:
 
 
 def to_metadata(header: Header) -> dict[str, str]:
-    """The safetensors metadata of a file. Raises RefusedError for what JSON cannot hold (NaN, foreign types)."""
+    """Returns the safetensors metadata of a file.
+
+    Raises:
+        RefusedError: For values that JSON cannot hold: NaN, infinity or objects of other types.
+    """
     about = {f.name: getattr(header.about, f.name) for f in fields(About)} | {"versions": dict(header.about.versions)}
     listed = {s: {n: vars(info) for n, info in tensors.items()} for s, tensors in header.catalogue.items()}
     texts = {"duca_format": FORMAT, "about": _canonical(about), "sections": _canonical(listed)}
@@ -128,7 +166,14 @@ def to_metadata(header: Header) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> Header:
-    """The inverse of `to_metadata`, held to every rule that needs no tensor. Raises RefusedError."""
+    """Reads safetensors metadata, the inverse of `to_metadata`, and checks all that can be checked without the tensors.
+
+    Args:
+        metadata: The metadata, None for a file that has none.
+
+    Raises:
+        RefusedError: If it is not the metadata of a sidecar, of another format, damaged or against a rule.
+    """
     if not metadata or "duca_format" not in metadata:
         raise RefusedError("it is a safetensors file, but no calibration sidecar", "choose a file that calibration has written")
     version = metadata["duca_format"]
@@ -148,7 +193,11 @@ def from_metadata(metadata: Mapping[str, str] | None) -> Header:
 
 
 def check(header: Header) -> None:
-    """Names, shapes and dtypes of every section. Raises RefusedError."""
+    """Checks names, shapes and dtypes of the tensors of every section.
+
+    Raises:
+        RefusedError: For the first one that is wrong.
+    """
     sections = header.catalogue.keys() - {FINGERPRINT}
     if not sections or not sections <= set(SECTIONS) or set(header.catalogue.get(FINGERPRINT, ())) != {"values"}:
         raise RefusedError(
@@ -165,7 +214,11 @@ def check(header: Header) -> None:
 
 
 def describe(tensor: Tensor) -> TensorInfo:
-    """What the metadata lists of `tensor`, on the CPU and contiguous. A dtype that no sidecar has is named as torch does."""
+    """Returns the entry of a tensor in the metadata.
+
+    Args:
+        tensor: A contiguous tensor on the CPU. A dtype that sidecars do not have gets torch's name, which `check` then refuses.
+    """
     dtype = next((text for text, kind in DTYPES.items() if kind is tensor.dtype), str(tensor.dtype))
     memory = tensor.reshape(-1).view(torch.uint8).numpy().data  # not a copy
     return TensorInfo(dtype, tuple(tensor.shape), hashlib.sha256(memory).hexdigest())
@@ -276,5 +329,5 @@ def _parsed(text: str) -> Any:
 
 
 def _digest(texts: Mapping[str, str]) -> str:
-    """sha256 over the texts as they stand, so that not even an equivalent spelling passes; JSON has no bare newline."""
+    """Returns the sha256 over the texts as they are written, so that any change of them is noticed. JSON has no bare newline."""
     return hashlib.sha256("\n".join(texts[key] for key in sorted(_KEYS) if key != "digest").encode()).hexdigest()

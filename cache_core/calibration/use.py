@@ -30,7 +30,7 @@ def check_covered(forecast: Forecast, times: Sequence[float]) -> None:
 
 
 def tried_plan_at(forecast: Forecast, steps: int, budget: int) -> TriedPlan:
-    """Returns the plan and the predictor that did best in the trials with a share of full evaluations closest to that of a run.
+    """Returns the result of the trials whose share of full evaluations is closest to that of a run.
 
     Args:
         forecast: The forecast of the calibration.

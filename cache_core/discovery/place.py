@@ -114,7 +114,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the hidden state of one network lies, for calls of one signature. It holds no modules and no tensors.
+    """Where the hidden state of one network lies, for calls that are alike. It holds no modules and no tensors.
 
     Args:
         passed: All lists of blocks that a skip leaves out, in running order. The last block of the last list answers.
@@ -179,6 +179,9 @@ class Place:
             answer: Is called with what the answering block is given in place of every kept tensor, and returns what to put there.
             unrecorded: Context around what is allocated in the answering block (see `store.Unrecorded`).
             reached: Is called whenever another block is reached.
+
+        Raises:
+            UnsupportedCallError: In the network's call, where a block gets other arguments or shapes than when the place was found.
         """
         overrides: list[Override] = []
         for passed in self.passed:

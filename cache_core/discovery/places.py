@@ -1,4 +1,4 @@
-"""Remembers for the process what was found out, once per network and signature of its calls."""
+"""Remembers for the process what was found out about each network, once for all calls that are alike (`ModelCall.likeness`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from .layers import LayerCall, LayerKey
 from .place import Place
 
-_MOST = 32  # signatures of one network that are remembered; the one found first is forgotten first
+_MOST = 32  # entries of one network that are remembered; the one found first is forgotten first
 
 
 @dataclass(eq=False)
 class Known:
-    """What was found out about one network's calls of one signature. It holds no modules and no tensors.
+    """What was found out about calls of one network that are alike. It holds no modules and no tensors.
 
     Args:
         place: Where the hidden state lies, None where nothing may be cached.
@@ -74,7 +74,9 @@ class CallShape(NamedTuple):
 
 
 class Places:
-    """Remembers what is known of each network and signature. The host keeps one for its process; entries go with their networks.
+    """Remembers a `Known` for each network and for all of its calls that are alike. A host keeps one `Places` for its process.
+
+    Entries are dropped with their networks. `signature` is `ModelCall.likeness` in every method.
 
     Args:
         bookkeeping: Prefixes of the attributes that the host keeps on modules for itself, such as where weights are. These change
@@ -101,6 +103,6 @@ class Places:
             own.pop(signature, None)
 
     def latest(self, network: nn.Module) -> Known | None:
-        """Returns what was found last, to estimate costs."""
+        """Returns what was found out last about a network, to estimate costs. None if nothing was."""
         own = self._known.get(network)
         return next(reversed(own.values())) if own else None

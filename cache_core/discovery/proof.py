@@ -100,6 +100,10 @@ class Prover:
         conds: Number of conds in the call.
         unrecorded: See `store.Unrecorded`.
         bookkeeping: See `Places`.
+
+    Attributes:
+        rows: Batch rows of the answer, of all conds together.
+        sketches: Sketches (see `persistence`) of what the answering block was given in skips, the latest for each kept tensor, by path.
     """
 
     def __init__(

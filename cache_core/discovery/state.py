@@ -77,7 +77,9 @@ def _differ(one: Any, other: Any, is_strict: bool) -> bool:
 
 @contextmanager
 def untouched(network: nn.Module, bookkeeping: tuple[str, ...] = ()) -> Iterator[None]:
-    """Puts back the numbers and tensors that modules hold, after calls that only try something.
+    """Restores the attributes of modules that are numbers, tensors or None, after calls that only try something.
+
+    What was written into a tensor or a container is not undone. Layers with a weight of their own are left as they are.
 
     Args:
         bookkeeping: Prefixes of attributes that are left as they are, see `Places`.
@@ -139,6 +141,7 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
 
 
 def fact_of(tensor: Tensor) -> TensorFact:
+    """Returns the fact of a tensor. In inference mode this reads its values, which waits for the device."""
     if not tensor.is_inference():
         return TensorFact(tensor, tensor._version)
     try:

@@ -21,7 +21,7 @@ class Given:
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields everything that is not a container, with its path."""
+    """Yields everything that is not a container, with its path. What lies inside more than four containers is left out."""
     if len(path) > _DEEPEST:
         return
     if isinstance(value, Mapping):
@@ -35,7 +35,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def tensors(value: Any) -> Iterator[tuple[Path, Tensor]]:
-    """Returns every tensor with its path."""
+    """Returns every tensor with its path, as `leaves` does."""
     return ((path, leaf) for path, leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
@@ -54,7 +54,11 @@ def at(value: Any, path: Path) -> Any:
 
 
 def replaced(value: Any, path: Path, new: Any) -> Any:
-    """Returns a copy with `new` at `path`. Containers that are not on the way to it are shared."""
+    """Returns a copy with `new` at `path`. Containers that are not on the way to it are shared.
+
+    Raises:
+        LookupError: Where there is nothing on the way to `path`.
+    """
     if not path:
         return new
     if isinstance(value, Mapping):

@@ -28,7 +28,11 @@ class BoundLayers:
         self._bound: dict[Known, FactorisedLayers] = {}
 
     def of(self, network: nn.Module, known: Known) -> FactorisedLayers:
-        """Returns the layers as the network has them now. Other nodes may have replaced some since the strategy was made."""
+        """Returns the layers as the network has them now. Other nodes may have replaced some since the strategy was made.
+
+        Raises:
+            UnsupportedCallError, ValueError: As `FactorisedLayers.bind` does.
+        """
         if known not in self._bound:
             assert self._factors is not None, "plans with incremental evaluations are refused without factors"
             self._bound[known] = FactorisedLayers.bind(linear_sites(self._family, known.layer_calls, network), self._factors)

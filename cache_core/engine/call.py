@@ -31,14 +31,14 @@ class EngineCall:
         known: What was found out about such calls, above all the place of the hidden state.
         family: What is known of the model besides.
         slots: One slot for each cond, or one for all where the place is joint.
-        time: The model's time coordinate of this evaluation.
+        time: The model's time (0..1) of this evaluation.
         selection: The tokens that a conservative evaluation recomputes.
         on_enter: Is called with this call when the first block is reached.
         keeps_sublayers: Whether a full evaluation keeps the outputs of sublayers.
         given: The model's input, for a predictor that uses it. Hidden states are then kept minus the embedded input, and the input is
             kept beside them. None for all other predictors.
         layers: The linear layers of an incremental evaluation, or of a full one that keeps what those need. None for all others.
-        rests: Keys of the sublayers that rest in this full evaluation: what is kept of them answers (see `families.shared.base.Site`).
+        rests: Keys of the sublayers that do not run in this full evaluation: their kept output is used (see `families.shared.base.Site`).
         unrecorded: Context around the allocation of what outlives a block (see `store.Unrecorded`).
         keeps_hidden: Whether copies of the last hidden state stay in `hidden` too, for a proof.
         is_trial: Whether a conservative evaluation leaves the kept features as they are.
@@ -76,7 +76,10 @@ class EngineCall:
         self.last_block = self.place.block(self.model, self.place.last)
 
     def entry(self) -> list[Override]:
-        """Returns the overrides of every kind: they notice the first block being reached, and note the model's input where it is used."""
+        """Returns the overrides that evaluations of every kind need.
+
+        They call `on_enter` when the first block is reached, and note the model's input where it is used.
+        """
         if self.given is None or not self.family.embed:
             return [(self.first_block, around(before=self._enter))]
         entered = self.family.stacks[0].blocks(self.model)[0]  # other lists of blocks may run before the input is seen

@@ -29,6 +29,9 @@ class BlockFeatures:
         index: Index of the block there.
         blocks: Number of blocks there.
         like: Tensor whose dtype and device features are returned in.
+
+    Raises:
+        UnsupportedCallError: In every method that reads features, where a slot of the call keeps none under the key.
     """
 
     def __init__(self, call: EngineCall, store: FeatureStore, stack: Stack, index: int, blocks: int, like: Tensor) -> None:
@@ -65,7 +68,11 @@ class BlockFeatures:
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:
     """Replays every block in place of the host's own.
 
-    Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept as an anchor, as in the paper.
+    Every slot of the call must hold the sublayers of a full evaluation. The hidden state is kept as an anchor, as in the paper; a trial
+    keeps nothing.
+
+    Raises:
+        UnsupportedCallError: In the host's call, where a family's replay refuses it or nothing is kept of a sublayer.
     """
     placed = call.family.placed(call.model)
     overrides: list[Override] = [(block, _replaying(call, store, stack, index, block)) for stack, index, block in placed]

@@ -23,6 +23,9 @@ class ModelInput:
         family: Says where the input enters (`ModelFamily.embed`).
         model: The network.
         unrecorded: See `store.Unrecorded`.
+
+    Attributes:
+        embedded: The embedded tokens (B, L, C), None before the family's first block was reached.
     """
 
     def __init__(self, family: ModelFamily, model: nn.Module, unrecorded: Unrecorded) -> None:
@@ -59,12 +62,16 @@ class ModelInput:
         return _alike(self._given, hidden, place.kept[0])
 
     def without(self, hidden: Tensor, place: Place) -> Tensor:
-        """Returns a hidden state minus the embedded input."""
+        """Returns a hidden state (B, L, C) minus the embedded input.
+
+        Raises:
+            UnknownInputError: Where the embedded input was not seen, or has another shape.
+        """
         embedded = self._of(hidden, place)
         return hidden if embedded is None else hidden - embedded
 
     def added(self, hidden: Tensor, place: Place) -> Tensor:
-        """Returns a hidden state with the embedded input added back."""
+        """Returns a hidden state (B, L, C) plus the embedded input. Raises UnknownInputError as `without` does."""
         embedded = self._of(hidden, place)
         return hidden if embedded is None else hidden + embedded
 

@@ -31,8 +31,8 @@ def skipping(call: EngineCall, predictor: Predictor, store: FeatureStore) -> Ite
     and of every later skip, into pieces.
 
     Raises:
-        UnsteadyError: In the host's call, where the the model puts its tokens in another order than before.
-        UnsupportedCallError: In the host's call, where it does not fit the place.
+        UnsteadyError: In the host's call, where the model puts its tokens in another order than before.
+        UnsupportedCallError: In the host's call, where a block gets other arguments or shapes than when the place was found.
     """
 
     def answer(given: Sequence[Tensor | None]) -> list[Tensor]:

@@ -34,17 +34,17 @@ class Anchor(NamedTuple):
 class Slot:
     """The features of one cond.
 
-    These are its anchors, oldest first, the outputs of sublayers for conservative evaluations, and what incremental ones need of the
-    linear layers.
-
     Args:
         store: Keeps the features.
         history: Number of anchors that are kept at most.
 
     Attributes:
+        anchors: The kept hidden states, oldest first.
+        sublayers: Outputs of sublayers for conservative evaluations.
+        layers: Outputs and projected inputs of linear layers for incremental evaluations.
         signature: Shape, dtype and so on of the calls that the features came from. With another one, the slot starts anew.
         last_used: Index of the evaluation that last asked for the slot.
-        in_pass: Number of the pass of that evaluation in which it did so, from 1.
+        in_pass: Number, from 1, of the pass over the conds in which that evaluation asked for it.
         predicted_bytes: Bytes that the slot will hold when its history is full, 0 before they are predicted.
     """
 

@@ -34,7 +34,7 @@ class Plan:
         """Reads a plan from a text in the form of `planning.text` that names every step once.
 
         Raises:
-            ScheduleTextError: If the text cannot be read, or if it has a `*`, which repeats a part to the end of a run.
+            ScheduleTextError: If the text cannot be read, or if a part that `*` repeats to the end of a run is not the whole text.
         """
         pattern = parse(text)
         if pattern.head or pattern.tail:
@@ -43,7 +43,11 @@ class Plan:
 
     @classmethod
     def with_full(cls, full: Collection[int], steps: int) -> Plan:
-        """Makes the plan that is full at the given steps and skipped at all others."""
+        """Makes the plan that is full at the given steps and skipped at all others.
+
+        Raises:
+            ValueError: If step 0 is not among the given ones.
+        """
         return cls(tuple(Kind.FULL if step in full else Kind.SKIPPED for step in range(steps)))
 
     def __str__(self) -> str:

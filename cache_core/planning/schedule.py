@@ -21,11 +21,12 @@ class Schedule:
 
     Args:
         policy: A name in `POLICIES`.
-        speedup: Wanted number of steps per full evaluation, at least 1.
+        speedup: Number of steps divided by the cost of the plan in full evaluations, at least 1. Skipped steps cost nothing.
         cycle_length: Steps from one full evaluation to the next, for policies with a cycle. 0 follows `speedup`.
         text: The schedule in the form of `planning.text`, for policy "custom text".
         unit: Unit of `skip_from` and `skip_to`: "percent" of the sampling (0..100) or "steps" (counted from 0).
-        skip_from, skip_to: Part of the run in which steps may be skipped. With "steps", a `skip_to` of 0 is the end of the run.
+        skip_from, skip_to: Part of the run in which steps may be skipped. With "steps", step `skip_to` itself is full, and 0 is the end of
+            the run.
         warmup, tail: Full steps at the beginning and at the end.
         first_only: If a sampler evaluates a step several times, only the first evaluation is of the plan's kind and the others are skipped.
         calibration: Calibration of the model, for policy "searched".

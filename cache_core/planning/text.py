@@ -68,7 +68,7 @@ class Pattern:
         return kind in (*self.head, *self.loop, *self.tail)
 
     def mapping(self, steps: int) -> str:
-        """Says in words how the text fills `steps` steps."""
+        """Returns a sentence for the user: how the text fills `steps` steps."""
         fixed = len(self.head) + len(self.tail)
         if steps < fixed:
             return f"the text names {fixed} steps, this run has {steps}: its beginning is cut short"

@@ -43,8 +43,8 @@ class Timeline:
     def step_of(self, sigma: float) -> int:
         """Returns the step that an evaluation at `sigma` belongs to: the last one whose noise level is not below it.
 
-        A level between those of two steps (dpm_2, SDE samplers) belongs to the earlier step. A level above that of the first step (churn)
-        belongs to step 0.
+        A level between those of two steps (dpm_2, SDE samplers) belongs to the earlier step, unless it is above that of the later one by no
+        more than 1 % of the gap, as by rounding. A level above that of the first step (churn) belongs to step 0.
         """
         return max(0, bisect_right(self._thresholds, -sigma) - 1)
 

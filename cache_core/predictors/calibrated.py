@@ -58,7 +58,7 @@ class Calibrated(Predictor):
         return self.fit(anchors, time).correction @ self.statistics.basis.T
 
     def fit(self, anchors: Sequence[float], time: float) -> Any:
-        """Returns the weights, the correction and the expected errors. Each fit is computed once and kept."""
+        """Returns the weights, the correction and the expected errors as a `calibration.statistics.Fit`. Each is computed once and kept."""
         key = (*anchors, time)
         if key not in self._fits:
             recent = list(anchors[-_RECENT:])

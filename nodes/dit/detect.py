@@ -26,7 +26,11 @@ class NotADiTError(ValueError):
 
 
 def prefix_of(names: Mapping[str, object]) -> str:
-    """Returns what comes before all names of the model's weights. Of several models in a file, the averaged one ("ema") is taken."""
+    """Returns the prefix of the names of the model's weights. Of several models in a file, the averaged one ("ema") is taken.
+
+    Raises:
+        NotADiTError: If no weight has the name of a DiT's first one.
+    """
     found = [name.removesuffix(_ANCHOR) for name in names if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
     if not found:
         raise NotADiTError(f"it has no {_ANCHOR}")

@@ -72,7 +72,7 @@ def load_dit(path: Path) -> ModelPatcher:
     """Loads a DiT.
 
     Raises:
-        ValueError: For a file that is no DiT, before its weights are read, with a message for the user.
+        ValueError: For a file that cannot be read, or that is no DiT (before its weights are read), with a message for the user.
     """
     try:
         file = open_weights(path)

@@ -39,7 +39,7 @@ def open_weights(path: Path) -> WeightsFile:
     """Opens a file.
 
     Raises:
-        NotADiTError: For a file without the first weight of a DiT.
+        NotADiTError: For a file without the first weight of a DiT, or one that holds no weights by name.
         ValueError: For a file that cannot be read, with a message for the user.
     """
     return _open_pickle(path) if path.suffix.lower() == ".pt" else _open_safetensors(path)

@@ -44,7 +44,7 @@ class HostOptions(NamedTuple):
 def attach(model: ModelPatcher, settings: Settings | Strategy, options: HostOptions = HostOptions()) -> ModelPatcher:
     """Returns a clone of `model` that samples with the cache, in place of any cache of ours on it.
 
-    A UNet gets no cache, nor does any model in mode "off".
+    A UNet gets no cache, nor does any model in mode "off". A MODEL that ComfyUI itself does not sample is returned as it is, not cloned.
 
     Args:
         model: The host's MODEL.

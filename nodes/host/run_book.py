@@ -12,6 +12,13 @@ _KEPT = 8  # runs: enough for two samplers on one model, or a few batches
 
 
 class Entry(NamedTuple):
+    """A finished run.
+
+    Args:
+        mark: Identifies the final latent. None if the run gave none that is known.
+        report: The report.
+    """
+
     mark: tuple | None
     report: RunReport
 

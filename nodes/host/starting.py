@@ -19,8 +19,9 @@ def run_start(patcher: ModelPatcher, sigmas: torch.Tensor, sampler: Any, skip_fr
     """Returns what is known when a run begins.
 
     Args:
-        sigmas: The sampler's noise levels.
-        sampler: The host's sampler object. None where it is not known.
+        patcher: The model.
+        sigmas: The sampler's noise levels (steps + 1,).
+        sampler: The host's sampler object. None where it is not known: it is then taken to add no noise and to be no Euler sampler.
         skip_from, skip_to: The part 0..1 of the sampling in which evaluations may be skipped.
 
     Raises:

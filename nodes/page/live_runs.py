@@ -43,7 +43,7 @@ class Known(NamedTuple):
 
 
 class LiveRun:
-    """One run as the page shows it. It holds plain numbers only and sends at most one message per evaluation.
+    """One run as the page shows it. It holds no tensors. It sends a message at its start, after each evaluation and at its end.
 
     Args:
         node: Id of the node.

@@ -43,7 +43,8 @@ def preview(body: Mapping[str, Any]) -> dict[str, Any]:
         body: The request, as read from JSON.
 
     Returns:
-        JSON-ready values.
+        JSON-ready values. "plan" has a letter for each step; "compute" is the share of the multiply-adds without a cache, "speedup" its
+        inverse, "cache_bytes" the bytes of the cache (None if not known), "expected" PSNRs in dB (None if not known).
 
     Raises:
         ValueError: With a message for the user. For the text of a schedule it is a ScheduleTextError.

@@ -31,7 +31,13 @@ class StagedProgress:
     def show(self, stage: Hashable, done: int, total: int, text: str) -> None:
         """Shows that `done` of `total` parts of a stage are done, and `text` under the node.
 
-        After a cancel it raises the host's own exception.
+        Args:
+            stage: One of the stages in `expected`.
+            done, total: Number of parts that are done, and of all parts of the stage.
+            text: What to show under the node.
+
+        Raises:
+            InterruptProcessingException: The host's own, after a cancel.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._bar.update_absolute(round(_STEPS * (self._starts[stage] + self._shares[stage] * done / max(total, 1))))

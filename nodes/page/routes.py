@@ -25,7 +25,11 @@ def register() -> None:
 
 
 async def plan(request: web.Request) -> web.Response:
-    """Answers POST with `plan_preview.preview` of the JSON body, or with status 400 and a message for the user."""
+    """Answers POST with `plan_preview.preview` of the JSON body.
+
+    Errors are {"error": a message for the user}, with status 400 for a wrong request, 413 for one that is too long and 500 for an error of
+    ours. For the text of a schedule, "position" has the index of the wrong character.
+    """
     text = await _body(request)
     if text is None:
         return web.json_response({"error": "the request is too long"}, status=413)
@@ -55,7 +59,7 @@ async def _body(request: web.Request) -> bytes | None:
 
 
 async def run(request: web.Request) -> web.Response:
-    """Answers GET with `node_id`: the run that goes on under the node, or its last one."""
+    """Answers GET with `LiveRun.data` of the run that goes on under the node `node_id`, or of its last one. Status 404 if there is none."""
     found = live_runs.run_of(request.query.get("node_id", ""))
     if found is None:
         return web.json_response({"error": "nothing has run under this node"}, status=404)

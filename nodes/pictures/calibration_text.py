@@ -9,7 +9,13 @@ from ...cache_core.calibration.calibration import Calibration, TriedPlan
 
 
 def calibration_text(calibration: Calibration, path: Path, is_new: bool) -> str:
-    """Returns a few lines for users: what the calibration was made on, what to expect of it, and where it is."""
+    """Returns a few lines for users: what the calibration was made on, what to expect of it, and where it is.
+
+    Args:
+        calibration: The calibration.
+        path: Its sidecar.
+        is_new: Whether it was made just now, and not read from an older file.
+    """
     about = calibration.about
     size = " x ".join(map(str, about.token_grid))
     schedule = f"{about.steps} steps {about.sampler}/{about.scheduler}, cfg {about.guidance:g}"

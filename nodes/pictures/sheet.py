@@ -33,6 +33,15 @@ class Measures:
     Args:
         cell: One of the sheet's cells; all have as many pictures, of the same size.
         columns: Number of columns.
+
+    Attributes:
+        across: Number of pictures side by side in a cell.
+        size: Width and height of a picture as it is drawn.
+        font: Font of the texts.
+        gap: Space between cells.
+        line: Height of a line of text.
+        hairline: Space between the pictures of one cell.
+        block: Width and height of all pictures of a cell together.
     """
 
     def __init__(self, cell: Cell, columns: int) -> None:

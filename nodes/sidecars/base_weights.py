@@ -44,6 +44,7 @@ class BaseWeight:
         return torch.float32
 
     def dense(self) -> Tensor:
+        """Returns the weight as the layer uses it, unpacked and scaled, without LoRAs."""
         if not self.is_gguf:
             convert = getattr(self.module, f"convert_{self.attribute}", None)  # the host's, for scaled and quantised weights
             return self.tensor if convert is None else convert(self.tensor)

@@ -33,7 +33,16 @@ def used_sections(settings: Settings) -> tuple[str, ...]:
 
 
 def load(path: Path, sections: tuple[str, ...] | None = None) -> Calibration:
-    """Reads a sidecar, or only some of its sections. Raises SidecarError."""
+    """Reads a calibration from a sidecar.
+
+    Args:
+        path: The sidecar.
+        sections: The sections to read. None reads all.
+
+    Raises:
+        SidecarError: If the file cannot be read, is damaged or lacks a section.
+        ValueError: For a plan that this version of the pack does not know, or whose first step is not full.
+    """
     return _read(path, sections, state_of(path) if path.is_file() else None)  # for a missing file the reader raises the error
 
 
@@ -105,6 +114,7 @@ class CalibrationLookup:
         self.found: Path | None = None
 
     def settings_for(self, patcher: ModelPatcher) -> Settings:
+        """Returns the settings for a sampling of this model, with its calibration if one is found. Sets `found`."""
         section = self._sections[0] if len(self._sections) == 1 else None
         found = calibration_of(patcher, section, self._refused) if self._is_on else None
         self.found = found[0] if found is not None else None

@@ -24,8 +24,9 @@ def fingerprint_of(model: ModelPatcher) -> Fingerprint:
     weight. A change without an entry there cannot be undone and counts as the checkpoint's own: weights that another node changed
     without the host, modules that it replaced while the model is loaded, and LoRAs of a patcher that is no clone and not loaded any more.
 
-    Weights are taken as the layers use them: scaled fp8 with its scale (fp8's rounding is allowed for), GGUF and the host's integer
-    formats unpacked; these match the same file and not the file that it was made from. Formats that cannot be unpacked do not count.
+    Weights are taken as the layers use them. Scaled fp8 has its scale, and `Fingerprint.matches` allows for its rounding. GGUF and the
+    host's integer formats are unpacked; a sidecar made with such a file fits this file only, not the one that it was quantised from.
+    Formats that cannot be unpacked do not count.
 
     It is remembered per network and taken again when the base weights have changed.
 

@@ -44,6 +44,7 @@ class OfferedPolicy(Policy, Protocol):
 
         Raises:
             ValueError: If the request cannot be met, with a message for the user.
+            NotCoveredError: If `request.searched` is called for a run that the calibration does not cover.
         """
         ...
 
@@ -54,7 +55,7 @@ class Request:
 
     Args:
         steps: Sampler steps of the run.
-        speedup: Wanted number of steps per full evaluation, at least 1.
+        speedup: Number of steps divided by the cost of the plan in full evaluations (see `costs`), at least 1.
         cycle_length: Steps from one full evaluation to the next. 0 follows `speedup`.
         warmup, tail: Full steps at the beginning and at the end.
         text: A schedule that the user wrote, in the form of `planning.text`.
@@ -73,6 +74,8 @@ class Request:
 
     def length(self, cycle: Callable[[int], Policy]) -> int:
         """Returns `cycle_length` or, if it is 0, the shortest cycle length whose plan is cheap enough for `speedup`.
+
+        If none is, it is the number of steps of the run.
 
         Args:
             cycle: Makes the policy with a given cycle length.

@@ -22,6 +22,7 @@ class Searched(Given):
 
         Raises:
             ValueError: If there is no calibration to search with.
+            NotCoveredError: If the calibration does not cover the run.
         """
         if request.searched is None:
             raise ValueError(
