@@ -171,22 +171,20 @@ class Settings:
         policy, notices = schedule.policy_for(start, assumed_costs(self.token_share), self.calibration)
         predictor: Predictor = PREDICTORS[self.predictor]() if self.mode == "forecast" else Reuse()
         common["corrects"] = self.mode == "auto"
-        calibration = self.calibration or schedule.calibration
+        plan = policy.plan(start.timeline.steps, start.window)
+        held = [calibration for calibration in (self.calibration, schedule.calibration) if calibration is not None]
         if self.mode == "auto":
-            plan = policy.plan(start.timeline.steps, start.window)
             predictor = AUTO
-            if calibration is not None and calibration.forecast is not None:
-                tried, refused = _tried_plan(calibration.forecast, start, plan.count(Kind.FULL))
-                predictor = predictor_of(calibration.forecast.model, tried.share if tried is not None else None)
+            forecast = next((calibration.forecast for calibration in held if calibration.forecast is not None), None)
+            if forecast is not None:
+                tried, refused = _tried_plan(forecast, start, plan.count(Kind.FULL))
+                predictor = predictor_of(forecast.model, tried.share if tried is not None else None)
                 notices += refused
         factors = None
-        if (
-            calibration is not None
-            and calibration.factors is not None
-            and policy.plan(start.timeline.steps, start.window).has(Kind.INCREMENTAL)
-        ):
-            factors = calibration.factors.tensors
-            check_factors(start.network, factors)
+        if plan.has(Kind.INCREMENTAL):
+            factors = next((calibration.factors.tensors for calibration in held if calibration.factors is not None), None)
+            if factors is not None:
+                check_factors(start.network, factors)
         return Strategy(policy, predictor, name=schedule.name, factors=factors, first_only=schedule.first_only, notices=notices, **common)
 
     def _auto(self, start: RunStart, common: dict[str, Any]) -> Strategy:

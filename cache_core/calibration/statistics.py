@@ -153,7 +153,7 @@ class ForecastModel:
 
     def covers(self, time: float) -> bool:
         """Returns whether a time lies within the recorded ones, extended at each end by the outermost gap."""
-        first, second, last, before = self.times[0], self.times[1], self.times[-1], self.times[-2]
+        first, second, last, before = self.times[0], self.times[:2][-1], self.times[-1], self.times[-2:][0]
         return last - (before - last) <= time <= first + (first - second)
 
     def sensitivities(self, times: Sequence[float]) -> list[float]:

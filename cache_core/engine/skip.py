@@ -70,7 +70,7 @@ def forecast(slot: Slot, predictor: Predictor, time: float, store: FeatureStore,
     for weight, feature in terms:  # in float32, as weights of mixed sign would lose digits in half precision
         value = store.load(feature, like)
         total = value.float() * weight if total is None else total.add_(value, alpha=weight)
-    assert total is not None, "weights of a predictor sum to one, so not all are zero"
+    assert total is not None, "a predictor gives some anchor a weight"
     return total.to(like.dtype)
 
 

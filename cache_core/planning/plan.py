@@ -34,10 +34,10 @@ class Plan:
         """Reads a plan from a text in the form of `planning.text` that names every step once.
 
         Raises:
-            ScheduleTextError: If the text cannot be read, or if a part that `*` repeats to the end of a run is not the whole text.
+            ScheduleTextError: If the text cannot be read, or repeats a part to the end of a run with `*`.
         """
         pattern = parse(text)
-        if pattern.head or pattern.tail:
+        if "*" in text:
             raise ScheduleTextError("a plan must name every step, so * cannot be used", text, text.index("*"))
         return cls(pattern.loop)
 

@@ -106,7 +106,7 @@ class Schedule:
         """
         notices: tuple[str, ...] = ()
         try:
-            policy = POLICIES[self.policy].asked(self._request(start, costs, self.calibration or calibration))
+            policy = POLICIES[self.policy].asked(self._request(start, costs, self.calibration, calibration))
         except NotCoveredError as reason:
             policy = FrontLoaded(self.speedup, self.warmup, self.tail)
             notices = (f"no plan can be searched for this run, so a front-loaded one is used: {reason}",)
@@ -118,9 +118,10 @@ class Schedule:
         """Returns whether the policy uses this field of a `Request`."""
         return field in POLICIES[self.policy].takes
 
-    def _request(self, start: RunStart, costs: Mapping[Kind, float], calibration: Calibration | None) -> Request:
+    def _request(self, start: RunStart, costs: Mapping[Kind, float], *calibrations: Calibration | None) -> Request:
         """Returns what the schedule asks of its policy in a run."""
-        forecast = calibration.forecast if calibration is not None else None
+        held = (calibration.forecast for calibration in calibrations if calibration is not None)
+        forecast = next((forecast for forecast in held if forecast is not None), None)
         times, window = start.timeline.times[:-1], self._window(start)
         return Request(
             steps=start.timeline.steps,

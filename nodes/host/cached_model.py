@@ -67,8 +67,9 @@ def attach(model: ModelPatcher, settings: Settings | Strategy, options: HostOpti
     except ValueError as reason:
         say(f"{reason} and is passed through unchanged.", options.node_id)
         return clone
-    if settings.calibration is not None:
-        calibrations.check(settings.calibration, clone)
+    for calibration in (settings.calibration, settings.schedule.calibration if settings.schedule is not None else None):
+        if calibration is not None:
+            calibrations.check(calibration, clone)
     runs = _Runs(CalibrationLookup(settings, options.finds_calibration, options.node_id), options)
     clone.set_attachments(KEY, runs.book)
     listen(clone, runs.open, runs.finished)

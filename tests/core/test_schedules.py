@@ -60,6 +60,12 @@ def test_a_plan_names_the_wrong_character(bad):
         Plan.parse(bad)
 
 
+@pytest.mark.parametrize("text", ["(Fa)*", "F(a)*", "F(a)*F"])
+def test_a_plan_names_every_step(text):
+    with pytest.raises(ValueError, match="must name every step"):
+        Plan.parse(text)
+
+
 def test_a_plan_cannot_begin_with_a_skip():
     with pytest.raises(ValueError, match="first step"):
         Plan.parse("aF")

@@ -23,7 +23,7 @@ from comfyui_duca.nodes.demo_flux import load_demo_model
 from comfyui_duca.nodes.inputs.settings import schedule_of, settings_of
 from comfyui_duca.nodes.sidecars import fingerprint_of
 from helpers.calibrations import random_forecast
-from helpers.sampling import cached, kinds, last_report, sample
+from helpers.sampling import cached, kinds, last_report, perturbed, sample
 from helpers.tuner import calibrator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -247,6 +247,13 @@ def test_only_the_first_of_several_evaluations_computes(model):
 def test_an_incremental_letter_without_factors_is_refused_with_a_remedy(model):
     with pytest.raises(ValueError, match="low-rank factors first"):
         sample(cached(model, schedule=Schedule("custom text", text="FiFa")), steps=8)
+
+
+def test_a_schedules_calibration_of_another_checkpoint_is_refused(calibration):
+    """As one on DuCa Cache itself is, before anything is sampled."""
+    schedule = Schedule("searched", 3.0, calibration=calibration)
+    with pytest.raises(ValueError, match="made on another checkpoint"):
+        cached(perturbed(load_demo_model()), schedule=schedule)
 
 
 def test_a_policy_in_the_table_is_offered_by_the_node(monkeypatch):
