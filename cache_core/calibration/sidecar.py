@@ -1,29 +1,44 @@
-"""The calibration sidecar: one safetensors file that keeps what a calibration run learned about a checkpoint.
+"""Reads and writes calibration sidecars.
 
-Tensors are named `<section>.<name>`. A file has one or both sections, and always `fingerprint.values` (m, 64) float32.
+A sidecar is one safetensors file that keeps what was learned about a checkpoint. Its tensors are named `<section>.<name>`. Every file has
+`fingerprint.values` (m, 64) float32 and one or both of these sections:
 
-| section | name | shape | dtype | |
+| section | name | shape | dtype | content |
 | --- | --- | --- | --- | --- |
-| forecast | gram | (n, n) | float64 | products of the block stack's increments at two steps |
-| | uu | (n, n, d, d) | float32 | products of the input tokens at two steps |
-| | uz | (n, n, d, r) | float16 or float32 | products of input tokens and increments, in the basis |
-| | basis | (C, r) | float32 | directions of the increments that are kept |
-| | sensitivity | (n,) | float64 | how much a step's error weighs in the final image |
-| | step_times | (k,) | float64 | the model's time at every step of the calibrated schedule |
-| | plans | (p, k) | float32 | what did best per budget: 0 skipped, 1 full, 2 calibrated |
-| | results | (p, 4) | float64 | share of calibrated weights (-1: none), PSNR, uncalibrated PSNR, start of the search (0: none) |
-| icc | energy | (parts,) | float32 | share of each part's square norm that its factors keep, by name |
-| | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any below | columns by importance, most important first |
-| | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any below | |
+| forecast | gram | (n, n) | float64 | inner products of the residuals z at two evaluations |
+| | uu | (n, n, d, d) | float32 | products of the input tokens u at two evaluations |
+| | uz | (n, n, d, r) | float16 or float32 | products of u and z at two evaluations, with z in the basis |
+| | basis | (C, r) | float32 | directions of z that are kept |
+| | sensitivity | (n,) | float64 | how far an error at each evaluation moves the final latent |
+| | step_times | (k,) | float64 | the model's time at every step of the calibrated runs |
+| | plans | (p, k) | float32 | the plan that did best with each budget, as kinds: 0 skipped, 1 full, 2 incremental |
+| | results | (p, 4) | float64 | how each plan did, see below |
+| icc | energy | (parts,) | float32 | share 0..1 of each part's square norm that its factors keep; parts in the order of their names |
+| | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any, see below | factor A, columns by falling importance |
+| | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any, see below | factor B, rows in the order of A's columns |
 
-n: recorded evaluations; k: steps; p: budgets; d: channels of an input token; C: channels of a hidden token; r: kept directions.
-Floats of 64, 32 or 16 bits, finite.
+n is the number of recorded evaluations, k of steps, p of budgets, d of channels of an input token, C of channels of a hidden token and r of
+kept directions. The residual z is the last block's output minus the embedded input. gram, uu and uz are means over tokens. Factors are
+float64, float32, float16 or bfloat16. All values are finite.
 
-Metadata: `duca_format` "1"; `about` (JSON of About); `sections` (JSON: per section and tensor its dtype, shape and sha256);
-`fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. safetensors itself sees to the file's layout,
-`digest` to the metadata and the sha256 of each tensor to its values, so a change of any byte is noticed.
+The columns of `results` are the share 0..1 of calibrated weights in the predictor (-1: the uncalibrated predictor), the PSNR of the plan
+against the uncached latents in dB, the PSNR of the uncalibrated setting in dB, and where the search for the plan began
+(0: there was no search, otherwise the position in `calibration.ORIGINS`, from 1).
 
-A file is replaced whole or not at all, and a reader meanwhile sees the old or the new one.
+The metadata has five texts:
+
+| key | content |
+| --- | --- |
+| duca_format | "1" |
+| about | JSON of `About` |
+| sections | JSON of the dtype, shape and sha256 of each tensor, by section and name |
+| fingerprint | JSON of the fingerprint's structure and dtype |
+| digest | sha256 over the other four texts |
+
+Every changed byte is noticed: safetensors checks the file's layout, `digest` covers the metadata, and the sha256 of each tensor covers its
+values.
+
+A file is replaced whole or not at all. A reader meanwhile sees the old file or the new one.
 """
 
 from __future__ import annotations
@@ -65,16 +80,20 @@ __all__ = ["About", "Contents", "Sidecar", "SidecarError", "TensorInfo", "peek",
 
 _Path = str | os.PathLike[str]
 _T = TypeVar("_T")
-_STRAY_AGE = 3600.0  # seconds after which what a writer left belongs to nobody: none takes as long
-_TRIES = 5  # reads of a file that is replaced meanwhile
-_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before the file is replaced once more, which takes longer than reading a large one
+_STRAY_AGE = 3600.0  # seconds after which a temporary folder is taken for that of a killed writer, as no write takes as long
+_TRIES = 5  # how often a file is read if it is replaced during each read
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds to wait after each failed replacement; together longer than reading a large file
 
 
 @dataclass(frozen=True, eq=False)
 class Sidecar:
-    """What a sidecar holds. sections: "forecast" and/or "icc", each its tensors by name; names, shapes and dtypes above.
+    """The contents of a sidecar.
 
-    No two tensors overlap in memory: safetensors writes none that do.
+    Args:
+        about: How the calibration was made.
+        fingerprint: Fingerprint of the checkpoint.
+        sections: "forecast", "icc" or both, with their tensors by name. The module's docstring lists names, shapes and dtypes. Tensors must
+            not overlap in memory, because safetensors does not write such tensors.
     """
 
     about: About
@@ -84,25 +103,38 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a sidecar says without its sections' tensors. tensors: what they are, per section and name."""
+    """The description of a sidecar, without the tensors of its sections.
+
+    Args:
+        about: How the calibration was made.
+        fingerprint: Fingerprint of the checkpoint.
+        tensors: The dtype, shape and sha256 of every tensor, by section and name.
+    """
 
     about: About
     fingerprint: Fingerprint
     tensors: Mapping[str, Mapping[str, TensorInfo]]
 
     def nbytes(self, section: str) -> int:
-        """Bytes of a section's tensors, 0 for one the file does not have."""
+        """Returns the bytes of a section's tensors. 0 for a section that the file does not have."""
         return sum(info.nbytes for info in self.tensors.get(section, {}).values())
 
 
 def write(path: _Path, sidecar: Sidecar) -> None:
-    """Writes `sidecar` to `path`, replacing what is there in one go; of two writers at once the last wins.
+    """Writes a sidecar and replaces an existing file in one operation.
 
-    Raises SidecarError when the sidecar breaks a rule of this module, or when the folder cannot be written to or the disk
-    is full; what was there before then still is. Memory: safetensors before 0.8 copies all tensors first.
+    If two processes write at once, the last one wins. safetensors before 0.8 needs memory for a copy of all tensors.
+
+    Args:
+        path: The file. If it is a link, the file that it points to is replaced.
+        sidecar: The contents.
+
+    Raises:
+        SidecarError: If the sidecar breaks a rule of the format, the folder cannot be written to or the disk is full. An existing file is
+            then unchanged.
     """
     try:
-        target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
+        target = Path(os.path.realpath(path))  # keeps a link and replaces the file that it points to
         tensors, metadata = _encode(sidecar)
         _sweep(target)
         _replace(target, tensors, metadata)
@@ -114,11 +146,19 @@ def write(path: _Path, sidecar: Sidecar) -> None:
 
 
 def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
-    """The sidecar at `path`; with `sections`, those only, and no other section's tensors are read or checked. () reads none.
+    """Reads a sidecar and checks everything that it reads.
 
-    Tensors are on the CPU and do not depend on the file any more.
-    Raises SidecarError for any file that is not whole, sound and of this format, or that lacks a section asked for;
-    ValueError for a section name that no file has.
+    Args:
+        path: The file.
+        sections: Names of the sections to read. The tensors of other sections are neither read nor checked. () reads no section, None
+            all that the file has.
+
+    Returns:
+        The sidecar. Its tensors are on the CPU and are copies, so the file may change afterwards.
+
+    Raises:
+        SidecarError: If the file cannot be read, is damaged, has another format or lacks one of `sections`.
+        ValueError: If `sections` has a name other than "forecast" and "icc".
     """
     wanted = None if sections is None else tuple(sections)
     if wanted is not None and not set(wanted) <= set(SECTIONS):
@@ -127,12 +167,19 @@ def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
 
 
 def peek(path: _Path) -> Contents:
-    """What the file at `path` says of itself, without reading its sections: for lists. Raises SidecarError as `read` does."""
+    """Reads the description of a sidecar, but not its sections. This is fast enough for a list of files.
+
+    Args:
+        path: The file.
+
+    Raises:
+        SidecarError: If the file cannot be read, its description or fingerprint is damaged, or it has another format.
+    """
     return _steadily(path, _contents)
 
 
 def _encode(sidecar: Sidecar) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of the file. Raises RefusedError for what `read` would refuse."""
+    """Returns the tensors and the metadata of the file. Raises RefusedError for a sidecar that `read` would refuse."""
     groups = {**sidecar.sections, FINGERPRINT: {"values": sidecar.fingerprint.values}}
     catalogue: dict[str, dict[str, TensorInfo]] = {section: {} for section in groups}
     tensors = {}
@@ -149,24 +196,25 @@ def _encode(sidecar: Sidecar) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # safetensors has a temporary file of its own, which stays when the process is killed: `_sweep` finds it in this folder
+    """Writes a new file in a temporary folder and puts it in the place of `target`."""
+    # in a folder, as safetensors makes a temporary file too: if the process is killed, `_sweep` later removes both
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     folder.mkdir()
     try:
         written = folder / "written"
         written.touch()
-        usual = written.stat().st_mode  # safetensors makes a file that only its owner may read
+        usual = written.stat().st_mode  # restored below, as safetensors makes a file that only its owner may read
         save_file(tensors, written, metadata)
         with written.open("rb+") as file:
             os.fsync(file.fileno())
         written.chmod(usual)
         _put(written, target)
-    finally:  # Ctrl-C too
+    finally:  # after Ctrl-C too
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(written: Path, target: Path) -> None:
-    """Windows replaces no file that is open, as it is to a reader for a moment: torch opens it without FILE_SHARE_DELETE."""
+    """Replaces `target`, with pauses, as Windows refuses while a reader has it open (torch opens files without FILE_SHARE_DELETE)."""
     for pause in _PAUSES:
         with suppress(PermissionError):
             written.replace(target)
@@ -176,14 +224,15 @@ def _put(written: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Removes what writers of this file left behind that were killed."""
+    """Removes the temporary folders that killed writers of this file left."""
     for stray in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > _STRAY_AGE:
-                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()  # a file is by an older version of the pack
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()  # older versions of the pack left files
 
 
 def _sidecar(file: Any, wanted: tuple[str, ...] | None) -> Sidecar:
+    """Reads the wanted sections of an open file, all for None."""
     header = _header(file)
     held = [section for section in SECTIONS if section in header.catalogue]
     missing = [section for section in wanted or () if section not in held]
@@ -194,13 +243,14 @@ def _sidecar(file: Any, wanted: tuple[str, ...] | None) -> Sidecar:
 
 
 def _contents(file: Any) -> Contents:
+    """Reads the description of an open file."""
     header = _header(file)
     shown = {section: MappingProxyType(dict(header.catalogue[section])) for section in SECTIONS if section in header.catalogue}
     return Contents(header.about, _fingerprint(file, header), MappingProxyType(shown))
 
 
 def _header(file: Any) -> Header:
-    """The metadata, and that the file has just the tensors it lists."""
+    """Reads the metadata and checks that the file has exactly the tensors that are listed there."""
     header = from_metadata(file.metadata())
     odd = {f"{section}.{name}" for section, tensors in header.catalogue.items() for name in tensors} ^ set(file.keys())
     if odd:
@@ -209,6 +259,7 @@ def _header(file: Any) -> Header:
 
 
 def _fingerprint(file: Any, header: Header) -> Fingerprint:
+    """Reads the fingerprint of an open file."""
     values = _load(file, header, FINGERPRINT)["values"]
     try:
         return Fingerprint(header.structure, header.fingerprint_dtype, values)
@@ -217,9 +268,10 @@ def _fingerprint(file: Any, header: Header) -> Fingerprint:
 
 
 def _load(file: Any, header: Header, section: str) -> Mapping[str, Tensor]:
+    """Reads a section's tensors and checks them against the metadata."""
     tensors = {}
     for name, listed in header.catalogue[section].items():
-        # a clone: what safe_open gives is the mapped file itself, and what is checked must be what is used
+        # cloned, as safe_open returns a view of the mapped file, which could change after the check
         tensors[name] = file.get_tensor(f"{section}.{name}").clone()
         if describe(tensors[name]) != listed:
             raise RefusedError(f"{section}.{name} is damaged")
@@ -228,9 +280,9 @@ def _load(file: Any, header: Header, section: str) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _opened(path: _Path) -> Iterator[Any]:
-    """safe_open, with every way a file can be unfit as a SidecarError."""
+    """Opens a file with safe_open and raises SidecarError for every error of opening or reading it."""
     try:
-        with Path(path).open("rb"):  # safe_open calls a file that may not be read, and a folder, something else
+        with Path(path).open("rb"):  # raises the OSError that fits, which safe_open does not for a folder or a file without read permission
             pass
         with safe_open(path, framework="pt") as file:
             yield file
@@ -244,7 +296,10 @@ def _opened(path: _Path) -> Iterator[Any]:
 
 
 def _steadily(path: _Path, take: Callable[[Any], _T], tries: int = _TRIES) -> _T:
-    """What `take` makes of the open file; again where it is replaced meanwhile: safe_open opens it twice, for header and tensors."""
+    """Returns the result of `take` for the open file, and tries again if the file was replaced during a failed read.
+
+    A replacement can mix two files, because safe_open opens the path twice, once for the header and once for the tensors.
+    """
     before = _identity(path)
     try:
         with _opened(path) as file:
@@ -256,6 +311,7 @@ def _steadily(path: _Path, take: Callable[[Any], _T], tries: int = _TRIES) -> _T
 
 
 def _identity(path: _Path) -> tuple[int, int, int] | None:
+    """Returns numbers that change when the file is replaced. None if there is no file."""
     with suppress(OSError, ValueError):
         stat = Path(path).stat()
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
@@ -263,4 +319,5 @@ def _identity(path: _Path) -> tuple[int, int, int] | None:
 
 
 def _said(error: Exception) -> str:
+    """Returns the text of an error, without number and path if the system has one."""
     return getattr(error, "strerror", None) or str(error)
