@@ -1,4 +1,4 @@
-"""A policy of gaps that never shrink and may grow towards the end, which mode auto was compared with."""
+"""A policy whose gaps between full evaluations never shrink and may grow towards the end. Benchmarks compare mode auto with it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from comfyui_duca.cache_core import Kind, Plan
 
 @dataclass(frozen=True)
 class GrowingGaps:
-    """A short first gap, then full evaluations at round(n · (k/K)^growth), with the gaps sorted; others skipped.
+    """Skips all steps except K full ones, with a short first gap and then gaps that grow.
 
-    Until a second full evaluation is known a forecast can only repeat the first, hence the short first gap; but two
-    full evaluations next to each other are too short a base, hence two steps at least where the average allows. Sorting
-    keeps a long gap from following a short one, where a forecast would reach far from a short base. These are
-    worth more than growth: together up to 4 dB on the demo model (docs/benchmarks.md).
+    After the first gap, full evaluations are at round(n · (k/K)^growth) of the remaining n steps. Then the gaps are sorted.
 
-    speedup: steps divided by full evaluations, at least 1; K = round(steps / speedup).
-    growth: 1 gives even gaps, more makes early gaps shorter and late ones longer.
-    first_gap: the first gap as a share of the average one; None leaves it to `growth`.
-    warmup, tail: full steps at both ends of the run; they count towards K.
-    Raises ValueError for a speedup or growth below 1 or a negative count.
+    The first gap is short because a forecast can only repeat the first full evaluation until there is a second one. It has at least two
+    steps if the average gap has, because a forecast from two adjacent full evaluations is poor. Sorting avoids a long gap after a shorter
+    one that would need a forecast far beyond its anchors. The first gap and sorting matter more than growth: together they gain up to 4 dB
+    on the demo model (docs/benchmarks.md).
+
+    Args:
+        speedup: Steps divided by full evaluations, at least 1. K = round(steps / speedup).
+        growth: Exponent, at least 1. 1 gives even gaps, and more makes early gaps shorter and late ones longer.
+        first_gap: The first gap as a share of the average gap. None takes it from `growth`.
+        warmup: Full steps at the beginning of the run. They count towards K.
+        tail: Full steps at the end of the run. They count towards K.
+
+    Raises:
+        ValueError: If speedup or growth is below 1.
     """
 
     speedup: float = 2.0
@@ -37,8 +43,14 @@ class GrowingGaps:
             raise ValueError(f"growth must be at least 1, not {self.growth}")
 
     def plan(self, steps: int, window: range) -> Plan:
+        """Returns the plan for a run.
+
+        Args:
+            steps: Number of steps.
+            window: Steps that may be skipped. The others are full and count towards K.
+        """
         budget = max(1, round(steps / self.speedup))
-        first = max(window.start, self.warmup - 1, 0)  # the last of the leading full steps starts the gaps
+        first = max(window.start, self.warmup - 1, 0)  # gaps are counted from the last of the leading full steps
         last = min(window.stop, steps - self.tail)
         if first >= last:
             return Plan((Kind.FULL,) * steps)
@@ -48,7 +60,7 @@ class GrowingGaps:
         return Plan.with_full(full, steps)
 
     def _gaps(self, steps: int, count: int) -> list[int]:
-        """`count` gaps of at least one step that fill `steps`, shortest first."""
+        """Returns `count` gaps of at least one step that add up to `steps`, shortest first."""
         if self.first_gap is None or count == 1:
             return _grown(steps, count, self.growth)
         average = steps / count
@@ -57,10 +69,10 @@ class GrowingGaps:
 
 
 def _grown(steps: int, count: int, growth: float) -> list[int]:
-    """Gaps between round(steps · (k/count)^growth), sorted."""
+    """Returns the gaps between the steps round(steps · (k/count)^growth), sorted."""
     ends = [round(steps * (k / count) ** growth) for k in range(count + 1)]
     gaps = sorted(max(1, end - start) for start, end in pairwise(ends))
-    while sum(gaps) > steps:  # early places coincided after rounding: the longest gaps pay for them
+    while sum(gaps) > steps:  # some gaps were 0 before and became 1, so the longest ones are shortened
         gaps[-1] -= 1
         gaps.sort()
     return gaps

@@ -1,8 +1,8 @@
-"""Measures what the cache itself costs on FLUX blocks of real width, as ratios of times in one run.
+"""Measures the time that the cache adds to FLUX blocks of real width, as shares of the time of a plain full evaluation.
 
-1 double and 2 single blocks, width 3072, random weights, 1024 image and 256 text tokens, bfloat16, through the host's own Flux class.
-Rounds rotate the order of the variants, and every time is the lower quartile over the rounds, because other load on the machine only ever
-adds to a time. Writes its table to docs/benchmarks.md.
+The network is the host's own Flux class with 1 double and 2 single blocks of width 3072, random weights and bfloat16. It is called with
+1024 image and 256 text tokens. The order of the variants rotates from round to round. Every time is the lower quartile over the rounds,
+because other load on the machine can only make a time longer. The table is written to docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -36,17 +36,22 @@ CONFIG = {
 
 
 class Planned:
-    """A policy whose plan is given as text, one letter per step."""
+    """A policy with a fixed plan.
+
+    Args:
+        text: One letter for the kind of each step.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
 
     def plan(self, steps: int, window: range) -> Plan:
+        """Returns the fixed plan."""
         return Plan.parse(self.text)
 
 
 def make_network(config: dict = CONFIG) -> Flux:
-    """Returns the host's Flux in bfloat16 with random weights, the same at every call."""
+    """Makes the host's Flux network in bfloat16, with the same random weights at every call."""
     torch.manual_seed(0)
     network = Flux(**config, dtype=torch.bfloat16, device="cpu", operations=comfy.ops.disable_weight_init)
     for parameter in network.parameters():
@@ -59,7 +64,7 @@ class Overhead:
 
     Attributes:
         config: Arguments of the network.
-        latent: Rows, and as many columns, of the latent; 2x2 of its values make a token.
+        latent: Height and width of the latent. 2x2 of its values make a token.
         text: Number of text tokens.
     """
 
@@ -77,13 +82,19 @@ class Overhead:
         return self.network(self.x, t, self.context, self.y, torch.tensor([3.5], dtype=torch.bfloat16))
 
     def run(self, plan: str, predictor, share: float = 0.1) -> CacheRun:
-        """Opens a run with a plan, a predictor and the share of tokens that conservative evaluations recompute."""
+        """Opens a run.
+
+        Args:
+            plan: One letter for the kind of each step.
+            predictor: Fills skipped evaluations.
+            share: Share 0..1 of the tokens that conservative evaluations recompute.
+        """
         steps = len(plan)
         timeline = Timeline([1 - i / steps for i in range(steps + 1)])
         return CacheRun(Strategy(Planned(plan), predictor, share), RunStart(self.network, FLUX, timeline, range(steps)))
 
     def known(self) -> Known:
-        """Returns what a run finds out about the network."""
+        """Returns the place and the costs that a run finds for the network."""
         places = Places()
         run = CacheRun(
             Strategy(Planned("Fa"), Reuse()),
@@ -95,13 +106,13 @@ class Overhead:
         return found
 
     def timed(self, work) -> float:
-        """Returns the seconds that `work` takes."""
+        """Calls `work` and returns the seconds that it took."""
         begin = time.perf_counter()
         work()
         return time.perf_counter() - begin
 
     def evaluate(self, run: CacheRun, step: int) -> float:
-        """Returns the seconds of one evaluation, with everything that the cache does around it and in it."""
+        """Runs one evaluation with the cache and returns its seconds, with everything that the cache does before and after the call."""
         call = ModelCall(self.network, ("cond",), 0)
 
         def work():
@@ -112,11 +123,11 @@ class Overhead:
         return self.timed(work)
 
     def planned(self) -> float:
-        """A plan of 200 steps, as the page's strip asks for whenever a slider moves."""
+        """Returns the seconds of making a plan of 200 steps, as the page does whenever a slider moves."""
         return self.timed(partial(preview, {"sampling": {"steps": 200}, "cache": {"speedup": 3.0}}))
 
     def passed_through(self) -> float:
-        """Returns the seconds of the host's embedding and head alone: blocks return their input."""
+        """Returns the seconds of the host's embedding and head alone, with blocks that return their input."""
         blocks = [(b, lambda _f: lambda img, txt, **_: (img, txt)) for b in self.network.double_blocks]
         blocks += [(b, lambda _f: lambda x, **_: x) for b in self.network.single_blocks]
         with forward_overrides(blocks):
@@ -128,7 +139,7 @@ class Overhead:
         times: dict[str, list[float]] = {name: [] for name in names}
         forecast = self.run("F" * 5 + "Fa" * (rounds + 1), Chebyshev(taylor_share=0.7, history=5))
         cycle = self.run("F" + "Fc" * (rounds + 1), Reuse())
-        for step in range(5):  # fills the history and warms the allocators up
+        for step in range(5):  # fills the predictor's history and warms up the allocators
             self.evaluate(forecast, step)
         self.evaluate(cycle, 0)
         for i in range(rounds):
@@ -150,6 +161,7 @@ class Overhead:
 
 @torch.inference_mode()
 def main() -> None:
+    """Measures all variants and writes the table. `--quick` takes 3 rounds."""
     bench = Overhead()
     times = bench.measure(3 if "--quick" in sys.argv else ROUNDS)
     quartile = {name: statistics.quantiles(values, n=4)[0] for name, values in times.items()}

@@ -2,7 +2,7 @@
 
 From the pack's folder:
 
-python -m cache_core.calibration show FILE              what it holds, without reading its tensors
+python -m cache_core.calibration show FILE              lists the contents, without reading the tensors of the sections
 python -m cache_core.calibration verify FILE            reads and checks every byte
 python -m cache_core.calibration shrink FILE OUT [--drop icc|forecast] [--rank R]    writes a smaller copy
 """
@@ -24,12 +24,16 @@ _MIB = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0 when done, 1 for a file that cannot be read, used or written.
-
-    A wrong command line ends the process with status 2.
+    """Runs one command.
 
     Args:
-        arguments: The command line without the program. None takes that of the process.
+        arguments: Words of the command line. None takes those of the process.
+
+    Returns:
+        The exit code: 0 if the command succeeded, 1 if a file cannot be used or written.
+
+    Raises:
+        SystemExit: With code 2 if the command line is wrong.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m cache_core.calibration", description="calibration sidecars")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("show", help="what a sidecar holds").add_argument("file")
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
+    """Parses a rank."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("a rank is at least 1")
@@ -69,6 +75,7 @@ def _positive(text: str) -> int:
 
 
 def _show(path: str) -> None:
+    """Prints the description of a sidecar and the list of its tensors."""
     contents = peek(path)
     fingerprint = contents.fingerprint
     for field in fields(About):
@@ -83,12 +90,14 @@ def _show(path: str) -> None:
 
 
 def _verify(path: str) -> None:
+    """Reads and checks a sidecar and prints its size."""
     sidecar = read(path)
     tensors = [t for section in sidecar.sections.values() for t in section.values()]
     _say(f"{path}: sound; {', '.join(sidecar.sections)}; {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / _MIB:.3f} MiB")
 
 
 def _shrink(path: str, out: str, drop: str | None, rank: int | None) -> None:
+    """Writes a copy without the section `drop` and with factors of at most `rank`."""
     held = peek(path).tensors
     kept = [section for section in held if section != drop]
     if not kept or (drop is not None and drop not in held):
@@ -107,18 +116,21 @@ def _shrink(path: str, out: str, drop: str | None, rank: int | None) -> None:
 
 
 def _cut(name: str, tensor: Tensor, rank: int) -> Tensor:
-    if name == ENERGY:  # an upper bound from here on: how much the cut takes is not known without the weights
+    """Cuts a tensor of the section "icc" to the first `rank` directions, which are the most important ones."""
+    if name == ENERGY:  # unchanged and now an upper bound, as the energy of the cut factors is not known without the weights
         return tensor
     return tensor[:, :rank] if name.endswith(".A") else tensor[:rank]
 
 
 def _text(value: object, between: str = ", ") -> str:
+    """Returns a value as text, with the items of a tuple joined."""
     return between.join(str(v) for v in value) if isinstance(value, tuple) else str(value)
 
 
 def _say(line: str, stream: TextIO | None = None) -> None:
+    """Writes a line to `stream`, by default the standard output."""
     stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"  # a console that lacks a character of a model's name still gets the rest
+    encoding = stream.encoding or "utf-8"  # characters of a model's name that the console cannot show are escaped
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 

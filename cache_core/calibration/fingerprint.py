@@ -1,4 +1,4 @@
-"""Recognises a checkpoint by a sample of its weights, whatever dtype they were loaded in."""
+"""Recognises a checkpoint by a sample of its weights, in whatever dtype they were loaded."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TENSORS = 64  # at most this many tensors are sampled
-VALUES = 64  # values per sampled tensor; smaller tensors do not count
-_AGREEING = 0.999  # share of the sampled values that must agree: a few may be clipped by a narrow dtype
+TENSORS = 64  # largest number of tensors that are sampled
+VALUES = 64  # values per sampled tensor; tensors with fewer do not count
+_AGREEING = 0.999  # share of the sampled values that must agree; the others may have been clipped by a narrow dtype
 _COARSE = (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
-_SLACK = 2.0  # both sides may be rounded, and some loaders round stochastically, which errs by a whole step
+_SLACK = 2.0  # in half steps, as both sides may be rounded, and loaders that round stochastically err by a whole step
 
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """Identifies a checkpoint by names, shapes and some values of its weights. Compare with `matches`, not with `==`.
+    """A sample of a checkpoint's base weights. Compare two with `matches`, not with `==`.
 
     Args:
-        structure: sha256 over names and shapes of all tensors that count, 64 hex characters.
-        dtype: The least precise dtype among these tensors, as torch names it ("bfloat16"). Values may be rounded as in this dtype.
-        values: (m, 64) float32 with 1 <= m <= 64, one row for each sampled tensor. The sampled tensors are evenly spread over the sorted
-            names. A row of NaN stands for a tensor whose values are not known.
+        structure: sha256 over the names and shapes of all tensors that count, 64 hex characters. Fingerprints of one checkpoint have the
+            same structure only if they were taken with the same `with_vectors`.
+        dtype: The least precise dtype of these tensors by its name in torch, such as "bfloat16". It limits how far values may be rounded.
+        values: (m, 64) float32 with 1 ≤ m ≤ 64, one row for each sampled tensor. These are evenly spread over the sorted names. A row of
+            NaN stands for a tensor whose values are not available, and `matches` ignores it.
 
     Raises:
-        ValueError: If an argument does not have that form.
+        ValueError: If an argument does not have this form.
     """
 
     structure: str
@@ -47,15 +48,15 @@ class Fingerprint:
 
     @classmethod
     def of(cls, named_tensors: Iterable[tuple[str, Tensor]], with_vectors: bool = False) -> Fingerprint:
-        """Takes the fingerprint of weights.
+        """Takes the fingerprint of a checkpoint's weights.
 
-        Floating-point tensors with at least two dimensions and 64 elements count. These come from the checkpoint, under names that hosts
-        agree on. Vectors (a norm's scale) are renamed by some hosts, and some vectors are in no checkpoint.
+        Floating-point tensors with at least two dimensions and 64 elements count. The checkpoint determines these, and hosts agree on their
+        names. Vectors (such as a norm's scale) do not count, because hosts rename them and make some that no checkpoint has.
 
         Args:
-            named_tensors: (name, weight) pairs in any order. Names are the model's own, without the prefix of a loader. Packed weights
-                (GGUF) must be given dense, as their integers do not count. Pairs are taken one at a time and only samples are kept, so
-                an iterator may make weights dense one after another.
+            named_tensors: Pairs of name and weight, in any order. Names are the model's own, without a loader's prefix. Packed weights
+                (GGUF) must be given as dense ones, because packed tensors are not floating-point and do not count. An iterator may make
+                each dense weight when it is asked for it, because only the sampled values are kept.
             with_vectors: Whether vectors count too, as in the fingerprints of older sidecars.
 
         Raises:
@@ -75,11 +76,11 @@ class Fingerprint:
         return cls(structure, str(coarsest).removeprefix("torch."), torch.stack([found[i][3] for i in chosen]))
 
     def matches(self, other: Fingerprint) -> bool:
-        """Returns whether both fingerprints are of one checkpoint.
+        """Returns whether both fingerprints are of the same checkpoint.
 
-        They are if the structures are equal and 99.9 % of the values differ by no more than twice the rounding of the coarser dtype. So a
-        fine-tune loaded in bf16, fp16 or fp32 does not match its base. Loaded in fp8, it does not if its weights moved by more than the
-        steps of fp8.
+        They match if their structures are equal and 99.9 % of the values agree within twice the rounding error of the coarser dtype. A
+        fine-tune in bf16, fp16 or fp32 does not match its base. Between fp8 weights it is only distinguished if its weights moved by more
+        than fp8's steps.
         """
         if self.structure != other.structure or self.values.shape != other.values.shape:
             return False
@@ -91,10 +92,10 @@ class Fingerprint:
         return bool(len(agrees)) and agrees.double().mean().item() >= _AGREEING
 
     def _rounding(self) -> Tensor:
-        """Returns half a step of each row's dtype, (2, m, 1) float64: relative to a normal value, and absolute near zero.
+        """Returns half a step of each row's dtype, (2, m, 1) float64: relative to normal values, and absolute near zero.
 
-        The relative one is 2^-4 for fp8 e4m3 (absolute 2^-10), 2^-8 for bf16, 2^-11 for fp16 and 2^-24 for fp32. A row that a coarser
-        dtype holds exactly was rounded to that dtype before, as when an fp8 file is loaded in bf16.
+        The relative half steps are 2^-4 for fp8 e4m3 (absolute 2^-10), 2^-8 for bf16, 2^-11 for fp16 and 2^-24 for fp32. A row that a
+        coarser dtype holds exactly counts as rounded to that dtype, as when an fp8 file is loaded in bf16.
         """
         rows = self.values.cpu()
         steps = _half_step(getattr(torch, self.dtype)).expand(2, len(rows), 1)
@@ -105,38 +106,44 @@ class Fingerprint:
 
     @property
     def short(self) -> str:
-        """8 hex characters for file names, made from the structure and the signs of the sampled values.
+        """8 hex characters for file names, from the structure and the signs of the sampled values.
 
-        Rounding keeps signs, also of values rounded to zero (-0.0), so all casts of one checkpoint have the same characters. Only dtypes
-        without a negative zero (the fnuz dtypes of fp8) may change them.
+        It is the same for every cast of one checkpoint to an IEEE-like dtype, because rounding keeps signs, also when it rounds to -0.0.
+        Only formats without a negative zero (the fnuz kinds of fp8) may change it.
         """
         signs = torch.signbit(self.values.cpu()).flatten().tolist()
         return hashlib.sha256((self.structure + "".join("-" if sign else "+" for sign in signs)).encode()).hexdigest()[:8]
 
 
 def structure_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Returns the `structure` of a fingerprint in which tensors of these names and shapes count."""
+    """Returns the structure of a fingerprint.
+
+    Args:
+        shapes: Shapes by name, of the tensors that count.
+    """
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Returns `wanted` of the indices 0..count-1, evenly spread, the first and the last included."""
+    """Returns `wanted` of the indices 0..count-1, evenly spread and with both ends."""
     return [i * (count - 1) // max(1, wanted - 1) for i in range(wanted)]
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Returns 64 values of a weight, evenly spread, (64,) float32 on the CPU. It copies no others, whatever the strides."""
-    if weight.dtype.itemsize == 1:  # indexing is not defined for every fp8 kind on every device, for bytes it is
+    """Returns 64 values (64,) float32 on the CPU, spread over all of `weight`. It copies only these, whatever the strides."""
+    if weight.dtype.itemsize == 1:  # as bytes, because not every device can index every kind of fp8
         return _pick(weight.view(torch.uint8)).view(weight.dtype).float().nan_to_num(0.0, 0.0, 0.0).cpu()
     return _pick(weight).float().nan_to_num(0.0, 0.0, 0.0).cpu()
 
 
 def _pick(weight: Tensor) -> Tensor:
-    # with both ends included the stride is hardly ever a multiple of the row length, so columns differ too
+    """Returns 64 values of `weight` in its own dtype."""
+    # as both ends are included, the distance is hardly ever a multiple of the row length, so the columns differ too
     indices = torch.tensor(_spread(weight.numel(), VALUES), device=weight.device)
     return weight[torch.unravel_index(indices, weight.shape)]
 
 
 def _half_step(dtype: torch.dtype) -> Tensor:
+    """Returns half a step of a dtype (2, 1, 1) float64, relative and absolute."""
     info = torch.finfo(dtype)
     return torch.tensor([info.eps / 2, info.tiny * info.eps / 2], dtype=torch.float64)[:, None, None]

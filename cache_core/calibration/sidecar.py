@@ -1,30 +1,44 @@
-"""Writes and reads sidecars: safetensors files that each keep the calibration of one checkpoint.
+"""Reads and writes calibration sidecars.
 
-Tensors are named `<section>.<name>`. A file has one or both sections, and always `fingerprint.values` (m, 64) float32.
+A sidecar is one safetensors file that keeps what was learned about a checkpoint. Its tensors are named `<section>.<name>`. Every file has
+`fingerprint.values` (m, 64) float32 and one or both of these sections:
 
-| section | name | shape | dtype | |
+| section | name | shape | dtype | content |
 | --- | --- | --- | --- | --- |
-| forecast | gram | (n, n) | float64 | inner products of the hidden states (minus the embedded input) at two evaluations, mean per token |
-| | uu | (n, n, d, d) | float32 | the same of the channels of two inputs |
-| | uz | (n, n, d, r) | float16 or float32 | the same of the channels of inputs and of hidden states, in the basis |
-| | basis | (C, r) | float32 | orthonormal directions of hidden channels |
-| | sensitivity | (n,) | float64 | squared move of the final latent per squared error of a forecast |
-| | step_times | (k,) | float64 | the model's time (0..1) at every step of the calibrated runs |
-| | plans | (p, k) | float32 | the plan that did best for each budget: 0 skipped, 1 full, 2 incremental |
-| | results | (p, 4) | float64 | per plan: share of calibrated weights (-1: none), PSNR and uncalibrated PSNR (dB), origin of the search |
-| icc | energy | (parts,) | float32 | share 0..1 of each part's square norm that its factors keep, parts sorted by name |
-| | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any below | columns by importance, most important first |
-| | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any below | |
+| forecast | gram | (n, n) | float64 | inner products of the residuals z at two evaluations |
+| | uu | (n, n, d, d) | float32 | products of the input tokens u at two evaluations |
+| | uz | (n, n, d, r) | float16 or float32 | products of u and z at two evaluations, with z in the basis |
+| | basis | (C, r) | float32 | directions of z that are kept |
+| | sensitivity | (n,) | float64 | how far an error at each evaluation moves the final latent |
+| | step_times | (k,) | float64 | the model's time at every step of the calibrated runs |
+| | plans | (p, k) | float32 | the plan that did best with each budget, as kinds: 0 skipped, 1 full, 2 incremental |
+| | results | (p, 4) | float64 | how each plan did, see below |
+| icc | energy | (parts,) | float32 | share 0..1 of each part's square norm that its factors keep; parts in the order of their names |
+| | `<stack>.<block>.<layer>.<part>`.A | (out, rank) | any, see below | factor A, columns by falling importance |
+| | `<stack>.<block>.<layer>.<part>`.B | (rank, in) | any, see below | factor B, rows in the order of A's columns |
 
-Sizes: n recorded evaluations, k steps, p budgets, d channels of an input token, C channels of a hidden token, r directions, m sampled
-tensors. The origin is 0 without a search, 1 for "general" and 2 for "even gaps" (`use.origin_plan`). "Any below" is any of float64,
-float32, float16 and bfloat16. All values are finite.
+n is the number of recorded evaluations, k of steps, p of budgets, d of channels of an input token, C of channels of a hidden token and r of
+kept directions. The residual z is the last block's output minus the embedded input. gram, uu and uz are means over tokens. Factors are
+float64, float32, float16 or bfloat16. All values are finite.
 
-Metadata: `duca_format` "1"; `about` (JSON of About); `sections` (JSON: per section and tensor its dtype, shape and sha256);
-`fingerprint` (JSON: structure, dtype); `digest`, a sha256 over the other four. safetensors itself checks the file's layout, `digest`
-the metadata and the sha256 of each tensor its values, so a change of any byte is noticed.
+The columns of `results` are the share 0..1 of calibrated weights in the predictor (-1: the uncalibrated predictor), the PSNR of the plan
+against the uncached latents in dB, the PSNR of the uncalibrated setting in dB, and where the search for the plan began
+(0: there was no search, otherwise the position in `calibration.ORIGINS`, from 1).
 
-A file is replaced whole or not at all. A reader sees the old file or the new one, never a mixture.
+The metadata has five texts:
+
+| key | content |
+| --- | --- |
+| duca_format | "1" |
+| about | JSON of `About` |
+| sections | JSON of the dtype, shape and sha256 of each tensor, by section and name |
+| fingerprint | JSON of the fingerprint's structure and dtype |
+| digest | sha256 over the other four texts |
+
+Every changed byte is noticed: safetensors checks the file's layout, `digest` covers the metadata, and the sha256 of each tensor covers its
+values.
+
+A file is replaced whole or not at all. A reader meanwhile sees the old file or the new one.
 """
 
 from __future__ import annotations
@@ -66,9 +80,9 @@ __all__ = ["About", "Contents", "Sidecar", "SidecarError", "TensorInfo", "peek",
 
 _Path = str | os.PathLike[str]
 _T = TypeVar("_T")
-_STRAY_AGE = 3600.0  # seconds after which what a writer left belongs to nobody: none takes as long
-_TRIES = 5  # reads of a file that is replaced meanwhile
-_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before the file is replaced once more, which takes longer than reading a large one
+_STRAY_AGE = 3600.0  # seconds after which a temporary folder is taken for that of a killed writer, as no write takes as long
+_TRIES = 5  # how often a file is read if it is replaced during each read
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds to wait after each failed replacement; together longer than reading a large file
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +92,8 @@ class Sidecar:
     Args:
         about: How the calibration was made.
         fingerprint: Fingerprint of the checkpoint.
-        sections: Tensors by name, of the sections "forecast", "icc" or both. The docstring of this module has names, shapes and dtypes. No
-            two tensors may share memory, as safetensors does not write such tensors.
+        sections: "forecast", "icc" or both, with their tensors by name. The module's docstring lists names, shapes and dtypes. Tensors must
+            not overlap in memory, because safetensors does not write such tensors.
     """
 
     about: About
@@ -89,12 +103,12 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a sidecar without the tensors of its sections.
+    """The description of a sidecar, without the tensors of its sections.
 
     Args:
         about: How the calibration was made.
         fingerprint: Fingerprint of the checkpoint.
-        tensors: Dtype, shape and hash of every tensor, by section and name.
+        tensors: The dtype, shape and sha256 of every tensor, by section and name.
     """
 
     about: About
@@ -102,25 +116,25 @@ class Contents:
     tensors: Mapping[str, Mapping[str, TensorInfo]]
 
     def nbytes(self, section: str) -> int:
-        """Returns the bytes of a section's tensors, 0 for a section that the file does not have."""
+        """Returns the bytes of a section's tensors. 0 for a section that the file does not have."""
         return sum(info.nbytes for info in self.tensors.get(section, {}).values())
 
 
 def write(path: _Path, sidecar: Sidecar) -> None:
-    """Writes a sidecar, in place of a file that is there. If two processes write at once, the file of the later one stays.
+    """Writes a sidecar and replaces an existing file in one operation.
 
-    safetensors before 0.8 copies all tensors first, so it takes their memory a second time.
+    If two processes write at once, the last one wins. safetensors before 0.8 needs memory for a copy of all tensors.
 
     Args:
-        path: The file. If it is a link, the file that it leads to is replaced.
-        sidecar: What to write.
+        path: The file. If it is a link, the file that it points to is replaced.
+        sidecar: The contents.
 
     Raises:
-        SidecarError: If the sidecar breaks a rule of this module, if the folder cannot be written to, or if the disk is full. A file that
-            was there before is left as it was.
+        SidecarError: If the sidecar breaks a rule of the format, the folder cannot be written to or the disk is full. An existing file is
+            then unchanged.
     """
     try:
-        target = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
+        target = Path(os.path.realpath(path))  # keeps a link and replaces the file that it points to
         tensors, metadata = _encode(sidecar)
         _sweep(target)
         _replace(target, tensors, metadata)
@@ -132,18 +146,19 @@ def write(path: _Path, sidecar: Sidecar) -> None:
 
 
 def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
-    """Reads a sidecar and checks what it reads.
+    """Reads a sidecar and checks everything that it reads.
 
     Args:
         path: The file.
-        sections: Names of the sections to read. None reads all, () none. The tensors of other sections are neither read nor checked.
+        sections: Names of the sections to read. The tensors of other sections are neither read nor checked. () reads no section, None
+            all that the file has.
 
     Returns:
-        The sidecar. Its tensors are copies on the CPU, so the file may change afterwards.
+        The sidecar. Its tensors are on the CPU and are copies, so the file may change afterwards.
 
     Raises:
-        SidecarError: If the file cannot be read, is damaged or of another format, or lacks a section that was asked for.
-        ValueError: For a name that is no section of any sidecar.
+        SidecarError: If the file cannot be read, is damaged, has another format or lacks one of `sections`.
+        ValueError: If `sections` has a name other than "forecast" and "icc".
     """
     wanted = None if sections is None else tuple(sections)
     if wanted is not None and not set(wanted) <= set(SECTIONS):
@@ -152,10 +167,13 @@ def read(path: _Path, sections: Iterable[str] | None = None) -> Sidecar:
 
 
 def peek(path: _Path) -> Contents:
-    """Reads metadata and fingerprint of a sidecar but no section, which is quick enough for lists of files.
+    """Reads the description of a sidecar, but not its sections. This is fast enough for a list of files.
+
+    Args:
+        path: The file.
 
     Raises:
-        SidecarError: If the file cannot be read, is damaged or of another format.
+        SidecarError: If the file cannot be read, its description or fingerprint is damaged, or it has another format.
     """
     return _steadily(path, _contents)
 
@@ -178,27 +196,25 @@ def _encode(sidecar: Sidecar) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # safetensors has a temporary file of its own, which stays when the process is killed: `_sweep` finds it in this folder
+    """Writes a new file in a temporary folder and puts it in the place of `target`."""
+    # in a folder, as safetensors makes a temporary file too: if the process is killed, `_sweep` later removes both
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     folder.mkdir()
     try:
         written = folder / "written"
         written.touch()
-        usual = written.stat().st_mode  # safetensors makes a file that only its owner may read
+        usual = written.stat().st_mode  # restored below, as safetensors makes a file that only its owner may read
         save_file(tensors, written, metadata)
         with written.open("rb+") as file:
             os.fsync(file.fileno())
         written.chmod(usual)
         _put(written, target)
-    finally:  # Ctrl-C too
+    finally:  # after Ctrl-C too
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(written: Path, target: Path) -> None:
-    """Moves the written file to its target. Tries again on Windows, which does not replace a file while a reader has it open.
-
-    torch opens files without FILE_SHARE_DELETE.
-    """
+    """Replaces `target`, with pauses, as Windows refuses while a reader has it open (torch opens files without FILE_SHARE_DELETE)."""
     for pause in _PAUSES:
         with suppress(PermissionError):
             written.replace(target)
@@ -208,14 +224,15 @@ def _put(written: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Removes what writers of this file left when they were killed."""
+    """Removes the temporary folders that killed writers of this file left."""
     for stray in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > _STRAY_AGE:
-                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()  # a file is by an older version of the pack
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()  # older versions of the pack left files
 
 
 def _sidecar(file: Any, wanted: tuple[str, ...] | None) -> Sidecar:
+    """Reads the wanted sections of an open file, all for None."""
     header = _header(file)
     held = [section for section in SECTIONS if section in header.catalogue]
     missing = [section for section in wanted or () if section not in held]
@@ -226,13 +243,14 @@ def _sidecar(file: Any, wanted: tuple[str, ...] | None) -> Sidecar:
 
 
 def _contents(file: Any) -> Contents:
+    """Reads the description of an open file."""
     header = _header(file)
     shown = {section: MappingProxyType(dict(header.catalogue[section])) for section in SECTIONS if section in header.catalogue}
     return Contents(header.about, _fingerprint(file, header), MappingProxyType(shown))
 
 
 def _header(file: Any) -> Header:
-    """Reads the metadata and checks that the file has exactly the tensors that it lists."""
+    """Reads the metadata and checks that the file has exactly the tensors that are listed there."""
     header = from_metadata(file.metadata())
     odd = {f"{section}.{name}" for section, tensors in header.catalogue.items() for name in tensors} ^ set(file.keys())
     if odd:
@@ -241,6 +259,7 @@ def _header(file: Any) -> Header:
 
 
 def _fingerprint(file: Any, header: Header) -> Fingerprint:
+    """Reads the fingerprint of an open file."""
     values = _load(file, header, FINGERPRINT)["values"]
     try:
         return Fingerprint(header.structure, header.fingerprint_dtype, values)
@@ -249,9 +268,10 @@ def _fingerprint(file: Any, header: Header) -> Fingerprint:
 
 
 def _load(file: Any, header: Header, section: str) -> Mapping[str, Tensor]:
+    """Reads a section's tensors and checks them against the metadata."""
     tensors = {}
     for name, listed in header.catalogue[section].items():
-        # a clone: what safe_open gives is the mapped file itself, and what is checked must be what is used
+        # cloned, as safe_open returns a view of the mapped file, which could change after the check
         tensors[name] = file.get_tensor(f"{section}.{name}").clone()
         if describe(tensors[name]) != listed:
             raise RefusedError(f"{section}.{name} is damaged")
@@ -260,9 +280,9 @@ def _load(file: Any, header: Header, section: str) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _opened(path: _Path) -> Iterator[Any]:
-    """Opens a file with `safe_open` and raises every error inside the context as a SidecarError."""
+    """Opens a file with safe_open and raises SidecarError for every error of opening or reading it."""
     try:
-        with Path(path).open("rb"):  # safe_open calls a file that may not be read, and a folder, something else
+        with Path(path).open("rb"):  # raises the OSError that fits, which safe_open does not for a folder or a file without read permission
             pass
         with safe_open(path, framework="pt") as file:
             yield file
@@ -276,9 +296,9 @@ def _opened(path: _Path) -> Iterator[Any]:
 
 
 def _steadily(path: _Path, take: Callable[[Any], _T], tries: int = _TRIES) -> _T:
-    """Returns the result of `take` for the open file. Tries again if the file was replaced meanwhile.
+    """Returns the result of `take` for the open file, and tries again if the file was replaced during a failed read.
 
-    safe_open opens a file twice, for header and tensors, which may then be of two files.
+    A replacement can mix two files, because safe_open opens the path twice, once for the header and once for the tensors.
     """
     before = _identity(path)
     try:
@@ -291,6 +311,7 @@ def _steadily(path: _Path, take: Callable[[Any], _T], tries: int = _TRIES) -> _T
 
 
 def _identity(path: _Path) -> tuple[int, int, int] | None:
+    """Returns numbers that change when the file is replaced. None if there is no file."""
     with suppress(OSError, ValueError):
         stat = Path(path).stat()
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
@@ -298,4 +319,5 @@ def _identity(path: _Path) -> tuple[int, int, int] | None:
 
 
 def _said(error: Exception) -> str:
+    """Returns the text of an error, without number and path if the system has one."""
     return getattr(error, "strerror", None) or str(error)

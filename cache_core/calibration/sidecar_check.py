@@ -1,4 +1,4 @@
-"""Converts the metadata of a sidecar to and from text, and checks it before writing and after reading."""
+"""Converts the metadata of sidecars to text and back, and checks files before writing and after reading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALIBRATE = "calibrate again"
 _KEYS = ("about", "digest", "duca_format", "fingerprint", "sections")
 _LARGEST = sys.float_info.max
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+", re.ASCII)
-# one letter per dimension, equal letters for equal sizes, a digit for itself, and the dtypes allowed
+# shape and allowed dtypes: one letter per dimension, where equal letters are equal sizes and a digit is a size
 _FORECAST = MappingProxyType(
     {
         "gram": ("nn", ("F64",)),
@@ -43,16 +43,16 @@ _FORECAST = MappingProxyType(
 
 
 class SidecarError(Exception):
-    """A sidecar cannot be read or written.
+    """Raised if a sidecar cannot be read or written.
 
     Args:
         path: The file.
-        reason: What is wrong, for the user.
+        reason: What is wrong.
         remedy: What the user can do about it.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
-        super().__init__(os.fspath(path), reason, remedy)  # so that it can be sent between processes
+        super().__init__(os.fspath(path), reason, remedy)  # all three arguments, so that the error can be pickled
         self.path = os.fspath(path)
         self.reason = reason
         self.remedy = remedy
@@ -62,10 +62,10 @@ class SidecarError(Exception):
 
 
 class RefusedError(ValueError):
-    """The contents of a sidecar break a rule of this file. `sidecar`, which knows the path, raises it as a SidecarError.
+    """Raised if a sidecar breaks a rule of the format. Callers that know the path turn it into a SidecarError.
 
     Args:
-        reason: What is wrong, for the user.
+        reason: The rule that is broken.
         remedy: What the user can do about it.
     """
 
@@ -77,21 +77,22 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class About:
-    """How a calibration was made.
+    """Describes how a calibration was made.
 
     Args:
-        family: Name of the model's family.
-        model_name: Name that the user gave the model, or that of its family.
-        sampler, scheduler: Names of the host.
-        steps: Steps of the calibrated runs, k.
+        family: Name of the model family in this pack.
+        model_name: Name of the model, or the family's where the host knows none.
+        sampler: The host's name of the sampler.
+        scheduler: The host's name of the scheduler.
+        steps: Number of steps, k.
         guidance: CFG scale.
         sigmas: The k+1 noise levels.
-        times: The model's time (0..1) at each of the n recorded evaluations, noisiest first.
+        times: The model's time, scaled to 0..1, at each of the n recorded evaluations.
         token_grid: Size of the latent, (H, W) or (T, H, W).
         prompt_count: Number of prompts.
-        seeds: Seed of each prompt.
-        rank: Rank that was asked for in section "icc", 0 without one.
-        method: Method of section "icc", one of `low_rank.METHODS`, "" without one.
+        seeds: Seed of each prompt's noise.
+        rank: Rank of the factors. 0 without the section "icc".
+        method: Method of the factors: "ca_svd", "cd_svd" or "svd". "" without the section "icc".
         versions: Versions of "pack", "torch" and "comfyui".
         created: Date and time in ISO 8601.
     """
@@ -115,12 +116,12 @@ class About:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the metadata lists it.
+    """Describes a tensor in the metadata.
 
     Args:
-        dtype: Name of the dtype in safetensors, such as "F32".
-        shape: Its shape.
-        sha256: Hash of its bytes, in hex.
+        dtype: Dtype by its name in safetensors, such as "F32".
+        shape: Shape.
+        sha256: sha256 of the tensor's bytes, in hex.
     """
 
     dtype: str
@@ -129,6 +130,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the tensor's values."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -137,13 +139,13 @@ Catalogue = Mapping[str, Mapping[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata of a sidecar.
+    """The parsed metadata of a sidecar.
 
     Args:
         about: How the calibration was made.
-        catalogue: Every tensor of the file, by section and name. "fingerprint" is a section here.
-        structure: As in `Fingerprint`.
-        fingerprint_dtype: `Fingerprint.dtype`.
+        catalogue: Descriptions of all tensors by section and name, with those of the section "fingerprint".
+        structure: Structure of the fingerprint.
+        fingerprint_dtype: Dtype of the fingerprint.
     """
 
     about: About
@@ -155,8 +157,11 @@ class Header:
 def to_metadata(header: Header) -> dict[str, str]:
     """Returns the safetensors metadata of a file.
 
+    Args:
+        header: The metadata to convert.
+
     Raises:
-        RefusedError: For values that JSON cannot hold: NaN, infinity or objects of other types.
+        RefusedError: If JSON cannot hold a value, such as NaN or an unknown type.
     """
     about = {f.name: getattr(header.about, f.name) for f in fields(About)} | {"versions": dict(header.about.versions)}
     listed = {s: {n: vars(info) for n, info in tensors.items()} for s, tensors in header.catalogue.items()}
@@ -166,13 +171,13 @@ def to_metadata(header: Header) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str] | None) -> Header:
-    """Reads safetensors metadata, the inverse of `to_metadata`, and checks all that can be checked without the tensors.
+    """Parses the safetensors metadata of a file and checks every rule that does not need the tensors.
 
     Args:
-        metadata: The metadata, None for a file that has none.
+        metadata: Texts by key. None if the file has none.
 
     Raises:
-        RefusedError: If it is not the metadata of a sidecar, of another format, damaged or against a rule.
+        RefusedError: If the metadata is damaged, of another format or breaks a rule.
     """
     if not metadata or "duca_format" not in metadata:
         raise RefusedError("it is a safetensors file, but no calibration sidecar", "choose a file that calibration has written")
@@ -193,10 +198,13 @@ def from_metadata(metadata: Mapping[str, str] | None) -> Header:
 
 
 def check(header: Header) -> None:
-    """Checks names, shapes and dtypes of the tensors of every section.
+    """Checks the names, shapes and dtypes of all tensors.
+
+    Args:
+        header: The parsed metadata.
 
     Raises:
-        RefusedError: For the first one that is wrong.
+        RefusedError: If one of them does not belong in a sidecar.
     """
     sections = header.catalogue.keys() - {FINGERPRINT}
     if not sections or not sections <= set(SECTIONS) or set(header.catalogue.get(FINGERPRINT, ())) != {"values"}:
@@ -214,17 +222,21 @@ def check(header: Header) -> None:
 
 
 def describe(tensor: Tensor) -> TensorInfo:
-    """Returns the entry of a tensor in the metadata.
+    """Describes a tensor for the metadata.
 
     Args:
-        tensor: A contiguous tensor on the CPU. A dtype that sidecars do not have gets torch's name, which `check` then refuses.
+        tensor: A contiguous tensor on the CPU.
+
+    Returns:
+        The description. A dtype that sidecars do not have gets torch's name, which `check` refuses.
     """
     dtype = next((text for text, kind in DTYPES.items() if kind is tensor.dtype), str(tensor.dtype))
-    memory = tensor.reshape(-1).view(torch.uint8).numpy().data  # not a copy
+    memory = tensor.reshape(-1).view(torch.uint8).numpy().data  # shares memory with the tensor
     return TensorInfo(dtype, tuple(tensor.shape), hashlib.sha256(memory).hexdigest())
 
 
 def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
+    """Checks the names, shapes and dtypes of the section "forecast"."""
     _same("forecast", tensors, _FORECAST)
     if len(about.sigmas) != about.steps + 1:
         raise RefusedError(f"{about.steps} steps have {len(about.sigmas)} noise levels", CALIBRATE)
@@ -239,6 +251,7 @@ def _check_forecast(about: About, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_icc(tensors: Mapping[str, TensorInfo]) -> None:
+    """Checks the names and shapes of the section "icc"."""
     if not tensors:
         raise RefusedError("its icc section is empty", CALIBRATE)
     parts = sorted({name.rpartition(".")[0] for name in tensors if name != ENERGY})
@@ -252,6 +265,7 @@ def _check_icc(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _same(section: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Checks that a section has exactly the expected names."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         raise RefusedError(f"its {section} section lacks {', '.join(missing[:3])}", CALIBRATE)
@@ -260,6 +274,7 @@ def _same(section: str, found: Iterable[str], expected: Iterable[str]) -> None:
 
 
 def _catalogue(raw: Any) -> Catalogue:
+    """Converts parsed JSON to descriptions of tensors."""
     try:
         return {section: {name: _info(**entry) for name, entry in tensors.items()} for section, tensors in raw.items()}
     except (AttributeError, TypeError) as error:
@@ -267,16 +282,20 @@ def _catalogue(raw: Any) -> Catalogue:
 
 
 def _info(dtype: Any, shape: Any, sha256: Any) -> TensorInfo:
+    """Converts the fields of one tensor's description."""
     return TensorInfo(_scalar(str)(dtype), _numbers(int)(shape), sha256)
 
 
 def _about(raw: Any) -> About:
+    """Converts parsed JSON to `About`."""
     if not isinstance(raw, dict) or set(raw) != {f.name for f in fields(About)}:
         raise RefusedError("its description is not of the form this version reads", CALIBRATE)
     return About(**{f.name: _FIELDS[str(f.type)](raw[f.name]) for f in fields(About)})
 
 
 def _scalar(kind: type) -> Any:
+    """Returns a function that checks and converts one value. No bool passes as a number, and no float that is not finite."""
+
     def convert(value: Any) -> Any:
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if not right or (kind is float and not abs(value) <= _LARGEST):
@@ -287,6 +306,8 @@ def _scalar(kind: type) -> Any:
 
 
 def _numbers(kind: type) -> Any:
+    """Returns a function that converts a list of values to a tuple."""
+
     def convert(value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise RefusedError(f"its description holds {str(value)[:40]!r} where a list belongs", CALIBRATE)
@@ -296,12 +317,13 @@ def _numbers(kind: type) -> Any:
 
 
 def _texts(value: Any) -> dict[str, str]:
+    """Checks a table of texts."""
     if not isinstance(value, dict):
         raise RefusedError("its description holds no table of versions", CALIBRATE)
     return {_scalar(str)(key): _scalar(str)(text) for key, text in value.items()}
 
 
-# by the annotation as it is written in About
+# how each field of About is converted, by the text of its annotation
 _FIELDS = MappingProxyType(
     {
         "str": _scalar(str),
@@ -315,6 +337,7 @@ _FIELDS = MappingProxyType(
 
 
 def _canonical(value: Any) -> str:
+    """Returns JSON that is the same for equal values."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -322,6 +345,7 @@ def _canonical(value: Any) -> str:
 
 
 def _parsed(text: str) -> Any:
+    """Parses JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -329,5 +353,9 @@ def _parsed(text: str) -> Any:
 
 
 def _digest(texts: Mapping[str, str]) -> str:
-    """Returns the sha256 over the texts as they are written, so that any change of them is noticed. JSON has no bare newline."""
+    """Returns the sha256 over all texts except the digest.
+
+    It is taken over the texts and not the parsed values, so another spelling of the same JSON does not pass. The texts are joined by
+    newlines, which JSON on one line does not contain.
+    """
     return hashlib.sha256("\n".join(texts[key] for key in sorted(_KEYS) if key != "digest").encode()).hexdigest()
