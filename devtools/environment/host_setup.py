@@ -116,7 +116,7 @@ def _make_environment(python: Path) -> None:
     if works:
         return
     _say("making a virtual environment")
-    folder = python.parents[2]
+    folder = python.parents[1]
     shutil.rmtree(folder, ignore_errors=True)
     made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True)
     if made.returncode:
