@@ -42,7 +42,7 @@ class CacheReport(io.ComfyNode):
         book = host.book_of(model)
         if book is None:
             return _only_text("This model has no cache: connect the output of DuCa Cache, with a mode other than off.")
-        report = book.find(samples["samples"]) or book.last
+        report = book.report_of(samples["samples"]) or book.last
         if report is None:
             return _only_text("This model has not been sampled yet.")
         text, plot = report_text(report), report_plot(report)

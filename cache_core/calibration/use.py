@@ -50,7 +50,7 @@ def origin_plan(origin: str, steps: int, window: range, budget: int) -> Plan:
         return FrontLoaded(max(steps / budget, 1.0)).plan(steps, window)
     free = [step for step in window if step > 0]
     count = min(max(0, budget - (steps - len(free))), len(free))
-    skipped = set(free).difference(free[int((place + 0.5) * len(free) / count)] for place in range(count))
+    skipped = set(free).difference(free[int((number + 0.5) * len(free) / count)] for number in range(count))
     return Plan.with_full(set(range(steps)) - skipped, steps)
 
 

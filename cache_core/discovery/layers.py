@@ -69,7 +69,7 @@ def _batch(specs: Sequence[Spec], rows: int, axis: int | None) -> int | None:
     """
     if not axis:
         return 0
-    for place in (axis, len(specs[0].shape) - 2):
-        if place > 0 and all(len(spec.shape) > place + 1 and spec.shape[place] == rows for spec in specs):
-            return place
+    for at in (axis, len(specs[0].shape) - 2):
+        if at > 0 and all(len(spec.shape) > at + 1 and spec.shape[at] == rows for spec in specs):
+            return at
     return None

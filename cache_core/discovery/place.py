@@ -85,7 +85,7 @@ class Kept:
         total = self.shape.numel() // self.shape[-1]
         return total if self.tokens is None else total // self.shape[1] * (self.tokens.stop - self.tokens.start)
 
-    def whole(self, part: Tensor, given: Tensor | None) -> Tensor:
+    def uncut(self, part: Tensor, given: Tensor | None) -> Tensor:
         """Returns the whole tensor to answer with.
 
         Args:
@@ -200,7 +200,7 @@ class Place:
                 raise UnsupportedCallError(f"{self.last.path} is called with other arguments") from error
             with unrecorded():
                 for kept, part, own in zip(self.kept, answer(given), given, strict=True):
-                    result = replaced(result, kept.out, kept.whole(part, own))
+                    result = replaced(result, kept.out, kept.uncut(part, own))
             return result
 
         return lambda _forward: answered

@@ -46,7 +46,7 @@ class BoundLayers:
         """
         if call.layers is None:
             return
-        ready = [bound for bound in self._bound.values() if bound.place == (call.device, call.dtype)]
+        ready = [bound for bound in self._bound.values() if bound.located == (call.device, call.dtype)]
         with memory_ends(), self._unrecorded():
             call.layers = call.layers.placed(call.device, call.dtype, ready[0].factors if ready else {})
         self._bound[call.known] = call.layers

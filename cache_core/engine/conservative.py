@@ -59,10 +59,10 @@ class BlockFeatures:
         return self._call.selection.tokens(stream, self._index, self._blocks, length, self._like.device)
 
     def _features(self, key: str) -> list[Feature]:
-        place = (self._stack.path, self._index, key)
-        if not all(place in slot.sublayers for slot in self._call.slots):  # the host bypassed the module with a kernel of its own
+        key_of_block = (self._stack.path, self._index, key)
+        if not all(key_of_block in slot.sublayers for slot in self._call.slots):  # the host bypassed the module with a kernel of its own
             raise UnsupportedCallError(f"nothing is kept of {key} in {self._stack.path}.{self._index}")
-        return [slot.sublayers[place] for slot in self._call.slots]
+        return [slot.sublayers[key_of_block] for slot in self._call.slots]
 
 
 def conservative(call: EngineCall, store: FeatureStore) -> AbstractContextManager[None]:

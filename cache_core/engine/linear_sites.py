@@ -87,12 +87,12 @@ class FactorisedLayers:
     Args:
         sites: The layers.
         factors: Their factors, by name; there may be more.
-        place: Device and dtype of the factors, None while they are as they were given.
+        located: Device and dtype of the factors, None while they are as they were given.
     """
 
     sites: tuple[LinearSite, ...]
     factors: Factors
-    place: tuple[torch.device, torch.dtype] | None = None
+    located: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
     def bind(cls, sites: Iterable[LinearSite], factors: Factors) -> FactorisedLayers:
@@ -114,11 +114,11 @@ class FactorisedLayers:
         Args:
             ready: Factors that are there already, by name.
         """
-        if self.place == (device, dtype):
+        if self.located == (device, dtype):
             return self
         names = [f"{site.key(part)}.{side}" for site in self.sites for part in site.parts for side in "AB"]
         factors = {name: ready[name] if name in ready else self.factors[name].to(device=device, dtype=dtype) for name in names}
-        return replace(self, factors=factors, place=(device, dtype))
+        return replace(self, factors=factors, located=(device, dtype))
 
     def bytes(self, dtype: torch.dtype, fmt: StoreFormat) -> int:
         """Returns the bytes that are kept per batch row of a model that computes in `dtype`. The factors themselves are not counted."""
@@ -211,5 +211,5 @@ def icc_bytes(sites: Iterable[LinearSite], ranks: Ranks, dtype: torch.dtype, fmt
     return total
 
 
-def _size(place: slice | None, whole: int) -> int:
-    return whole if place is None else len(range(whole)[place])
+def _size(part: slice | None, total: int) -> int:
+    return total if part is None else len(range(total)[part])

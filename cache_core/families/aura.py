@@ -20,15 +20,15 @@ def _is_aura(model: nn.Module) -> bool:
     return type(model).__name__ == "MMDiT" and all(len(getattr(model, name, ())) for name in ("double_layers", "single_layers"))
 
 
-def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
-    txt_mods, img_mods = (mod(call["global_cond"])[:, None].chunk(6, dim=-1) for mod in (block.modC, block.modX))
-    txt = _renormalised(cached, "txt", call["c"], txt_mods, block.normC2, block.mlpC)
-    return txt, _renormalised(cached, "img", call["x"], img_mods, block.normX2, block.mlpX)
+def _replay_double(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    txt_mods, img_mods = (mod(arguments["global_cond"])[:, None].chunk(6, dim=-1) for mod in (block.modC, block.modX))
+    txt = _renormalised(cached, "txt", arguments["c"], txt_mods, block.normC2, block.mlpC)
+    return txt, _renormalised(cached, "img", arguments["x"], img_mods, block.normX2, block.mlpX)
 
 
-def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    modulation = block.modCX(call["global_cond"])[:, None].chunk(6, dim=-1)
-    return (_renormalised(cached, "txt+img", call["cx"], modulation, block.norm2, block.mlp),)
+def _replay_single(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    modulation = block.modCX(arguments["global_cond"])[:, None].chunk(6, dim=-1)
+    return (_renormalised(cached, "txt+img", arguments["cx"], modulation, block.norm2, block.mlp),)
 
 
 def _renormalised(cached: Cached, stream: str, x: Tensor, modulation: Sequence[Tensor], norm: Any, mlp: Any) -> Tensor:

@@ -17,28 +17,30 @@ from .shared.replaying import renewed
 from .shared.video_blocks import CROSS, MLP, SELF, in_grid, sites
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    x = _STACK.flat(call["x"])
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    x = _STACK.flat(arguments["x"])
     tokens = cached.choose("img", x.shape[1])
     _, cross, feed = parts = block.blocks  # self-attention, cross-attention, feed-forward
-    (_, _, gate_self), of_cross, of_feed = (_vectors(part, call) for part in parts)
+    (_, _, gate_self), of_cross, of_feed = (_vectors(part, arguments) for part in parts)
 
     def look(at: Tensor) -> Tensor:
-        """Cross-attention of the chosen tokens, whose layer takes the batch as the second axis: (k, B, C)."""
-        asking = _modulated(cross, of_cross, x[:, at]).transpose(0, 1)
-        options = call.get("transformer_options", {})
-        return cross.block.attn(asking, call["crossattn_emb"], call.get("crossattn_mask"), transformer_options=options).transpose(0, 1)
+        asking = rearrange(_modulated(cross, of_cross, x[:, at]), "B k C -> k B C")
+        mask = arguments.get("crossattn_mask")
+        answer = cross.block.attn(asking, arguments["crossattn_emb"], mask, transformer_options=options)
+        return rearrange(answer, "k B C -> B k C")
+            0, 1
+        )
 
     x = x + gate_self * cached.all_tokens(SELF)
     x = x + of_cross[2] * renewed(cached, CROSS, tokens, look)
     x = x + of_feed[2] * renewed(cached, MLP, tokens, lambda at: feed.block(_modulated(feed, of_feed, x[:, at])))
-    return (in_grid(x, call["x"], _STACK.batch),)
+    return (in_grid(x, arguments["x"], _STACK.batch),)
 
 
-def _vectors(part: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def _vectors(part: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Returns shift, scale and gate of a sublayer, each (B, 1, C)."""
-    vectors = part.adaLN_modulation(call["emb_B_D"])
-    return (vectors + call["adaln_lora_B_3D"] if part.use_adaln_lora else vectors).unsqueeze(1).chunk(3, dim=-1)
+    vectors = part.adaLN_modulation(arguments["emb_B_D"])
+    return (vectors + arguments["adaln_lora_B_3D"] if part.use_adaln_lora else vectors).unsqueeze(1).chunk(3, dim=-1)
 
 
 def _modulated(part: Any, vectors: tuple[Tensor, ...], x: Tensor) -> Tensor:

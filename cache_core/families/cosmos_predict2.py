@@ -19,15 +19,15 @@ from .shared.replaying import renewed
 from .shared.video_blocks import CROSS, MLP, SELF, in_grid, sites, spread
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    given, position = call["x_B_T_H_W_D"], call.get("extra_per_block_pos_emb")
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    given, position = arguments["x_B_T_H_W_D"], arguments.get("extra_per_block_pos_emb")
     x = _STACK.flat(given if position is None else given + position)
     tokens = cached.choose("img", x.shape[1])
-    of_self, of_cross, of_mlp = (_vectors(block, name, call) for name in ("self_attn", "cross_attn", "mlp"))
+    of_self, of_cross, of_mlp = (_vectors(block, name, arguments) for name in ("self_attn", "cross_attn", "mlp"))
 
     def look(at: Tensor) -> Tensor:
         asking = _modulated(block.layer_norm_cross_attn, of_cross, x, at)
-        return block.cross_attn(asking, call["crossattn_emb"], transformer_options=call.get("transformer_options", {}))
+        return block.cross_attn(asking, arguments["crossattn_emb"], transformer_options=arguments.get("transformer_options", {}))
 
     def gated(vectors: tuple[Tensor, ...], sublayer: Tensor) -> Tensor:
         return spread(vectors[2], x.shape[1]).to(x.dtype) * sublayer
@@ -38,10 +38,10 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     return (in_grid(x, given),)
 
 
-def _vectors(block: Any, name: str, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def _vectors(block: Any, name: str, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Returns shift, scale and gate of a sublayer, each (B, T, C) or (B, 1, C)."""
-    vectors = getattr(block, f"adaln_modulation_{name}")(call["emb_B_T_D"])
-    return (vectors + call["adaln_lora_B_T_3D"] if block.use_adaln_lora else vectors).chunk(3, dim=-1)
+    vectors = getattr(block, f"adaln_modulation_{name}")(arguments["emb_B_T_D"])
+    return (vectors + arguments["adaln_lora_B_T_3D"] if block.use_adaln_lora else vectors).chunk(3, dim=-1)
 
 
 def _modulated(norm: Any, vectors: tuple[Tensor, ...], x: Tensor, at: Tensor) -> Tensor:

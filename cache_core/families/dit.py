@@ -26,10 +26,10 @@ def _is_dit(model: nn.Module) -> bool:
     return has_parts and not hasattr(block, "cross_attn") and hasattr(model.y_embedder, "embedding_table")
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes attention from the cache and recomputes the MLP for the chosen tokens."""
-    modulation = block.adaLN_modulation(call["c"])[:, None].chunk(6, dim=-1)
-    return (gated(cached, "img", call["x"], modulation, block.norm2, block.mlp),)
+    modulation = block.adaLN_modulation(arguments["c"])[:, None].chunk(6, dim=-1)
+    return (gated(cached, "img", arguments["x"], modulation, block.norm2, block.mlp),)
 
 
 DIT = ModelFamily(

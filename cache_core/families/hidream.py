@@ -15,17 +15,17 @@ from .shared.base import Cached, ModelFamily, Stack
 from .shared.replaying import gated, stream_sites
 
 
-def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+def _replay_double(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
     inner = block.block
-    modulation = inner.adaLN_modulation(call["adaln_input"])[:, None].chunk(12, dim=-1)
-    img = gated(cached, "img", call["image_tokens"], modulation[:6], inner.norm3_i, inner.ff_i)
-    return img, gated(cached, "txt", call["text_tokens"], modulation[6:], inner.norm3_t, inner.ff_t)
+    modulation = inner.adaLN_modulation(arguments["adaln_input"])[:, None].chunk(12, dim=-1)
+    img = gated(cached, "img", arguments["image_tokens"], modulation[:6], inner.norm3_i, inner.ff_i)
+    return img, gated(cached, "txt", arguments["text_tokens"], modulation[6:], inner.norm3_t, inner.ff_t)
 
 
-def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay_single(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     inner = block.block
-    modulation = inner.adaLN_modulation(call["adaln_input"])[:, None].chunk(6, dim=-1)
-    return (gated(cached, "img+txt", call["image_tokens"], modulation, inner.norm3_i, inner.ff_i),)
+    modulation = inner.adaLN_modulation(arguments["adaln_input"])[:, None].chunk(6, dim=-1)
+    return (gated(cached, "img+txt", arguments["image_tokens"], modulation, inner.norm3_i, inner.ff_i),)
 
 
 HIDREAM = ModelFamily(

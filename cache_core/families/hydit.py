@@ -26,11 +26,15 @@ def _is_hydit(model: nn.Module) -> bool:
     return all(hasattr(model.blocks[0], name) for name in ("attn1", "attn2", "mlp", "default_modulation"))  # type: ignore[index]
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes self-attention from the cache, recomputes cross-attention and MLP for the chosen tokens, and the skip layer for all tokens."""
-    x, text, places = call["x"], call["text_states"], call["freq_cis_img"]  # the last: cosines and sines of positions, each (L, d)
+    x, text, places = (
+        arguments["x"],
+        arguments["text_states"],
+        arguments["freq_cis_img"],
+    )  # the last: cosines and sines of positions, each (L, d)
     if block.skip_linear is not None:
-        x = block.skip_linear(block.skip_norm(torch.cat((x, call["skip"]), dim=-1).to(x.dtype)))
+        x = block.skip_linear(block.skip_norm(torch.cat((x, arguments["skip"]), dim=-1).to(x.dtype)))
     attended = x + cached.all_tokens(SELF)
     tokens = cached.choose("img", x.shape[1])
 

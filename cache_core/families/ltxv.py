@@ -23,14 +23,14 @@ from .shared.replaying import renewed
 from .shared.video_blocks import CROSS, MLP, SELF, sites, spread
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    x, timestep, raw = call["x"], call["timestep"], block.scale_shift_table
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    x, timestep, raw = arguments["x"], arguments["timestep"], block.scale_shift_table
     if getattr(block, "cross_attention_adaln", False):
         raise UnsupportedCallError("blocks with modulated cross-attention cannot be replayed")
     table = raw[None, None].to(device=x.device, dtype=x.dtype)  # the host's own cast of this raw parameter
     vectors = table + rearrange(timestep, "B G (vectors C) -> B G vectors C", vectors=raw.shape[0])
     _, _, gate_attn, shift, scale, gate = vectors.unbind(2)
-    length, seen = x.shape[1], {"context": call["context"], "mask": call.get("attention_mask")}
+    length, seen = x.shape[1], {"context": arguments["context"], "mask": arguments.get("attention_mask")}
     tokens = cached.choose("img", length)
 
     def feed_forward(at: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
         return block.ff(torch.addcmul(y, y, spread(scale, length, at)) + spread(shift, length, at))
 
     x = torch.addcmul(x, cached.all_tokens(SELF), spread(gate_attn, length))
-    options = call.get("transformer_options", {})
+    options = arguments.get("transformer_options", {})
     x = x + renewed(cached, CROSS, tokens, lambda at: block.attn2(x[:, at], **seen, transformer_options=options))
     return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)
 

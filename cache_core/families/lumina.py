@@ -31,14 +31,14 @@ def _qkv(block: Any) -> tuple[LinearPart, ...]:
     return LinearPart("q", slice(0, q)), LinearPart("k", slice(q, q + kv)), LinearPart("v", slice(q + kv, q + 2 * kv))
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    modulation = block.adaLN_modulation(call["adaln_input"])[:, None].chunk(4, dim=-1)
-    return (sandwiched(cached, _JOINT, call["x"], modulation, block, block.attention_norm2),)
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    modulation = block.adaLN_modulation(arguments["adaln_input"])[:, None].chunk(4, dim=-1)
+    return (sandwiched(cached, _JOINT, arguments["x"], modulation, block, block.attention_norm2),)
 
 
-def _why_not(call: Mapping[str, Any]) -> str:
+def _why_not(arguments: Mapping[str, Any]) -> str:
     """Refuses calls whose reference pictures are modulated separately: the replay does not make their rows of modulation."""
-    return "" if call.get("timestep_zero_index") is None else "reference pictures have a modulation of their own (timestep_zero_index)"
+    return "" if arguments.get("timestep_zero_index") is None else "reference pictures have a modulation of their own (timestep_zero_index)"
 
 
 LUMINA = ModelFamily(

@@ -29,10 +29,10 @@ def _patches(embed: nn.Module, given: Tensor) -> Tensor:
     return rearrange(patches(embed, frames), "(B T) L d -> B (T L) d", B=given.shape[0])
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
-    c = F.silu(call["c"])
-    x = _refreshed("img", call["x"], block.mod_x(c), block.mlp_x, cached)
-    y = _refreshed("txt", call["y"], block.mod_y(c), block.mlp_y, cached) if block.update_y else call["y"]
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    c = F.silu(arguments["c"])
+    x = _refreshed("img", arguments["x"], block.mod_x(c), block.mlp_x, cached)
+    y = _refreshed("txt", arguments["y"], block.mod_y(c), block.mlp_y, cached) if block.update_y else arguments["y"]
     return x, y
 
 

@@ -21,9 +21,9 @@ def _is_omnigen(model: nn.Module) -> bool:
     return is_named and all(len(getattr(model, name, ())) for name in ("layers", "context_refiner"))
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
-    modulation = block.norm1.linear(block.norm1.silu(call["temb"]))[:, None].chunk(4, dim=-1)
-    return (sandwiched(cached, _JOINT, call["hidden_states"], modulation, block, block.norm2),)
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+    modulation = block.norm1.linear(block.norm1.silu(arguments["temb"]))[:, None].chunk(4, dim=-1)
+    return (sandwiched(cached, _JOINT, arguments["hidden_states"], modulation, block, block.norm2),)
 
 
 OMNIGEN = ModelFamily(

@@ -70,12 +70,12 @@ def _is_other(block: nn.Module, is_temporal: bool = True) -> bool:
     return table.shape[:1] != (6,) or bool(temporal) != is_temporal or not takes(block, *_PARAMETERS)
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes both attentions from the cache and recomputes the MLP for the chosen tokens."""
-    x = call["x"]
+    x = arguments["x"]
     rows, length, _ = x.shape
-    gate_attn, shift, scale, gate_mlp = _modulation(block, call)
-    x = x + gate_attn * _in_order(block, cached.all_tokens(SELF), rows, call)
+    gate_attn, shift, scale, gate_mlp = _modulation(block, arguments)
+    x = x + gate_attn * _in_order(block, cached.all_tokens(SELF), rows, arguments)
     x = x + cached.all_tokens(CROSS)
     tokens = cached.choose("img", length)
 
@@ -85,23 +85,23 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
     return (x + gate_mlp * renewed(cached, MLP, tokens, feed_forward),)
 
 
-def _in_order(block: Any, attended: Tensor, rows: int, call: Mapping[str, Any]) -> Tensor:
+def _in_order(block: Any, attended: Tensor, rows: int, arguments: Mapping[str, Any]) -> Tensor:
     """Returns a self-attention output (B·T, S, C), or (B·S, T, C) of a temporal block, as (B, T·S, C)."""
     pattern = "(B S) T C -> B (T S) C" if block.temporal else "(B T) S C -> B (T S) C"
     return rearrange(attended, pattern, B=rows)
 
 
-def _modulation(block: Any, call: Mapping[str, Any]) -> list[Tensor]:
+def _modulation(block: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
     """Returns the gate of self-attention, then shift, scale and gate of the MLP: (B, 1, C), or (B, T·S, C) where frames are given."""
-    given, x_mask = [], call.get("x_mask")
-    for time in (call["t"],) if x_mask is None else (call["t"], call["t0"]):
+    given, x_mask = [], arguments.get("x_mask")
+    for time in (arguments["t"],) if x_mask is None else (arguments["t"], arguments["t0"]):
         vectors = block.scale_shift_table[None] + rearrange(time, "B (six C) -> B six C", six=6)
         given.append(vectors.chunk(6, dim=1)[2:])
     if x_mask is None:
         return list(given[0])
-    if x_mask.shape[-1] * call["S"] != call["x"].shape[1]:
+    if x_mask.shape[-1] * arguments["S"] != arguments["x"].shape[1]:
         raise UnsupportedCallError("the frame mask and the tokens have different numbers of frames")
-    is_sampled = x_mask.repeat_interleave(call["S"], dim=1)[..., None]
+    is_sampled = x_mask.repeat_interleave(arguments["S"], dim=1)[..., None]
     return [torch.where(is_sampled, now, at_zero) for now, at_zero in zip(*given)]
 
 

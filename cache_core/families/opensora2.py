@@ -52,13 +52,13 @@ def _v_and_mlp(block: Any) -> tuple[LinearPart, ...]:
 _FLUX = flux_like(name="opensora2", matches=_is_mmdit, joint=_JOINT)
 
 
-def _replay_single(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, ...]:
+def _replay_single(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor, ...]:
     """Recomputes linear2 for the chosen tokens, from their attention in the cache and their recomputed MLP half."""
     if hasattr(block, "linear1"):
         fused = _FLUX.stacks[1].replay
         assert fused is not None, "FLUX's blocks have a conservative form"
-        return fused(block, call, cached)
-    x, mod = call["x"], block.modulation(call["vec"])[0]
+        return fused(block, arguments, cached)
+    x, mod = arguments["x"], block.modulation(arguments["vec"])[0]
     tokens = cached.choose(_JOINT, x.shape[1])
 
     def fresh(at: Tensor) -> Tensor:

@@ -28,14 +28,14 @@ def _is_pixart(model: nn.Module) -> bool:
     return all(hasattr(block, name) for name in ("attn", "cross_attn", "mlp", "norm2", "scale_shift_table"))
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes self-attention from the cache and recomputes cross-attention and MLP for the chosen tokens, as DuCa's PixArt does."""
-    x, t = call["x"], call["t"]
+    x, t = arguments["x"], arguments["t"]
     table = block.scale_shift_table[None].to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
     _, _, gate_attn, shift, scale, gate_mlp = (table + rearrange(t, "B (six C) -> B six C", six=6)).chunk(6, dim=1)
     tokens = cached.choose("img", x.shape[1])
     attended = x + gate_attn * cached.all_tokens(SELF)
-    x = attended + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(attended[:, at], call["y"], call.get("mask")))
+    x = attended + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(attended[:, at], arguments["y"], arguments.get("mask")))
     return (x + gate_mlp * renewed(cached, MLP, tokens, lambda at: block.mlp(block.norm2(x[:, at]) * (1 + scale) + shift)),)
 
 

@@ -16,12 +16,12 @@ from .shared.base import Cached, ModelFamily, Stack
 from .shared.replaying import gated, stream_sites
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
-    if call.get("timestep_zero_index") is not None:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    if arguments.get("timestep_zero_index") is not None:
         raise UnsupportedCallError("reference pictures have a modulation of their own (timestep_zero_index)")
-    img_mods, txt_mods = (mod(call["temb"])[:, None].chunk(6, dim=-1) for mod in (block.img_mod, block.txt_mod))
-    img = gated(cached, "img", call["hidden_states"], img_mods, block.img_norm2, block.img_mlp)
-    return img, gated(cached, "txt", call["encoder_hidden_states"], txt_mods, block.txt_norm2, block.txt_mlp)
+    img_mods, txt_mods = (mod(arguments["temb"])[:, None].chunk(6, dim=-1) for mod in (block.img_mod, block.txt_mod))
+    img = gated(cached, "img", arguments["hidden_states"], img_mods, block.img_norm2, block.img_mlp)
+    return img, gated(cached, "txt", arguments["encoder_hidden_states"], txt_mods, block.txt_norm2, block.txt_mlp)
 
 
 QWEN_IMAGE = ModelFamily(

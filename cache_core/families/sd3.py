@@ -25,10 +25,10 @@ def _is_sd3(model: nn.Module) -> bool:
     return all(hasattr(model.joint_blocks[0], name) for name in ("context_block", "x_block"))  # type: ignore[index]
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Any, Tensor]:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Any, Tensor]:
     """Takes all attention from the cache. The host computes a joint block in a function, so the modules of both halves are called here."""
-    txt = None if block.context_block.pre_only else _half(block.context_block, "txt", call["context"], call["c"], cached)
-    return txt, _half(block.x_block, "img", call["x"], call["c"], cached)
+    txt = None if block.context_block.pre_only else _half(block.context_block, "txt", arguments["context"], arguments["c"], cached)
+    return txt, _half(block.x_block, "img", arguments["x"], arguments["c"], cached)
 
 
 def _half(block: Any, stream: str, x: Tensor, c: Tensor, cached: Cached) -> Tensor:

@@ -42,9 +42,9 @@ def _projections(layer: str, block: Any) -> tuple[LinearPart, ...]:
 _FUSED = MappingProxyType({layer: partial(_projections, layer) for layer in _ONCE} | equal_parts("ff.ff.0.proj", "vg"))
 
 
-def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+def _modulation(block: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
     """Returns scale, shift and gate, each (B, 1, C), of self-attention, then those of the MLP; None where there is no modulation."""
-    given = call.get("global_cond")
+    given = arguments.get("global_cond")
     if given is None:
         return None
     if not getattr(block, "global_cond_shared_embed", False):
@@ -52,13 +52,13 @@ def _modulation(block: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...] | Non
     return tuple((block.to_scale_shift_gate.to(given) + given).unsqueeze(1).chunk(6, dim=-1))
 
 
-def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes self-attention from the cache and recomputes cross-attention and MLP for the chosen tokens."""
-    if call.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
+    if arguments.get("mask") is not None or block.conformer is not None or getattr(block.cross_attn, "feat_scale", False):
         raise UnsupportedCallError("blocks that mask frames, convolve over them or average them cannot be replayed")
-    text, options, modulation = call["context"], call.get("transformer_options", {}), _modulation(block, call)
+    text, options, modulation = arguments["context"], arguments.get("transformer_options", {}), _modulation(block, arguments)
     attention = cached.all_tokens(f"{_FRAMES}.self_attn")
-    x = attended = call["x"] + (attention if modulation is None else attention * (1 - modulation[2]).sigmoid())
+    x = attended = arguments["x"] + (attention if modulation is None else attention * (1 - modulation[2]).sigmoid())
     tokens = cached.choose(_FRAMES, x.shape[1])
 
     def look(at: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor
 
     if text is not None:
         x = x + renewed(cached, f"{_FRAMES}.cross_attn", tokens, look)
-    if call.get("local_add_cond") is not None and getattr(block, "to_local_embed", None) is not None:
+    if arguments.get("local_add_cond") is not None and getattr(block, "to_local_embed", None) is not None:
         beside = cached.all_tokens("audio.local")
         x = x + F.pad(beside, (0, 0, x.shape[1] - beside.shape[1], 0))
 

@@ -94,10 +94,10 @@ class PlanSearch:
     def cost(self, full: Collection[int]) -> float:
         """Returns the expected squared move of the final latent with these full steps."""
         steps, c = sorted(full), np.zeros(len(self._times))
-        for place, step in enumerate(steps):
-            after = steps[place + 1] if place + 1 < len(steps) else len(self._times)
+        for number, step in enumerate(steps):
+            after = steps[number + 1] if number + 1 < len(steps) else len(self._times)
             if after > step + 1:
-                c += self._gap(tuple(steps[max(0, place + 1 - self._history) : place + 1]), after, place + 2 < len(steps))
+                c += self._gap(tuple(steps[max(0, number + 1 - self._history) : number + 1]), after, number + 2 < len(steps))
         return float(c @ self._gram @ c)
 
     def _new_gap(self, anchors: tuple[int, ...], end: int, is_made_up: bool) -> np.ndarray:

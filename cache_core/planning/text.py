@@ -101,9 +101,9 @@ class _Reader:
         head: list[Kind] = []
         loop: list[Kind] | None = None
         tail: list[Kind] = []
-        while (place := self._skip_spaces()) < len(self._text):
-            if self._text[place] == ")":
-                raise self._error("this ) has no matching (", place)
+        while (position := self._skip_spaces()) < len(self._text):
+            if self._text[position] == ")":
+                raise self._error("this ) has no matching (", position)
             kinds = self._item()
             if self._takes("*"):
                 if loop is not None:
@@ -112,7 +112,7 @@ class _Reader:
             else:
                 (head if loop is None else tail).extend(kinds)
             if len(head) + len(loop or ()) + len(tail) > _MOST:
-                raise self._error(f"up to here this makes more than {_MOST} steps", place)
+                raise self._error(f"up to here this makes more than {_MOST} steps", position)
         everything = [*head, *(loop or ()), *tail]
         if not everything:
             raise self._error("a schedule needs at least one letter: F, i, c or a", len(self._text))
@@ -124,12 +124,12 @@ class _Reader:
     def _item(self) -> list[Kind]:
         """Reads a letter or a group, with the number before it."""
         count = self._number()
-        place = self._skip_spaces()
-        if place >= len(self._text):
-            raise self._error("a number must be followed by a letter or a group", place)
+        position = self._skip_spaces()
+        if position >= len(self._text):
+            raise self._error("a number must be followed by a letter or a group", position)
         kinds = self._group() if self._takes("(") else [self._letter()]
         if count * len(kinds) > _MOST:
-            raise self._error(f"this makes more than {_MOST} steps", place)
+            raise self._error(f"this makes more than {_MOST} steps", position)
         return kinds * count
 
     def _number(self) -> int:

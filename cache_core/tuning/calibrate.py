@@ -217,14 +217,14 @@ class Calibrator:
         logs = np.zeros(len(measured))
         for number, prompt in enumerate(prompts):
             _, tape = self._taped(prompt, Strategy(AlwaysCompute(), AUTO))  # sampled again, so that only one tape is kept at a time
-            for place, step in enumerate(measured):
-                done = (half * len(prompts) + number) * len(measured) + place
+            for index, step in enumerate(measured):
+                done = (half * len(prompts) + number) * len(measured) + index
                 self._on_progress("measuring sensitivity", min(done, total), total)
                 plan = Plan(tuple(Kind.SKIPPED if other == step else Kind.FULL for other in range(steps)))
                 strategy = Strategy(Given(plan), AUTO, name="sensitivity")
                 latent, _ = self._taped(prompt, strategy, tape, tape.before(times[step]))
                 square = float((latent.float() - self._references[prompt].float()).square().mean())
-                logs[place] += np.log(max(square, 1e-30)) / len(prompts)
+                logs[index] += np.log(max(square, 1e-30)) / len(prompts)
         error = error_of(model, None)
         errors = [error(times[:step][-AUTO.history :], times[step]) for step in measured]
         logs -= np.log(np.maximum(errors, 1e-30)) + 2 * np.log(np.asarray(stretches(times))[measured])

@@ -36,7 +36,7 @@ class RunBook:
     def last(self) -> RunReport | None:
         return self._entries[-1].report if self._entries else None
 
-    def find(self, latent: torch.Tensor) -> RunReport | None:
+    def report_of(self, latent: torch.Tensor) -> RunReport | None:
         """Returns the report of the latest run that gave this latent, or None."""
         mark = _mark(latent)
         return next((entry.report for entry in reversed(self._entries) if entry.mark == mark), None)
@@ -44,7 +44,7 @@ class RunBook:
     def is_foreign(self, latent: torch.Tensor) -> bool:
         """Returns whether none of these runs gave this latent. False where that is not known, as in a run under another model's guider."""
         is_known = self._entries and self._entries[-1].mark is not None and _mark(latent) is not None
-        return bool(is_known) and self.find(latent) is None
+        return bool(is_known) and self.report_of(latent) is None
 
 
 def _mark(latent: torch.Tensor | None) -> tuple | None:

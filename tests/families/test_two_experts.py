@@ -149,7 +149,7 @@ def test_one_cache_for_both_halves_of_one_model(experts):
     expected = both(*apart)
     assert torch.equal(noisy["samples"], expected[0]["samples"]) and torch.equal(done["samples"], expected[1]["samples"])
     book = host.book_of(shared)
-    assert [len(book.find(part["samples"]).evaluations) for part in (noisy, done)] == [SWITCH, STEPS - SWITCH]
+    assert [len(book.report_of(part["samples"]).evaluations) for part in (noisy, done)] == [SWITCH, STEPS - SWITCH]
     assert f"{SWITCH}: " in words_of(noisy, shared) and f"{STEPS - SWITCH}: " in words_of(done, shared)
 
 

@@ -242,8 +242,8 @@ def test_two_samplers_on_one_cached_model_do_not_mix(model):
     small, large = sample(patched.clone(), size=(32, 48), steps=5), sample(patched.clone(), steps=7)
     assert torch.equal(sample(patched, size=(32, 48), steps=5), small)
     book = host.book_of(patched)
-    assert [len(book.find(latent).evaluations) for latent in (small, large)] == [5, 7]
-    assert book.find(torch.zeros(1, 3, 48, 48)) is None
+    assert [len(book.report_of(latent).evaluations) for latent in (small, large)] == [5, 7]
+    assert book.report_of(torch.zeros(1, 3, 48, 48)) is None
 
 
 def test_two_models_do_not_mix(model):

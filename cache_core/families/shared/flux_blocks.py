@@ -80,11 +80,11 @@ def _stacks(joint: str) -> tuple[Stack, Stack]:
     return double, single
 
 
-def _replay_double(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
-    vec = call["vec"]
+def _replay_double(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor, Tensor]:
+    vec = arguments["vec"]
     img_mods, txt_mods = (block.img_mod(vec), block.txt_mod(vec)) if hasattr(block, "img_mod") else vec
-    img = _refresh_stream(block, "img", call["img"], img_mods, call.get("modulation_dims_img"), cached)
-    txt = _refresh_stream(block, "txt", call["txt"], txt_mods, call.get("modulation_dims_txt"), cached)
+    img = _refresh_stream(block, "img", arguments["img"], img_mods, arguments.get("modulation_dims_img"), cached)
+    txt = _refresh_stream(block, "txt", arguments["txt"], txt_mods, arguments.get("modulation_dims_txt"), cached)
     return img, finite(txt)
 
 
@@ -101,12 +101,12 @@ def _refresh_stream(block: Any, name: str, x: Tensor, mods: Any, dims: Any, cach
     return x + _taken(mlp_mod.gate, rows) * renewed(cached, f"{name}.mlp", tokens, feed_forward)
 
 
-def _replay_single(joint: str, block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def _replay_single(joint: str, block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     if getattr(block, "yak_mlp", False):
         raise UnsupportedCallError("blocks with a gated MLP inside linear1, as in Ovis, cannot be replayed")
-    x = call["x"]
-    mod = call["vec"] if block.modulation is None else block.modulation(call["vec"])[0]
-    rows = _rows(call.get("modulation_dims"), x)
+    x = arguments["x"]
+    mod = arguments["vec"] if block.modulation is None else block.modulation(arguments["vec"])[0]
+    rows = _rows(arguments.get("modulation_dims"), x)
     tokens = cached.choose(joint, x.shape[1])
 
     def fresh(at: Tensor) -> Tensor:

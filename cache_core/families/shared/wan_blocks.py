@@ -22,20 +22,20 @@ _AUDIO = "hearing.cross_attn"  # a stream name of its own: img.cross_attn is the
 SITES = (*sites("self_attn", "cross_attn", "ffn"), Site("cross_attn", "audio_cross_attn_wrapper.audio_cross_attn", "hearing"))
 
 
-def replay(block: Any, call: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
+def replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes self-attention and audio attention from the cache and recomputes cross-attention and MLP for the chosen tokens."""
-    x, e = call["x"], call["e"]
+    x, e = arguments["x"], arguments["e"]
     table = block.modulation.to(dtype=x.dtype, device=x.device)  # the host's own cast of this raw parameter
     vectors = (table + e).chunk(6, dim=1) if e.ndim < 4 else (table.unsqueeze(0) + e).unbind(2)
     _, _, gate_attn, shift, scale, gate = vectors
-    length, seen = x.shape[1], {name: call[name] for name in ("context_img_len", "transformer_options") if name in call}
+    length, seen = x.shape[1], {name: arguments[name] for name in ("context_img_len", "transformer_options") if name in arguments}
     tokens = cached.choose("img", length)
 
     def feed_forward(at: Tensor) -> Tensor:
         return block.ffn(modulate(block.norm2(x[:, at]), spread(shift, length, at), spread(scale, length, at)))
 
     x = torch.addcmul(x, cached.all_tokens(SELF), spread(gate_attn, length))
-    x = x + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(block.norm3(x[:, at]), call["context"], **seen))
-    if call.get("audio") is not None:
+    x = x + renewed(cached, CROSS, tokens, lambda at: block.cross_attn(block.norm3(x[:, at]), arguments["context"], **seen))
+    if arguments.get("audio") is not None:
         x = x + cached.all_tokens(_AUDIO)
     return (torch.addcmul(x, renewed(cached, MLP, tokens, feed_forward), spread(gate, length)),)
