@@ -24,12 +24,11 @@ def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[T
     (_, _, gate_self), of_cross, of_feed = (_vectors(part, arguments) for part in parts)
 
     def look(at: Tensor) -> Tensor:
+        """Cross-attention of the chosen tokens, whose layer takes the batch as the second axis."""
         asking = rearrange(_modulated(cross, of_cross, x[:, at]), "B k C -> k B C")
-        mask = arguments.get("crossattn_mask")
+        mask, options = arguments.get("crossattn_mask"), arguments.get("transformer_options", {})
         answer = cross.block.attn(asking, arguments["crossattn_emb"], mask, transformer_options=options)
         return rearrange(answer, "k B C -> B k C")
-            0, 1
-        )
 
     x = x + gate_self * cached.all_tokens(SELF)
     x = x + of_cross[2] * renewed(cached, CROSS, tokens, look)
