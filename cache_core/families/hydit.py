@@ -28,11 +28,8 @@ def _is_hydit(model: nn.Module) -> bool:
 
 def _replay(block: Any, arguments: Mapping[str, Any], cached: Cached) -> tuple[Tensor]:
     """Takes self-attention from the cache, recomputes cross-attention and MLP for the chosen tokens, and the skip layer for all tokens."""
-    x, text, places = (
-        arguments["x"],
-        arguments["text_states"],
-        arguments["freq_cis_img"],
-    )  # the last: cosines and sines of positions, each (L, d)
+    x, text = arguments["x"], arguments["text_states"]
+    places = arguments["freq_cis_img"]  # cosines and sines of positions, each (L, d)
     if block.skip_linear is not None:
         x = block.skip_linear(block.skip_norm(torch.cat((x, arguments["skip"]), dim=-1).to(x.dtype)))
     attended = x + cached.all_tokens(SELF)
