@@ -147,12 +147,12 @@ class Evaluations:
         self.paths = [passed.path for passed in self.known.place.passed if "refiner" not in passed.path]
         self.cycle = "F" + "c" * self.family.is_conservative + "i" + "a"
 
-    def run_of(self, plan: str, told: Callable[[str, Callable[[], Any]], Any]) -> None:
+    def run_of(self, plan: str, on_evaluation: Callable[[str, Callable[[], Any]], Any]) -> None:
         """Carries out one run.
 
         Args:
             plan: Its plan, one letter per step.
-            told: Is called for every evaluation with its kind and a function that carries it out.
+            on_evaluation: Is called for every evaluation with its kind and a function that carries it out.
         """
         steps, factors = len(plan), self.factors() if "i" in plan else None
         strategy = Strategy(Given(Plan.parse(plan)), AUTO, SHARE, factors=factors)
@@ -165,7 +165,7 @@ class Evaluations:
                 run.model_call(ModelCall(self.network, ("cond",), 0), self.compute)
 
         for step, kind in enumerate(plan):
-            told(kind, lambda step=step: evaluate(step))
+            on_evaluation(kind, lambda step=step: evaluate(step))
         report = run.close(is_complete=True)
         assert "".join(e.kind.value for e in report.evaluations) == plan and not report.notices, report.notices
 
@@ -186,13 +186,13 @@ class Evaluations:
         clock, best = Clock(self.paths, self.network), dict[str, dict[str, float]]()
         rounds = 1 if QUICK or is_counted else ROUNDS
 
-        def told(kind: str, work: Callable[[], Any]) -> None:
+        def on_evaluation(kind: str, work: Callable[[], Any]) -> None:
             keep_least(best, kind, clock.of(work, is_counted))
 
         self.run_of(self.cycle, lambda _kind, work: work())  # proves the place, and counts what it must
         for _ in range(rounds):
             keep_least(best, "", clock.of(self.compute, is_counted))
-        self.run_of("F" + self.cycle * rounds, told)
+        self.run_of("F" + self.cycle * rounds, on_evaluation)
         return best
 
 
