@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from .discovery.places import CallShape
 from .planning.kinds import Kind
 from .planning.timeline import Timeline
+
+LABELS = MappingProxyType({**{kind.value: kind.label for kind in Kind}, "-": "by another node"})  # of an evaluation's letter
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Evaluation:
     @property
     def label(self) -> str:
         """Its kind in words, for reports."""
-        return self.kind.label if self.kind is not None else "by another node"
+        return LABELS[self.letter]
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .calibration.calibration import Calibration, Forecast, TriedPlan
-from .calibration.use import NotCoveredError, check_covered, predictor_of, searched_plan, tried_plan_at
+from .calibration.use import NotCoveredError, check_covered, first_forecast, predictor_of, searched_plan, tried_plan_at
 from .checks import check_count, check_number, check_one_of, check_type
 from .costs import assumed_costs
 from .engine.linear_sites import Factors, check_factors
@@ -172,17 +172,17 @@ class Settings:
         predictor: Predictor = PREDICTORS[self.predictor]() if self.mode == "forecast" else Reuse()
         common["corrects"] = self.mode == "auto"
         plan = policy.plan(start.timeline.steps, start.window)
-        held = [calibration for calibration in (self.calibration, schedule.calibration) if calibration is not None]
         if self.mode == "auto":
             predictor = AUTO
-            forecast = next((calibration.forecast for calibration in held if calibration.forecast is not None), None)
+            forecast = first_forecast(self.calibration, schedule.calibration)
             if forecast is not None:
                 tried, refused = _tried_plan(forecast, start, plan.count(Kind.FULL))
                 predictor = predictor_of(forecast.model, tried.share if tried is not None else None)
                 notices += refused
         factors = None
         if plan.has(Kind.INCREMENTAL):
-            factors = next((calibration.factors.tensors for calibration in held if calibration.factors is not None), None)
+            held = [each.factors for each in (self.calibration, schedule.calibration) if each is not None]
+            factors = next((each.tensors for each in held if each is not None), None)
             if factors is not None:
                 check_factors(start.network, factors)
         return Strategy(policy, predictor, name=schedule.name, factors=factors, first_only=schedule.first_only, notices=notices, **common)

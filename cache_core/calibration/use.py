@@ -9,7 +9,7 @@ from ..planning.plan import Plan
 from ..planning.policies import FrontLoaded
 from ..planning.search import PlanSearch
 from ..predictors import AUTO, Calibrated, Predictor
-from .calibration import Forecast, TriedPlan
+from .calibration import Calibration, Forecast, TriedPlan
 from .statistics import ForecastModel
 
 _MADE_UP = 0.5  # share of errors that counts as corrected; with it the cost correlates best with PSNR, with 0.3 and 0.8 nearly as well
@@ -19,6 +19,11 @@ _MIDDLE = 2.0  # speedup of the plan from which nested plans grow and shrink
 
 class NotCoveredError(Exception):
     """A run has times or a number of steps that the calibration does not cover."""
+
+
+def first_forecast(*calibrations: Calibration | None) -> Forecast | None:
+    """Returns the forecast of the first calibration that has one."""
+    return next((each.forecast for each in calibrations if each is not None and each.forecast is not None), None)
 
 
 def check_covered(forecast: Forecast, times: Sequence[float]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..calibration.calibration import Calibration
-from ..calibration.use import NotCoveredError, nested_plan
+from ..calibration.use import NotCoveredError, first_forecast, nested_plan
 from ..checks import check_count, check_number, check_one_of, check_type
 from ..run_start import RunStart
 from .kinds import Kind
@@ -120,8 +120,7 @@ class Schedule:
 
     def _request(self, start: RunStart, costs: Mapping[Kind, float], *calibrations: Calibration | None) -> Request:
         """Returns what the schedule asks of its policy in a run."""
-        held = (calibration.forecast for calibration in calibrations if calibration is not None)
-        forecast = next((forecast for forecast in held if forecast is not None), None)
+        forecast = first_forecast(*calibrations)
         times, window = start.timeline.times[:-1], self._window(start)
         return Request(
             steps=start.timeline.steps,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any
 
 from ...cache_core import Kind, RunReport
+from ...cache_core.meter import LABELS
 
 _MIB = 2**20
-_LABELS = MappingProxyType({**{kind.value: kind.label for kind in Kind}, "-": "by another node"})
 
 
 def report_text(report: RunReport, verbose: bool = False) -> str:
     """Returns a few lines for users. `verbose` adds one per evaluation."""
     evaluations = report.evaluations
-    counts = ", ".join(f"{count} {_LABELS[letter]}" for letter, count in _counts(report).items())
+    counts = ", ".join(f"{count} {LABELS[letter]}" for letter, count in _counts(report).items())
     lines = [
         f"{report.setting} on {report.family}{'' if report.is_complete else ' (run not finished)'}",
         f"plan         {report.plan}",

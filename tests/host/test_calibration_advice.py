@@ -9,12 +9,12 @@ import pytest
 import torch
 from comfyui_duca.cache_core import CacheRun, Kind, RunStart, Settings, Timeline
 from comfyui_duca.cache_core.calibration.calibration import ORIGINS, Calibration, Factors
-from comfyui_duca.cache_core.calibration.use import NotCoveredError, check_covered, origin_plan, searched_plan, tried_plan_at
+from comfyui_duca.cache_core.calibration.use import NotCoveredError, check_covered, nested_plan, origin_plan, searched_plan, tried_plan_at
 from comfyui_duca.cache_core.families.flux import FLUX
 from comfyui_duca.cache_core.planning.policies import FrontLoaded, IccCycle
 from comfyui_duca.cache_core.planning.schedule import Schedule
 from comfyui_duca.cache_core.predictors import AUTO
-from comfyui_duca.nodes.page.plan_preview import _start
+from comfyui_duca.nodes.page.plan_preview import _start, _without_calibration
 from comfyui_duca.nodes.page.plan_request import Asked
 from helpers.calibrations import STEP_TIMES, K, calibration_of, forecast_of, some_factors
 from torch import nn
@@ -130,6 +130,26 @@ def test_mode_auto_without_a_fitting_calibration_is_the_uncalibrated_setting():
     factors = Settings(speedup=2.0, tail=1, calibration=calibration_of(None, some_factors())).strategy(far)
     notice, few = factors.notices
     assert factors == replace(plain, notices=(notice, few)) and "the calibration is not used: it has only low-rank factors" in notice
+
+
+def test_each_of_two_calibrations_gives_what_it_has():
+    """DuCa Cache's has the forecast, Cache Schedule's the factors, or the other way round."""
+    layers = [nn.ModuleDict({"l": nn.Linear(4, 6)}) for _ in range(2)]
+    network = nn.ModuleDict({"s": nn.ModuleList(layers), "d": nn.ModuleList(layers)})
+    forecast, factors = calibration_of(forecast_of(), None), calibration_of(None, some_factors())
+    for own, wired in ((forecast, factors), (factors, forecast)):
+        schedule = Schedule("custom text", text="F i a F", calibration=wired)
+        strategy = Settings(calibration=own, schedule=schedule).strategy(start_of(STEP_TIMES, network))
+        assert strategy.factors is factors.factors.tensors and strategy.predictor.share == 0.5
+        searched = Schedule("searched", K / 4, calibration=wired)
+        plan = Settings(calibration=own, schedule=searched).strategy(start_of(STEP_TIMES, network)).policy.plan(K, range(K))
+        assert plan == nested_plan(forecast.forecast, STEP_TIMES, range(1, K), 4, True)
+
+
+def test_a_preview_without_the_calibration_keeps_the_rest_of_the_schedule():
+    schedule = Schedule("searched", 3.0, cycle_length=4, unit="steps", skip_from=2, skip_to=6, warmup=2, tail=1, first_only=True)
+    shown = _without_calibration(Settings(mode="auto", token_share=0.3, schedule=schedule))
+    assert shown == Settings(mode="auto", token_share=0.3, schedule=replace(schedule, policy="front-loaded"))
 
 
 # -- mode icc -----------------------------------------------------------------------------------------------------------------

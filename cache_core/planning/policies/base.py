@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from ..kinds import Kind
 from ..plan import Plan
@@ -49,6 +49,9 @@ class OfferedPolicy(Policy, Protocol):
         ...
 
 
+_Cyclic = TypeVar("_Cyclic", bound=Policy)
+
+
 @dataclass(frozen=True)
 class Request:
     """What a user asks of a policy, for one run.
@@ -72,15 +75,18 @@ class Request:
     costs: Mapping[Kind, float] = field(default_factory=lambda: {Kind.FULL: 1.0})
     searched: Callable[[int], Plan] | None = None
 
-    def length(self, cycle: Callable[[int], Policy]) -> int:
-        """Returns `cycle_length` or, if it is 0, the shortest cycle length whose plan is cheap enough for `speedup`.
+    def cyclic(self, make: Callable[..., _Cyclic]) -> _Cyclic:
+        """Returns the policy with `cycle_length` or, if it is 0, with the shortest cycle whose plan is cheap enough for `speedup`.
 
-        If none is, it is the number of steps of the run.
+        If none is, the cycle is as long as the run.
 
         Args:
-            cycle: Makes the policy with a given cycle length.
+            make: Makes the policy from a cycle length, `warmup` and `tail`.
         """
-        return self.cycle_length or next((n for n in range(1, self.steps + 1) if self._is_met(cycle(n))), max(self.steps, 1))
+        if self.cycle_length:
+            return make(self.cycle_length, warmup=self.warmup, tail=self.tail)
+        policies = (make(length, warmup=self.warmup, tail=self.tail) for length in range(1, self.steps + 1))
+        return next((policy for policy in policies if self._is_met(policy)), make(max(self.steps, 1), warmup=self.warmup, tail=self.tail))
 
     def _is_met(self, policy: Policy) -> bool:
         """Returns whether the plan costs at most 2 % more than `speedup` allows."""

@@ -39,8 +39,7 @@ class DucaCycle:
 
     @classmethod
     def asked(cls, request: Request) -> DucaCycle:
-        length = request.length(lambda n: cls(n, warmup=request.warmup, tail=request.tail))
-        return cls(length, warmup=request.warmup, tail=request.tail)
+        return request.cyclic(cls)
 
     def plan(self, steps: int, window: range) -> Plan:
         return cycle(steps, window, self.cycle_length, self.between, self.warmup, self.tail)

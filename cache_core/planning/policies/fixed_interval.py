@@ -33,7 +33,7 @@ class FixedInterval:
 
     @classmethod
     def asked(cls, request: Request) -> FixedInterval:
-        return cls(request.length(lambda n: cls(n, request.warmup, request.tail)), request.warmup, request.tail)
+        return request.cyclic(cls)
 
     def plan(self, steps: int, window: range) -> Plan:
         return cycle(steps, window, self.interval, "a", self.warmup, self.tail)

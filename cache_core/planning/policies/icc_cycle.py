@@ -32,7 +32,7 @@ class IccCycle:
 
     @classmethod
     def asked(cls, request: Request) -> IccCycle:
-        return cls(request.length(lambda n: cls(n, request.warmup, request.tail)), request.warmup, request.tail)
+        return request.cyclic(cls)
 
     def plan(self, steps: int, window: range) -> Plan:
         return cycle(steps, window, self.interval, Kind.INCREMENTAL.value, self.warmup, self.tail)
